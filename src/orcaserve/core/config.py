@@ -1,0 +1,70 @@
+"""What the operator asks for (`EngineOptions`), what came of it (`EngineInfo`), and what the scheduler is told."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator's wishes, as they travel to the engine process. Every default needs no thought.
+
+    model: folder of a Hugging Face checkpoint.
+    max_batch_size: requests per iteration. max_batch_tokens: tokens per iteration (chunked prefill cuts to it).
+    kv_memory: bytes for the KV cache; None: a share of what is free.
+    max_model_len: longest prompt + output in tokens; None: what the model and the KV cache allow.
+    depth: batches in flight (pipeline stages; 1 on one device).
+    threads: compute threads; None: as many as the process may use.
+    backend: "native" (our decoder), "transformers" (the optional backend), "auto" (native where there is one).
+    check: verify the scheduler's invariants after every step.
+    """
+
+    model: str
+    dtype: Dtype = "auto"
+    max_batch_size: int = 64
+    max_batch_tokens: int = 512
+    kv_memory: int | None = None
+    max_model_len: int | None = None
+    block_size: int = 16
+    policy: str = "default"
+    depth: int = 1
+    threads: int | None = None
+    backend: Literal["auto", "native", "transformers"] = "auto"
+    check: bool = False
+
+
+class BudgetLine(msgspec.Struct, frozen=True):
+    """One line of the start-up memory table."""
+
+    name: str
+    num_bytes: int
+    note: str = ""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine that has loaded its model can do.
+
+    profile: hash of everything that decides bits: weights' dtype and quantisation, residual and KV dtype,
+        instruction-set path, kernel version. Streams resume only on an equal profile.
+    deterministic: whether the promise (a response is a pure function of model, profile and request) holds.
+    budget: the memory table; timings: how long each part of the start took, in seconds.
+    """
+
+    architecture: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    profile: str
+    deterministic: bool = True
+    threads: int = 1
+    budget: tuple[BudgetLine, ...] = ()
+    timings: tuple[tuple[str, float], ...] = ()
+
+
+class ModelError(Exception):
+    """The model cannot be served; the message is one clear line for the operator."""

@@ -1,0 +1,158 @@
+"""What a client asks for, as frozen values, and `Request`, the scheduler's own record of one such wish."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the tokens of one request are drawn, and when it ends.
+
+    Values are checked at the door (`orcaserve.serve.protocol`, `orcaserve.llm`); the engine trusts them.
+
+    max_tokens: most tokens to generate. None: as many as the context allows. 0 only scores the prompt.
+    min_tokens: end tokens are masked until so many tokens exist.
+    temperature: 0 is greedy; else logits are divided by it before noise is added.
+    top_k: 0 is off. top_p, min_p: shares of the probability mass in [0, 1] after temperature.
+    seed: 64-bit seed of the Gumbel noise; None: one is drawn when the request arrives.
+    n: choices of one prompt; each is a request of its own to the engine (`choice`).
+    stop: strings that end the text (the frontend's work); stop_token_ids: tokens that end it (the engine's).
+    logprobs: number of most likely tokens reported beside the chosen one; None: no log-probabilities.
+    prompt_logprobs: the same for every prompt token but the first.
+    logit_bias: pairs (token id, addend to its logit).
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+class NewRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One choice of one request, described once: from the pool to the scheduler, and from there to the workers.
+
+    id: unique per submission; a resubmission after a crash gets a new one, so nothing stale can be mistaken for it.
+    token_ids: the prompt, followed by whatever has been generated so far (after a crash or a preemption).
+    num_prompt: how many of `token_ids` are the prompt.
+    max_tokens: most tokens to generate, counted from `num_prompt`; resolved (never None).
+    end_token_ids: tokens that end the request (the model's end tokens unless ignored, and the stop tokens).
+    seed, choice: with the position and the token id they are the whole input of the sampling noise.
+    cache_salt: prefix-cache blocks are shared only among requests of the same salt.
+    """
+
+    id: int
+    token_ids: tuple[int, ...]
+    num_prompt: int
+    max_tokens: int
+    params: SamplingParams
+    seed: int = 0
+    choice: int = 0
+    end_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position, from the model's own distribution before temperature (float32, unrounded).
+
+    top: the most likely tokens as (token id, logprob), likeliest first, ties to the lower id.
+    rank: 1 for the likeliest token.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What one request gained from one iteration: scheduler → request pool.
+
+    prompt_logprobs: all of them at once (prompt positions 1 … num_prompt-1), with the output that ends the prefill.
+    num_cached: prompt tokens that the prefix cache spared, said with the first output.
+    error: why `finish_reason` is "error", in words fit for a client.
+    """
+
+    id: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached: int = 0
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+class Request:
+    """The scheduler's record of one request. Owned and changed by the Scheduler and its KVCacheManager alone.
+
+    A request has no phase: it catches up. While `num_computed` lags `num_tokens` by more than one it is prefilling.
+    """
+
+    __slots__ = (
+        "arrival",
+        "block_keys",
+        "block_table",
+        "finish_reason",
+        "in_flight",
+        "new",
+        "num_cached",
+        "num_computed",
+        "num_described",
+        "num_known_blocks",
+        "prompt_logprobs",
+        "reserved",
+        "token_ids",
+    )
+
+    def __init__(self, new: NewRequest, arrival: int) -> None:
+        self.new = new
+        self.arrival = arrival  # ordinal, not a time: first come, first served needs no clock
+        self.token_ids: list[int] = list(new.token_ids)
+        self.num_computed = 0  # tokens whose K and V are stored (batches in flight included)
+        self.block_table: list[int] = []
+        self.block_keys: list[bytes] = []  # prefix-cache keys of the full blocks, as far as they have been needed
+        self.num_described = 0  # tokens that the workers have been told
+        self.num_known_blocks = 0  # entries of the block table that the workers have been told
+        self.num_cached: int | None = None  # None until first admitted
+        self.reserved = 0  # tokens that admission promised room for (reserve policies)
+        self.in_flight = False
+        self.finish_reason: FinishReason | None = None
+        self.prompt_logprobs: list[TokenLogprobs] | None = [] if new.params.prompt_logprobs is not None else None
+
+    @property
+    def id(self) -> int:
+        return self.new.id
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.new.num_prompt
+
+    @property
+    def max_total(self) -> int:
+        """Prompt and output together at most, in tokens (the paper's max_tokens)."""
+        return self.new.num_prompt + self.new.max_tokens
+
+    @property
+    def lag(self) -> int:
+        """Tokens that exist but whose K and V are not stored: 1 while decoding, more while prefilling."""
+        return len(self.token_ids) - self.num_computed
