@@ -115,8 +115,8 @@ class Request:
         "num_computed",
         "num_described",
         "num_known_blocks",
+        "num_published",
         "prompt_logprobs",
-        "reserved",
         "token_ids",
     )
 
@@ -129,8 +129,8 @@ class Request:
         self.block_keys: list[bytes] = []  # prefix-cache keys of the full blocks, as far as they have been needed
         self.num_described = 0  # tokens that the workers have been told
         self.num_known_blocks = 0  # entries of the block table that the workers have been told
-        self.num_cached: int | None = None  # None until first admitted
-        self.reserved = 0  # tokens that admission promised room for (reserve policies)
+        self.num_cached: int | None = None  # None until first admitted; 0 once told
+        self.num_published = 0  # full blocks that the prefix cache knows
         self.in_flight = False
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if new.params.prompt_logprobs is not None else None
@@ -156,3 +156,9 @@ class Request:
     def lag(self) -> int:
         """Tokens that exist but whose K and V are not stored: 1 while decoding, more while prefilling."""
         return len(self.token_ids) - self.num_computed
+
+    def describe(self) -> NewRequest:
+        """The request as workers need it: with the tokens generated so far, if it has run before."""
+        if self.num_generated == len(self.new.token_ids) - self.new.num_prompt:
+            return self.new
+        return msgspec.structs.replace(self.new, token_ids=tuple(self.token_ids))

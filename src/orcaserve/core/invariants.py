@@ -1,0 +1,127 @@
+"""The scheduler's executable specification: what must hold after every call, whatever the policy and the load."""
+
+from __future__ import annotations
+
+from orcaserve.core.batch import Batch, StepResult
+from orcaserve.core.request import NewRequest, Output, Request
+from orcaserve.core.scheduler import Scheduler
+
+
+class InvariantError(AssertionError):
+    """A statement of the specification that does not hold."""
+
+
+def require(holds: bool, statement: str) -> None:
+    if not holds:
+        raise InvariantError(statement)
+
+
+def check(scheduler: Scheduler) -> None:
+    """Everything that can be read off the scheduler's state alone."""
+    _check_pool(scheduler)
+    _check_requests(scheduler)
+
+
+def _check_pool(scheduler: Scheduler) -> None:
+    pool = scheduler.kv.pool
+    held = [0] * pool.num_blocks
+    for request in scheduler.running:
+        for block in request.block_table:
+            held[block] += 1
+    require(held == pool.counts, "a block's count is the number of block tables it stands in")
+    require(
+        set(pool.free) == {block for block, count in enumerate(held) if count == 0},
+        "a block is free exactly when nobody holds it: nothing leaks",
+    )
+    published = {prefix[0]: block for block, prefix in enumerate(pool.prefixes) if prefix is not None}
+    require(published == pool.index, "the prefix index and the blocks' prefixes say the same")
+
+
+def _check_requests(scheduler: Scheduler) -> None:
+    order, size = scheduler.policy.order, scheduler.kv.block_size
+    ids = [request.id for request in scheduler.waiting + scheduler.running]
+    require(sorted(ids) == sorted(scheduler.requests), "a request is waiting or running, and never both")
+    for queue in (scheduler.waiting, scheduler.running):
+        keys = [order(request) for request in queue]
+        require(keys == sorted(keys), "queues are in the policy's order")
+    for request in scheduler.waiting:
+        require(not request.block_table and request.num_computed == 0, "who waits holds no KV")
+        require(not request.in_flight, "who waits is in no batch")
+    for request in scheduler.running:
+        computed, blocks = request.num_computed, len(request.block_table)
+        require(0 <= computed <= request.num_tokens, "K and V exist only for tokens that exist")
+        require(scheduler.kv.blocks_for(computed) <= blocks, "every stored token has a slot")
+        room = request.max_total if scheduler.policy.reserve else request.num_tokens
+        require(blocks <= scheduler.kv.blocks_for(room), "nobody holds more KV than the policy gives")
+        require(request.num_generated <= request.new.max_tokens, "nobody generates more than max_tokens")
+        require(request.num_published * size <= computed, "only stored tokens are published")
+        for i in range(request.num_published):
+            prefix = scheduler.kv.pool.prefixes[request.block_table[i]]
+            tokens = tuple(request.token_ids[i * size : (i + 1) * size])
+            require(prefix is None or prefix[1] == tokens, "a published block holds what it says")
+    if scheduler.policy.reserve:
+        reserved = sum(scheduler.kv.blocks_for(request.max_total) for request in scheduler.running)
+        require(reserved <= scheduler.kv.pool.num_blocks, "reservations never exceed the slots")
+        require(scheduler.num_preemptions == 0, "who has reserved is never preempted")
+
+
+class CheckedScheduler(Scheduler):
+    """A Scheduler that verifies the whole specification around every call (`--check`, and every test)."""
+
+    def schedule(self) -> Batch | None:
+        num_running = len(self.running)
+        batch = super().schedule()
+        check(self)
+        if batch is not None:
+            self._check_batch(batch, num_running)
+        elif self.requests:
+            in_flight = any(request.in_flight for request in self.running)
+            require(in_flight, "progress: where work is left and no batch is in flight, one can be made")
+        return batch
+
+    def update(self, batch: Batch, result: StepResult) -> tuple[Output, ...]:
+        outputs = super().update(batch, result)
+        check(self)
+        for output in outputs:
+            gone = output.id not in self.requests
+            require(gone == (output.finish_reason is not None) or self.policy.request_level, "who has ended is gone")
+        return outputs
+
+    def add(self, new: NewRequest) -> None:
+        super().add(new)
+        check(self)
+
+    def abort(self, id: int) -> None:
+        super().abort(id)
+        check(self)
+
+    def _check_batch(self, batch: Batch, num_running: int) -> None:
+        rows = batch.rows
+        require(len({row.id for row in rows}) == len(rows), "a request has one row in a batch")
+        require(0 < len(rows) <= self.config.max_batch_size, "a batch has 1 … max_batch_size rows")
+        if self.policy.chunked:
+            require(batch.num_tokens <= self.config.max_batch_tokens, "a batch keeps to its token budget")
+        if self.policy.request_level and num_running:
+            require(len(self.running) == num_running and len(rows) == num_running, "a static batch is closed")
+        require({new.id for new in batch.new} <= {row.id for row in rows}, "who is described takes part")
+        written: set[int] = set()
+        for row in rows:
+            self._check_row(row.id, row.start, row.num_tokens, written)
+            samples = row.start + row.num_tokens == self.requests[row.id].num_tokens
+            require(row.samples <= samples, "only who has caught up samples")
+        if self.waiting and self.config.depth == 1 and self.running:
+            youngest, first = self.running[-1], self.waiting[0]
+            require(self.policy.order(youngest) < self.policy.order(first), "nobody overtakes in the queue")
+
+    def _check_row(self, id: int, start: int, num_tokens: int, written: set[int]) -> None:
+        request: Request = self.requests[id]
+        require(num_tokens > 0, "every row computes something")
+        require(request.in_flight, "a row's request is in flight")
+        ended = request.finish_reason is not None
+        require(start + num_tokens == request.num_computed or ended, "a row goes on where the request stands")
+        for i in range(start // self.kv.block_size, (start + num_tokens - 1) // self.kv.block_size + 1):
+            block = request.block_table[i]
+            require(self.kv.pool.counts[block] == 1, "nobody writes into a block that others read")
+            require(self.kv.pool.prefixes[block] is None or ended, "nobody writes into a published block")
+            require(block not in written, "two rows never write into one block")
+            written.add(block)

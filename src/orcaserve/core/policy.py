@@ -1,0 +1,52 @@
+"""The scheduler's policies, as data: who goes first, what admission promises, how much of a prompt one iteration takes.
+
+Orca exactly as published (OSDI 2022, Algorithm 1) is one named combination, request-level batching another.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from orcaserve.core.request import Request
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to schedule.
+
+    request_level: static batching. A batch is closed when it starts; members that have ended keep their row busy
+        until the longest ends, and everything is returned then.
+    reserve: admission sets aside room for prompt + max_tokens for the request's whole life (the paper), so that
+        nothing is ever preempted. Else blocks are taken as tokens come, and the youngest is preempted when they lack.
+    chunked: an iteration takes at most `max_batch_tokens` tokens and cuts prompts to fit. Else prompts go whole.
+    decodes_first: requests that lag by one token go before those that prefill. Else strictly by arrival.
+    prefix_cache: full blocks of equal prefixes are shared.
+    deal: rows are dealt out over the batches that may be in flight, instead of all going into the first.
+    """
+
+    name: str
+    request_level: bool = False
+    reserve: bool = False
+    chunked: bool = True
+    decodes_first: bool = True
+    prefix_cache: bool = True
+    deal: bool = True
+
+    def order(self, request: Request) -> int:
+        """Sort key among requests; the least goes first, the greatest is preempted first. First come, first served."""
+        return request.arrival
+
+    def room(self, request: Request) -> int:
+        """Tokens for which admission must find KV slots."""
+        return request.max_total if self.reserve else request.num_tokens
+
+    def grant(self, lag: int, tokens_left: int) -> int:
+        """How many of the `lag` tokens that a request needs computed this iteration takes."""
+        return min(lag, tokens_left) if self.chunked else lag
+
+
+DEFAULT = Policy(name="default")
+ORCA = Policy(name="orca", reserve=True, chunked=False, decodes_first=False, prefix_cache=False, deal=False)
+STATIC = Policy(
+    name="static", request_level=True, reserve=True, chunked=False, decodes_first=False, prefix_cache=False, deal=False
+)
+POLICIES = {policy.name: policy for policy in (DEFAULT, ORCA, STATIC)}

@@ -1,0 +1,275 @@
+"""`Scheduler`: decides after every iteration who takes part in the next one (Orca, OSDI 2022, section 3.1)."""
+
+from __future__ import annotations
+
+import sys
+from bisect import insort
+from typing import NamedTuple
+
+import msgspec
+
+from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult
+from orcaserve.core.kv_cache import KVCacheManager
+from orcaserve.core.policy import Policy
+from orcaserve.core.request import FinishReason, NewRequest, Output, Request
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a scheduler may use.
+
+    max_batch_size: rows of an iteration (the paper's max_bs). max_batch_tokens: tokens of an iteration, where the
+        policy cuts prompts; at least max_batch_size, so that every running request can decode.
+    num_blocks, block_size: the KV cache; their product is the paper's n_slots.
+    depth: most batches in flight (the paper's n_workers).
+    """
+
+    policy: Policy
+    max_batch_size: int
+    max_batch_tokens: int
+    num_blocks: int
+    block_size: int
+    depth: int = 1
+
+
+class RequestTooLarge(ValueError):
+    """A request that could never run: it would block the queue for ever."""
+
+
+class Scheduler:
+    """Sole owner of every Request, from `add` to the output with its finish reason.
+
+    A request is waiting (no KV) or running (KV held), and in at most one batch in flight. `schedule` makes a batch,
+    `update` takes its results in; batches come back in the order in which they were made.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        if config.max_batch_size < 1 or config.depth < 1:
+            raise ValueError("max_batch_size and depth must be at least 1")
+        size, tokens = config.max_batch_size, config.max_batch_tokens
+        if config.policy.chunked and tokens < size:
+            raise ValueError(f"max_batch_tokens ({tokens}) must be at least max_batch_size ({size})")
+        self.config = config
+        self.policy = config.policy
+        self.kv = KVCacheManager(config.num_blocks, config.block_size, config.policy.prefix_cache)
+        self.requests: dict[int, Request] = {}
+        self.waiting: list[Request] = []  # sorted by the policy's order, like `running`
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self.num_steps = 0
+        self._num_arrivals = 0
+        self._freed: list[int] = []  # what the next batch tells the workers to forget
+        self._held: list[Output] = []  # what a request-level batch returns at its end
+
+    def add(self, new: NewRequest) -> None:
+        """Takes a request in. RequestTooLarge: its KV can never fit. ValueError: a known id, or no tokens."""
+        if new.id in self.requests:
+            raise ValueError(f"request {new.id} is here already")
+        if not new.token_ids:
+            raise ValueError(f"request {new.id} has no tokens")
+        request = Request(new, self._num_arrivals)
+        if request.max_total > self.kv.num_slots:
+            raise RequestTooLarge(
+                f"prompt and output may reach {request.max_total} tokens, but the KV cache holds {self.kv.num_slots}"
+            )
+        self._num_arrivals += 1
+        self.requests[new.id] = request
+        insort(self.waiting, request, key=self.policy.order)
+
+    def abort(self, id: int) -> None:
+        """Forgets a request; its KV is freed as soon as no batch in flight carries it. Unknown ids are ignored."""
+        request = self.requests.get(id)
+        if request is None:
+            return
+        request.finish_reason = "abort"
+        if not request.in_flight:
+            self._drop(request)
+
+    def schedule(self) -> Batch | None:
+        """The next iteration, or None if nothing can run now: nothing is ready, or memory waits for a batch's end."""
+        rows: list[Row] = []
+        tokens_left = self.config.max_batch_tokens if self.policy.chunked else sys.maxsize
+        closed = self.policy.request_level and bool(self.running)
+        num_preemptions = self.num_preemptions
+        row_limit = self._row_limit()
+        for request in self._ready():
+            if len(rows) == row_limit or tokens_left == 0:
+                break
+            if not request.block_table:  # preempted for an older one, a moment ago
+                continue
+            row = self._row(request, tokens_left)
+            if not self._make_room(row):
+                closed = True  # it waits for an older one's end; those that need no memory go on
+                continue
+            rows.append(row)
+            tokens_left -= row.num_tokens
+        # Who was preempted just now would be let in again at once, and the memory was not for him.
+        closed = closed or self.num_preemptions > num_preemptions
+        while not closed and self.waiting and len(rows) < self.config.max_batch_size and tokens_left > 0:
+            request = self.waiting[0]
+            if not self._admit(request):
+                break  # stop, not skip: nobody overtakes
+            rows.append(self._row(request, tokens_left))
+            tokens_left -= rows[-1].num_tokens
+        return self._seal(rows) if rows else None
+
+    def update(self, batch: Batch, result: StepResult) -> tuple[Output, ...]:
+        """Takes in what a batch gave; a request whose output has a finish reason is gone from here."""
+        outputs = []
+        for row, got in zip(batch.rows, result.rows, strict=True):
+            request = self.requests[row.id]
+            request.in_flight = False
+            if request.finish_reason == "abort":
+                self._drop(request)
+            elif request.finish_reason is None:
+                output = self._take_in(request, row, got)
+                if output is not None:
+                    outputs.append(output)
+                if request.finish_reason is not None and not self.policy.request_level:
+                    self._drop(request)
+        return self._return_together(outputs) if self.policy.request_level else tuple(outputs)
+
+    # -- deciding ------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> list[Request]:
+        """Running requests that no batch in flight carries, in the order in which they may choose."""
+        ready = [request for request in self.running if not request.in_flight]
+        if self.policy.decodes_first:
+            ready.sort(key=lambda request: request.lag > 1)  # stable: the policy's order remains inside each half
+        return ready
+
+    def _row_limit(self) -> int:
+        """Rows for running requests. Dealt out over the depth, or the first batch takes all and the pipe runs empty."""
+        if not self.policy.deal:
+            return self.config.max_batch_size
+        return min(self.config.max_batch_size, -(-len(self.running) // self.config.depth))
+
+    def _row(self, request: Request, tokens_left: int) -> Row:
+        if request.finish_reason is not None:  # a request-level batch: the ended member computes for nothing
+            return Row(request, request.num_computed - 1, 1)
+        return Row(request, request.num_computed, self.policy.grant(request.lag, tokens_left))
+
+    def _make_room(self, row: Row) -> bool:
+        """Grows a running request's KV, preempting the youngest that may be until it fits."""
+        while not self.kv.grow(row.request, row.start + row.num_tokens):
+            victim = next(request for request in reversed(self.running) if not request.in_flight)
+            if self.policy.order(victim) <= self.policy.order(row.request):
+                return False
+            self._preempt(victim)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Takes a request's KV away. Its tokens stay, so that it is recomputed and goes on as if nothing had been."""
+        self.num_preemptions += 1
+        self.running.remove(request)
+        self._forget(request)
+        insort(self.waiting, request, key=self.policy.order)
+
+    def _admit(self, request: Request) -> bool:
+        """Lets the first in the queue run, if its KV fits and leaves a block to spare for each that runs."""
+        spare = 0 if self.policy.reserve else len(self.running)
+        if not self.kv.admit(request, self.policy.room(request), spare):
+            return False
+        if request.num_cached is None:
+            request.num_cached = request.num_computed
+        self.waiting.pop(0)
+        insort(self.running, request, key=self.policy.order)
+        return True
+
+    def _seal(self, rows: list[Row]) -> Batch:
+        """Turns decisions into the message: only what the workers cannot know."""
+        new = []
+        scheduled = []
+        for request, start, num_tokens in rows:
+            if request.num_described == 0:
+                new.append(request.describe())
+            end = start + num_tokens
+            scheduled.append(
+                ScheduledRequest(
+                    id=request.id,
+                    start=start,
+                    num_tokens=num_tokens,
+                    new_blocks=tuple(request.block_table[request.num_known_blocks :]),
+                    token_ids=tuple(request.token_ids[request.num_described :]) if request.num_described else (),
+                    samples=end == request.num_tokens and request.new.max_tokens > 0,
+                )
+            )
+            request.num_described = request.num_tokens
+            request.num_known_blocks = len(request.block_table)
+            request.num_computed = max(request.num_computed, end)
+            request.in_flight = True
+        self.num_steps += 1
+        batch = Batch(step=self.num_steps, rows=tuple(scheduled), new=tuple(new), freed=tuple(self._freed))
+        self._freed.clear()
+        return batch
+
+    # -- taking results in ---------------------------------------------------------------------------------------
+
+    def _take_in(self, request: Request, row: ScheduledRequest, got: RowResult) -> Output | None:
+        """One row's result. None if there is nothing to tell yet."""
+        error = got.error
+        if error is None and row.samples and got.token_id is None:
+            error = "the model gave no token"
+        if error is not None:
+            request.finish_reason = "error"
+            return Output(id=request.id, finish_reason="error", error=error)
+        self.kv.publish(request)
+        if request.prompt_logprobs is not None:
+            request.prompt_logprobs.extend(got.prompt_logprobs)
+        if row.start + row.num_tokens < request.num_tokens:
+            return None  # still prefilling
+        if got.token_id is not None:
+            request.token_ids.append(got.token_id)
+        request.finish_reason = self._finish_reason(request, got.token_id)
+        prompt_logprobs = tuple(request.prompt_logprobs or ())
+        request.prompt_logprobs = None
+        num_cached, request.num_cached = request.num_cached or 0, 0  # told once
+        return Output(
+            id=request.id,
+            token_ids=() if got.token_id is None else (got.token_id,),
+            logprobs=() if got.logprobs is None else (got.logprobs,),
+            prompt_logprobs=prompt_logprobs,
+            num_cached=num_cached,
+            finish_reason=request.finish_reason,
+        )
+
+    def _finish_reason(self, request: Request, token_id: int | None) -> FinishReason | None:
+        if token_id in request.new.end_token_ids:
+            return "stop"
+        return "length" if request.num_generated >= request.new.max_tokens else None
+
+    def _return_together(self, outputs: list[Output]) -> tuple[Output, ...]:
+        """Request-level batching: keeps everything until the longest member has ended, then returns and frees all."""
+        self._held.extend(outputs)
+        if any(request.finish_reason is None or request.in_flight for request in self.running):
+            return ()
+        together = tuple(output for output in self._held if output.id in self.requests)
+        self._held.clear()
+        for request in list(self.running):
+            self._drop(request)
+        return together
+
+    def _drop(self, request: Request) -> None:
+        del self.requests[request.id]
+        if request.block_table:
+            self.running.remove(request)
+        else:
+            self.waiting.remove(request)
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
+        """Frees the KV and lets the workers know; a preempted request is described to them again when it comes back."""
+        self.kv.free(request)
+        if request.num_described > 0:
+            self._freed.append(request.id)
+        request.num_described = 0
+        request.num_known_blocks = 0
+        if request.prompt_logprobs:
+            request.prompt_logprobs = []
+
+
+class Row(NamedTuple):
+    """A decision: compute `num_tokens` positions from `start` on."""
+
+    request: Request
+    start: int
+    num_tokens: int

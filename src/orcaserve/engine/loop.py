@@ -1,0 +1,105 @@
+"""`EngineLoop`: Algorithm 1 of Orca. Schedule while the pipe has room, wait for the oldest iteration, take it in."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from orcaserve.core.batch import Batch
+from orcaserve.core.request import Output
+from orcaserve.core.scheduler import RequestTooLarge, Scheduler
+from orcaserve.engine.executor import Executor, Pending
+from orcaserve.engine.messages import Abort, Command, Stats, Step, Stop, Submit
+
+
+class Inbox(Protocol):
+    """Where commands come from."""
+
+    def take(self, block: bool) -> list[Command]:
+        """All commands that are there, in order; waits for one first if `block`."""
+        ...
+
+
+class Outbox(Protocol):
+    """Where results go. Never blocks the loop."""
+
+    def put(self, step: Step) -> None: ...
+
+
+class EngineLoop:
+    """Owner of the batches in flight: at most `depth`, taken back in the order in which they were submitted.
+
+    clock: gives seconds, real or virtual.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, inbox: Inbox, outbox: Outbox, clock: Callable[[], float]
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._inbox = inbox
+        self._outbox = outbox
+        self._clock = clock
+        self._depth = scheduler.config.depth
+        self._in_flight: deque[tuple[Batch, Pending]] = deque()
+        self._last = clock()
+
+    def run(self) -> None:
+        """Serves until a Stop command."""
+        while self.step():
+            pass
+
+    def step(self) -> bool:
+        """One turn: commands in, batches out, the oldest batch back. False after a Stop command."""
+        idle = not self._scheduler.requests
+        for command in self._inbox.take(block=idle):
+            if isinstance(command, Stop):
+                return False
+            self._obey(command)
+        if idle:
+            self._last = self._clock()
+        while len(self._in_flight) < self._depth and (batch := self._scheduler.schedule()) is not None:
+            self._in_flight.append((batch, self._executor.submit(batch)))
+        if self._in_flight:
+            batch, pending = self._in_flight.popleft()
+            outputs = self._scheduler.update(batch, pending.result())
+            self._outbox.put(self._report(batch, outputs))
+        elif self._scheduler.requests:
+            raise RuntimeError("the scheduler has work, but makes no batch of it")
+        return True
+
+    def _obey(self, command: Submit | Abort) -> None:
+        if isinstance(command, Abort):
+            self._scheduler.abort(command.id)
+        else:
+            try:
+                self._scheduler.add(command.request)
+            except RequestTooLarge as error:
+                refusal = Output(id=command.request.id, finish_reason="error", error=str(error))
+                self._outbox.put(Step(outputs=(refusal,), stats=self.stats()))
+
+    def _report(self, batch: Batch, outputs: tuple[Output, ...]) -> Step:
+        now = self._clock()
+        seconds, self._last = now - self._last, now
+        return Step(
+            outputs=outputs,
+            started=tuple(new.id for new in batch.new),
+            num_tokens=batch.num_tokens,
+            num_rows=len(batch.rows),
+            seconds=seconds,
+            stats=self.stats(),
+        )
+
+    def stats(self) -> Stats:
+        scheduler = self._scheduler
+        return Stats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=scheduler.kv.pool.num_blocks,
+            num_held_blocks=scheduler.kv.pool.num_held,
+            num_preemptions=scheduler.num_preemptions,
+            prefix_queries=scheduler.kv.num_queries,
+            prefix_hits=scheduler.kv.num_hits,
+            num_steps=scheduler.num_steps,
+        )

@@ -1,0 +1,159 @@
+"""A small world for the real scheduler, KV manager and loop: a ledger instead of a model, an oracle beside it."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+from orcaserve.core.invariants import CheckedScheduler
+from orcaserve.core.policy import POLICIES
+from orcaserve.core.request import NewRequest, Output, SamplingParams, TokenLogprobs
+from orcaserve.core.scheduler import Scheduler, SchedulerConfig
+from orcaserve.engine.ledger import LedgerExecutor, ledger_answer, ledger_entries, ledger_logprobs
+from orcaserve.engine.loop import EngineLoop
+from orcaserve.engine.messages import Abort, Command, Step, Submit
+
+VOCAB = 40
+
+
+class World:
+    """Drives an EngineLoop by hand and compares every finished request with the oracle. `steps` counts its turns."""
+
+    def __init__(
+        self, config: SchedulerConfig, eager: bool = True, scheduler: type[Scheduler] = CheckedScheduler
+    ) -> None:
+        self.scheduler = scheduler(config)
+        self.executor = LedgerExecutor(config.num_blocks, config.block_size, VOCAB, eager)
+        self.loop = EngineLoop(self.scheduler, self.executor, self, self, clock=lambda: 0.0)
+        self.commands: list[Command] = []
+        self.requests: dict[int, NewRequest] = {}  # unfinished ones
+        self.outputs: dict[int, list[Output]] = defaultdict(list)
+        self.steps = 0
+        self.last: Step | None = None
+        self._ids = 0
+
+    # Inbox and Outbox
+    def take(self, block: bool) -> list[Command]:
+        assert self.commands or not block, "nothing to wait for"
+        commands, self.commands = self.commands, []
+        return commands
+
+    def put(self, step: Step) -> None:
+        self.last = step
+        for output in step.outputs:
+            if output.id in self.requests:
+                self.outputs[output.id].append(output)
+                if output.finish_reason is not None:
+                    self._compare(self.requests.pop(output.id))
+
+    def submit(self, token_ids: tuple[int, ...], max_tokens: int, num_prompt: int | None = None, **fields) -> int:
+        self._ids += 1
+        num_prompt = len(token_ids) if num_prompt is None else num_prompt
+        params = fields.pop("params", SamplingParams(logprobs=0))
+        new = NewRequest(
+            id=self._ids, token_ids=token_ids, num_prompt=num_prompt, max_tokens=max_tokens, params=params, **fields
+        )
+        self.requests[new.id] = new
+        self.commands.append(Submit(new))
+        return new.id
+
+    def abort(self, id: int) -> None:
+        self.requests.pop(id, None)
+        self.outputs.pop(id, None)
+        self.commands.append(Abort(id))
+
+    def step(self, turns: int = 1) -> None:
+        for _ in range(turns):
+            if not self.scheduler.requests and not self.commands:
+                return
+            self.steps += 1
+            assert self.loop.step()
+
+    def drain(self) -> None:
+        """Runs to the end; every request must get there in a bounded number of turns, and nothing may be left."""
+        work = sum(len(new.token_ids) + new.max_tokens + 1 for new in self.requests.values())
+        bound = self.steps + (work + 10) * (2 + len(self.requests)) * 4 * self.scheduler.config.depth
+        while self.scheduler.requests or self.commands:
+            self.step()
+            assert self.steps <= bound, f"no end after {bound} turns"
+        assert not self.requests, f"never answered: {sorted(self.requests)}"
+        assert self.scheduler.kv.pool.num_held == 0, "KV blocks leak"
+        assert set(self.executor.known) == set(self.scheduler._freed), "workers know who is gone"
+
+    def _compare(self, new: NewRequest) -> None:
+        outputs = self.outputs.pop(new.id)
+        got = [token for output in outputs for token in output.token_ids]
+        already = len(new.token_ids) - new.num_prompt
+        expected, reason = ledger_answer(new, VOCAB)
+        assert got == expected[already:], f"request {new.id}: {got} instead of {expected[already:]}"
+        assert outputs[-1].finish_reason == reason
+        assert all(output.finish_reason is None for output in outputs[:-1])
+        tokens = [*new.token_ids[: new.num_prompt], *expected]
+        entries = ledger_entries(tokens)
+        if new.params.logprobs is not None:
+            start = len(new.token_ids)
+            logprobs = [entry for output in outputs for entry in output.logprobs]
+            assert logprobs == [ledger_logprobs(entries[:p], tokens[p]) for p in range(start, len(tokens))]
+        prompt_logprobs = [entry for output in outputs for entry in output.prompt_logprobs]
+        wanted: list[TokenLogprobs] = []
+        if new.params.prompt_logprobs is not None:
+            wanted = [ledger_logprobs(entries[:p], tokens[p]) for p in range(1, new.num_prompt)]
+        assert prompt_logprobs == wanted
+
+
+def random_config(rng: random.Random, policy: str | None = None, **fixed: int) -> SchedulerConfig:
+    """Small enough that memory is short and budgets cut."""
+    max_batch_size = fixed.get("max_batch_size", rng.randint(1, 6))
+    return SchedulerConfig(
+        policy=POLICIES[policy or rng.choice(["default"] * 4 + ["orca", "static"])],
+        max_batch_size=max_batch_size,
+        max_batch_tokens=max_batch_size + rng.choice([0, 1, 3, 10, 100]),
+        num_blocks=fixed.get("num_blocks", rng.choice([2, 3, 5, 8, 13, 20])),
+        block_size=fixed.get("block_size", rng.choice([1, 2, 3, 4, 7, 16, 64])),
+        depth=fixed.get("depth", rng.randint(1, 4)),
+    )
+
+
+def random_request(rng: random.Random, world: World) -> dict | None:
+    """A request that fits the world's KV; prompts share prefixes of three stems."""
+    slots = world.scheduler.kv.num_slots
+    total = rng.randint(1, min(slots, 60))
+    num_tokens = rng.randint(1, total)
+    stem = random.Random(rng.randint(0, 2)).choices(range(VOCAB), k=num_tokens)
+    keep = rng.choice([num_tokens, rng.randint(0, num_tokens)])
+    if rng.random() < 0.2:
+        stem[0] = rng.randrange(VOCAB)  # equal blocks after different beginnings
+    token_ids = tuple(stem[:keep] + [rng.randrange(VOCAB) for _ in range(num_tokens - keep)])
+    num_prompt = num_tokens if rng.random() < 0.8 else rng.randint(1, num_tokens)  # some come back from a crash
+    max_tokens = total - num_prompt
+    if num_prompt < num_tokens and max_tokens <= num_tokens - num_prompt:
+        num_prompt, max_tokens = num_tokens, total - num_tokens
+    params = SamplingParams(
+        logprobs=rng.choice([None, 0]), prompt_logprobs=0 if num_prompt == num_tokens and rng.random() < 0.2 else None
+    )
+    end = tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 1, 4])))
+    end = tuple(token for token in end if token not in token_ids[num_prompt:])
+    return {
+        "token_ids": token_ids,
+        "num_prompt": num_prompt,
+        "max_tokens": max_tokens,
+        "params": params,
+        "end_token_ids": end,
+        "seed": rng.randint(0, 3),
+        "choice": rng.randint(0, 1),
+        "cache_salt": rng.choice(["", "", "other"]),
+    }
+
+
+def random_life(seed: int, scheduler: type[Scheduler] = CheckedScheduler, policy: str | None = None) -> World:
+    """One random world from start to drained. Raises if anything is wrong."""
+    rng = random.Random(seed)
+    world = World(random_config(rng, policy), eager=rng.random() < 0.5, scheduler=scheduler)
+    for _ in range(rng.randint(1, 25)):
+        for _ in range(rng.choice([0, 1, 1, 2, 5])):
+            world.submit(**random_request(rng, world))
+        if world.requests and rng.random() < 0.15:
+            world.abort(rng.choice(sorted(world.requests)))
+        world.step(rng.randint(0, 12))
+    world.drain()
+    return world

@@ -1,0 +1,227 @@
+"""The net has no holes: schedulers broken on purpose, each of which the random worlds must catch."""
+
+from __future__ import annotations
+
+from bisect import insort
+from hashlib import sha256
+
+import pytest
+from ledger_world import random_life
+
+from orcaserve.core.invariants import CheckedScheduler
+from orcaserve.core.request import Request
+from orcaserve.core.scheduler import Scheduler, SchedulerConfig
+
+LIVES = 400
+
+
+class LosesABlock(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        free = self.kv.free
+
+        def leak(request: Request) -> None:
+            request.block_table = request.block_table[1:]
+            free(request)
+
+        self.kv.free = leak
+
+
+class KeepsProgressOfThePreempted(CheckedScheduler):
+    def _preempt(self, request: Request) -> None:
+        computed = request.num_computed
+        super()._preempt(request)
+        request.num_computed = computed
+
+
+class ForgetsToTellWorkers(CheckedScheduler):
+    def _forget(self, request: Request) -> None:
+        super()._forget(request)
+        self._freed.clear()
+
+
+class TakesOneSlotTooFew(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        grow = self.kv.grow
+        self.kv.grow = lambda request, num_tokens: grow(request, num_tokens - 1)
+
+
+class ReadsTheWholePromptFromTheCache(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        cached = self.kv._cached_prefix
+
+        def greedy(request: Request) -> list[int]:
+            request.token_ids.append(0)
+            try:
+                return cached(request)
+            finally:
+                request.token_ids.pop()
+
+        self.kv._cached_prefix = greedy
+
+
+class ForgetsThePrefixBeforeTheBlock(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+
+        def unchained(request: Request, count: int) -> None:
+            for i in range(len(request.block_keys), count):
+                request.block_keys.append(sha256(repr(self.kv._block_tokens(request, i)).encode()).digest())
+
+        self.kv._extend_keys = unchained
+
+
+class PublishesHalfABlock(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        publish = self.kv.publish
+
+        def early(request: Request) -> None:
+            real = request.num_computed
+            request.num_computed = min(len(request.block_table) * self.kv.block_size, real + self.kv.block_size - 1)
+            publish(request)
+            request.num_computed = real
+
+        self.kv.publish = early
+
+
+class KeepsThePrefixOfAReusedBlock(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        pool = self.kv.pool
+
+        def take() -> int:
+            block, _ = pool.free.popitem(last=False)
+            pool.counts[block] = 1
+            return block
+
+        pool.take = take
+
+
+class TakesUsedBlocksFirst(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        pool, grow = self.kv.pool, self.kv.grow
+
+        def steal(request: Request, num_tokens: int) -> bool:
+            if grow(request, num_tokens):
+                return True
+            other = next(other for other in self.running if other is not request or len(self.running) == 1)
+            request.block_table.append(other.block_table[-1])
+            pool.counts[other.block_table[-1]] += 1
+            return True
+
+        self.kv.grow = steal
+
+
+class SchedulesTwice(CheckedScheduler):
+    def _ready(self) -> list[Request]:
+        return list(self.running)
+
+
+class FreesInFlight(CheckedScheduler):
+    def abort(self, id: int) -> None:
+        request = self.requests.get(id)
+        if request is not None:
+            request.in_flight = False
+        super().abort(id)
+
+
+class PreemptsTheOldest(CheckedScheduler):
+    def _make_room(self, row) -> bool:
+        while not self.kv.grow(row.request, row.start + row.num_tokens):
+            victim = next(request for request in self.running if not request.in_flight)
+            if victim is row.request:
+                return False
+            self._preempt(victim)
+        return True
+
+
+class LetsTheSecondOvertake(CheckedScheduler):
+    def _admit(self, request: Request) -> bool:
+        if super()._admit(request):
+            return True
+        for other in self.waiting[1:]:
+            self.waiting.remove(other)
+            self.waiting.insert(0, other)
+            if super()._admit(other):
+                return True
+            self.waiting.remove(other)
+            insort(self.waiting, other, key=self.policy.order)
+        return False
+
+
+class WantsSpareForNobody(CheckedScheduler):
+    def _admit(self, request: Request) -> bool:
+        return self.kv.pool.num_free > self.kv.blocks_for(self.policy.room(request)) and super()._admit(request)
+
+
+class StarvesWhenMemoryIsShort(CheckedScheduler):
+    """The scheduler as it was once: a younger decode that found no memory stopped the older prefill behind it."""
+
+    def _ready(self) -> list[Request]:
+        ready = super()._ready()
+        for i, request in enumerate(ready):
+            short = self.kv.blocks_for(request.num_computed + 1) > len(request.block_table) + self.kv.pool.num_free
+            if short and request is self.running[-1]:
+                return ready[:i]
+        return ready
+
+
+class EndsOneTokenLate(CheckedScheduler):
+    def _finish_reason(self, request: Request, token_id: int | None):
+        reason = super()._finish_reason(request, token_id)
+        return None if reason == "length" and request.num_generated == request.new.max_tokens > 0 else reason
+
+
+class IgnoresTheBudget(CheckedScheduler):
+    def _row(self, request: Request, tokens_left: int):
+        return super()._row(request, 1000)
+
+
+class OpensTheStaticBatch(CheckedScheduler):
+    def schedule(self):
+        policy, closed = self.policy, self.policy.request_level
+        if closed:
+            self.policy = type(policy)(name="open", reserve=True, chunked=False, decodes_first=False)
+        running = len(self.running)
+        batch = Scheduler.schedule(self)
+        self.policy = policy
+        if batch is not None:
+            self._check_batch(batch, running)
+        return batch
+
+
+class ReservesOnlyThePrompt(CheckedScheduler):
+    def _admit(self, request: Request) -> bool:
+        if not self.policy.reserve:
+            return super()._admit(request)
+        if not self.kv.admit(request, request.num_tokens):
+            return False
+        request.num_cached = 0
+        self.running.append(self.waiting.pop(0))
+        return True
+
+
+MUTANTS = [
+    value
+    for value in list(globals().values())
+    if isinstance(value, type) and issubclass(value, CheckedScheduler) and value is not CheckedScheduler
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_mutant_is_caught(mutant: type[Scheduler]) -> None:
+    for seed in range(LIVES):
+        try:
+            random_life(seed, scheduler=mutant)
+        except (AssertionError, KeyError, IndexError, ValueError, RuntimeError):
+            return
+    pytest.fail(f"{mutant.__name__} lived {LIVES} lives")
+
+
+def test_the_original_is_not_caught() -> None:
+    for seed in range(LIVES // 4):
+        random_life(seed)

@@ -1,0 +1,94 @@
+"""The real scheduler, KV manager and loop in random and in all small worlds, against the sequential oracle."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from ledger_world import World, random_config, random_life, random_request
+
+from orcaserve.core.policy import POLICIES
+from orcaserve.core.scheduler import SchedulerConfig
+
+STEPS_IN_CI = 100_000
+
+
+def test_a_hundred_thousand_steps() -> None:
+    """Every invariant after every call, every answer equal to the oracle's, every world drained, preemptions seen."""
+    base = random.SystemRandom().randrange(10**9)
+    steps = preemptions = hits = 0
+    for seed in itertools.count(base):
+        try:
+            world = random_life(seed)
+        except BaseException:
+            print(f"seed {seed}")
+            raise
+        steps += world.steps
+        preemptions += world.scheduler.num_preemptions
+        hits += world.scheduler.kv.num_hits
+        if steps >= STEPS_IN_CI:
+            break
+    print(f"seeds {base} … {seed}: {steps} steps, {preemptions} preemptions, {hits} cached tokens")
+    assert preemptions > 150
+    assert hits > 2_000
+
+
+class Life(RuleBasedStateMachine):
+    """The same world, with hypothesis choosing and shrinking what happens."""
+
+    @initialize(seed=st.integers(0, 2**32), eager=st.booleans())
+    def begin(self, seed: int, eager: bool) -> None:
+        self.rng = random.Random(seed)
+        self.world = World(random_config(self.rng), eager=eager)
+
+    @rule(count=st.integers(1, 4))
+    def submit(self, count: int) -> None:
+        for _ in range(count):
+            self.world.submit(**random_request(self.rng, self.world))
+
+    @rule(which=st.integers(0, 100))
+    def abort(self, which: int) -> None:
+        ids = sorted(self.world.requests)
+        if ids:
+            self.world.abort(ids[which % len(ids)])
+
+    @rule(turns=st.integers(1, 20))
+    def step(self, turns: int) -> None:
+        self.world.step(turns)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.drain()
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(
+    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_all_small_worlds(policy: str, depth: int) -> None:
+    """Exhaustive: two or three requests of every small size, arriving at every small distance."""
+    sizes = [(1, 1), (1, 3), (2, 2), (3, 0), (3, 1)]
+    for num_blocks, block_size, max_batch_size in itertools.product([4, 5], [1, 2], [1, 2]):
+        config = SchedulerConfig(
+            policy=POLICIES[policy],
+            max_batch_size=max_batch_size,
+            max_batch_tokens=2,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            depth=depth,
+        )
+        for shapes in itertools.product(sizes, repeat=3):
+            for gaps in itertools.product([0, 1, 2], repeat=2):
+                world = World(config)
+                for (prompt, output), gap in zip(shapes, (*gaps, 0), strict=True):
+                    world.submit(tuple(range(7, 7 + prompt)), output)
+                    world.step(gap)
+                world.drain()
