@@ -1,0 +1,210 @@
+"""The engine process: reads commands from an inherited socket, runs the EngineLoop, and writes what it gives.
+
+Started by the frontend as `python -m orcaserve.serve.engine_process SOCKET_FD RECORDER_FD`. Its threads: the main one
+runs the loop; a reader fills the inbox and ends the process when the frontend is gone; a writer empties the outbox; a
+heart beat says that the process is alive.
+
+Exit codes: 0 after Stop or the frontend's end, 1 if the model cannot be served, 70 if the loop failed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import cast
+
+from orcaserve.core import invariants
+from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
+from orcaserve.core.policy import POLICIES
+from orcaserve.core.scheduler import Scheduler, SchedulerConfig
+from orcaserve.engine.executor import Executor
+from orcaserve.engine.loop import EngineLoop
+from orcaserve.engine.messages import Command, Stats
+from orcaserve.serve.flight_recorder import FlightRecorder, RecordingExecutor
+from orcaserve.serve.frames import Beat, Failed, FrameReader, FromEngine, Loading, Ready, Start, ToEngine, encode
+
+BEAT_SECONDS = 0.3
+FLUSH_SECONDS = 1.0
+RECEIVE_BYTES = 1 << 18
+EXIT_MODEL, EXIT_LOOP = 1, 70
+
+Progress = Callable[[str, int, int], None]
+Build = Callable[[EngineOptions, Progress], tuple[Executor, EngineInfo]]
+
+
+class SocketInbox:
+    """Commands as they come from the socket. Filled by the reader thread, emptied by the loop."""
+
+    def __init__(self) -> None:
+        self._commands: list[Command] = []
+        self._some = threading.Condition()
+
+    def put(self, command: Command) -> None:
+        with self._some:
+            self._commands.append(command)
+            self._some.notify()
+
+    def take(self, block: bool) -> list[Command]:
+        with self._some:
+            while block and not self._commands:
+                self._some.wait()
+            commands, self._commands = self._commands, []
+            return commands
+
+
+class SocketOutbox:
+    """Frames on their way to the frontend, written by a thread of their own: a slow reader never blocks the loop.
+
+    What waits here is bounded by the tokens that the accepted requests may still generate.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._frames: queue.SimpleQueue[FromEngine | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
+        self._thread.start()
+
+    def put(self, step: FromEngine) -> None:
+        self._frames.put(step)
+
+    @property
+    def is_empty(self) -> bool:
+        return self._frames.empty()
+
+    def close(self) -> None:
+        """Gives the frames that are still here a moment to leave."""
+        self._frames.put(None)
+        self._thread.join(FLUSH_SECONDS)
+
+    def _write(self) -> None:
+        while (frame := self._frames.get()) is not None:
+            try:
+                self._sock.sendall(encode(frame))
+            except OSError:
+                return  # the frontend is gone; the reader ends the process
+
+
+def main(socket_fd: int, recorder_fd: int, build: Build | None = None) -> int:
+    """Serves until Stop or until the frontend is gone; returns the exit code.
+
+    build: makes the executor; None: `orcaserve.executors.build`. A test passes its own.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal's Ctrl-C reaches everyone; the frontend decides
+        signal.signal(number, signal.SIG_IGN)
+    for fd in (socket_fd, recorder_fd):
+        os.set_inheritable(fd, False)
+    _die_with_parent()
+    sock = socket.socket(fileno=socket_fd)
+    start: queue.SimpleQueue[EngineOptions] = queue.SimpleQueue()
+    inbox = SocketInbox()
+    outbox = SocketOutbox(sock)
+    threading.Thread(target=_read, args=(sock, start, inbox), name="reader", daemon=True).start()
+    try:
+        return _serve(start.get(), FlightRecorder(recorder_fd), inbox, outbox, build)
+    finally:
+        outbox.close()
+
+
+def _serve(
+    options: EngineOptions, recorder: FlightRecorder, inbox: SocketInbox, outbox: SocketOutbox, build: Build | None
+) -> int:
+    pulse = _Pulse(outbox)
+    try:
+        if build is None:
+            from orcaserve import executors  # torch comes with it: as late as possible, and its failure is a frame
+
+            build = executors.build
+        executor, info = build(options, lambda stage, done, total: outbox.put(Loading(stage, done, total)))
+        recording = RecordingExecutor(executor, recorder)
+        scheduler = Scheduler(_scheduler_config(options, info))
+        loop = EngineLoop(scheduler, recording, inbox, outbox, time.monotonic)
+    except ModelError as error:
+        outbox.put(Failed(str(error)))
+        return EXIT_MODEL
+    except Exception as error:
+        outbox.put(Failed(f"the engine could not start: {_line(error)}"))
+        return EXIT_MODEL
+    pulse.watch(lambda: recording.num_tokens, loop.stats)
+    outbox.put(Ready(info))
+    try:
+        while loop.step():
+            if options.check:
+                invariants.check(scheduler)
+    except Exception as error:
+        print(f"orcaserve engine: the loop failed: {_line(error)}", file=sys.stderr, flush=True)
+        return EXIT_LOOP
+    return 0
+
+
+class _Pulse:
+    """The heart beat, apart from the loop: it goes on while the loop is inside a kernel."""
+
+    def __init__(self, outbox: SocketOutbox) -> None:
+        self._outbox = outbox
+        self._read: Callable[[], Beat] = Beat
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+
+    def watch(self, num_tokens: Callable[[], int], stats: Callable[[], Stats]) -> None:
+        """Reports these from now on. Both only read numbers that the loop owns."""
+        self._read = lambda: Beat(num_tokens(), stats())
+
+    def _beat(self) -> None:
+        while True:
+            if self._outbox.is_empty:  # else the frontend is behind, and what waits for it says that we live
+                self._outbox.put(self._read())
+            time.sleep(BEAT_SECONDS)
+
+
+def _read(sock: socket.socket, start: queue.SimpleQueue[EngineOptions], inbox: SocketInbox) -> None:
+    """Turns the socket's bytes into commands; when the frontend is gone, the process is too, even inside a kernel."""
+    try:
+        reader = FrameReader(ToEngine)
+        while data := sock.recv(RECEIVE_BYTES):
+            for frame in reader.feed(data):
+                if isinstance(frame, Start):
+                    start.put(frame.options)
+                else:
+                    inbox.put(cast(Command, frame))
+    except Exception as error:
+        print(f"orcaserve engine: the link failed: {_line(error)}", file=sys.stderr, flush=True)
+    os._exit(0)
+
+
+def _scheduler_config(options: EngineOptions, info: EngineInfo) -> SchedulerConfig:
+    if options.policy not in POLICIES:
+        raise ModelError(f"unknown policy {options.policy!r}; there are: {', '.join(POLICIES)}")
+    return SchedulerConfig(
+        policy=POLICIES[options.policy],
+        max_batch_size=options.max_batch_size,
+        max_batch_tokens=max(options.max_batch_tokens, options.max_batch_size),
+        num_blocks=info.num_blocks,
+        block_size=info.block_size,
+        depth=options.depth,
+    )
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to kill this process when the thread that started it ends: not even a stopped one stays behind.
+
+    Elsewhere, and for a parent that is gone already, the end of the socket says the same to a process that runs.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+if __name__ == "__main__":
+    code = main(int(sys.argv[1]), int(sys.argv[2]))
+    sys.stderr.flush()
+    os._exit(code)  # a model's threads and caches need no tidy end

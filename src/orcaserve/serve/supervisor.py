@@ -1,0 +1,337 @@
+"""`Supervisor`: keeps one engine process alive: starts it, notices death, freezing and stuck steps, starts it again.
+
+Death is the socket's end. Freezing is three beats missed by a process that gets no work done. A stuck step is a batch
+that takes far longer than its tokens should. Whichever it is, the process is killed, reaped, and its owner is told who
+was in flight; then comes another one, after a back-off that grows while nothing is gained in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess  # an argument list, never a shell
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+from orcaserve.core.config import EngineInfo, EngineOptions
+from orcaserve.engine.messages import Step, Stop
+from orcaserve.serve.flight_recorder import FlightRecorder
+from orcaserve.serve.frames import Beat, Failed, FrameReader, FromEngine, Loading, Ready, Start, ToEngine, encode
+
+COMMAND = (sys.executable, "-m", "orcaserve.serve.engine_process")
+TICK_SECONDS = 0.3
+FROZEN_TICKS = 3
+SILENT_TICKS = 34  # even a process that works must get a word out in ten seconds
+STUCK_SECONDS = 30.0
+STUCK_FACTOR = 20.0
+STOP_SECONDS = 1.0
+BACKOFF_SECONDS = (0.1, 5.0)
+LASTING_SECONDS = 10.0  # an engine that was ready for so long was worth its start, even if nobody asked for anything
+MOST_FRUITLESS = 8
+
+
+class Owner(Protocol):
+    """Whom a supervisor serves. Called from the event loop; must not raise."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine has been given work that it has not finished."""
+        ...
+
+    def on_loading(self, stage: str, done: int, total: int) -> None: ...
+
+    def on_ready(self, info: EngineInfo) -> None: ...
+
+    def on_step(self, step: Step) -> None: ...
+
+    def on_beat(self, beat: Beat) -> None: ...
+
+    def on_death(self, reason: str, in_flight: tuple[int, ...]) -> bool:
+        """The engine is dead, and these requests were in its last batches. True if that settled something."""
+        ...
+
+    def on_failed(self, message: str) -> None:
+        """There will be no further engine."""
+        ...
+
+
+class EngineProcess(asyncio.Protocol):
+    """One engine process and this end of its socket. Owner of both, from `start` to the end of `reap`."""
+
+    def __init__(self, on_frame: Callable[[FromEngine], None]) -> None:
+        self._on_frame = on_frame
+        self._reader = FrameReader(FromEngine)
+        self._lost = asyncio.Event()
+        self._recorder = FlightRecorder.create()
+        self._transport: asyncio.Transport
+        self._process: subprocess.Popen[bytes]
+
+    @classmethod
+    async def start(
+        cls, command: Sequence[str], options: EngineOptions, on_frame: Callable[[FromEngine], None]
+    ) -> EngineProcess:
+        """Spawns the process; raises OSError if that cannot be done.
+
+        Must run in a thread that lives as long as the engine shall: the engine asks Linux to die with it.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self = cls(on_frame)
+            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
+            try:
+                self._process = subprocess.Popen(  # noqa: S603
+                    [*command, str(theirs.fileno()), str(self._recorder.fd)],
+                    pass_fds=(theirs.fileno(), self._recorder.fd),
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # whatever a library prints must not get between the lines of the frontend's output
+                    process_group=0,
+                )
+            except BaseException:
+                self._transport.abort()
+                self._recorder.close()
+                raise
+        self.send(Start(options))
+        return self
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, frame: ToEngine) -> None:
+        if not self._lost.is_set():
+            self._transport.write(encode(frame))
+
+    async def is_gone(self, within: float) -> bool:
+        """Waits for the end of the socket, at most so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._lost.wait(), within)
+        return self._lost.is_set()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    async def reap(self) -> tuple[str, tuple[int, ...]]:
+        """Makes sure that the process is dead and lets go of everything. How it died, and who was in flight."""
+        if self._lost.is_set():  # it may be about to exit by itself, with a code that says more than a signal
+            await self._exit_code(within=TICK_SECONDS)
+        self.kill()
+        code = await self._exit_code()
+        in_flight = self._recorder.read()
+        self._recorder.close()
+        self._transport.abort()
+        await self._lost.wait()
+        return (f"signal {-code}" if code < 0 else f"exit code {code}"), in_flight
+
+    async def _exit_code(self, within: float = float("inf")) -> int:
+        """The exit code, waited for without blocking the event loop: the end of a large process takes a while."""
+        end = time.monotonic() + within
+        while (code := self._process.poll()) is None and time.monotonic() < end:
+            await asyncio.sleep(0.005)
+        return -1 if code is None else code
+
+    def pulse(self) -> object:
+        """Something that changes while the process gets work done; None where the system does not tell."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        state, cpu_ticks = fields[0], (fields[11], fields[12])
+        waits_for_a_disk_or_a_core = state in ("D", "R")
+        return time.monotonic() if waits_for_a_disk_or_a_core else cpu_ticks
+
+    # -- asyncio.Protocol ----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        for frame in self._reader.feed(data):
+            self._on_frame(cast(FromEngine, frame))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._lost.set()
+
+
+class Watch:
+    """Tells from what is heard of an engine, tick by tick, whether it is frozen or stuck.
+
+    Ticks, not seconds: when the frontend itself was held up, the frames that came meanwhile are heard before the next.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._heard = True
+        self._silent = 0
+        self._idle = 0
+        self._pulse: object = None
+        self._progress = now
+        self._num_tokens = 0
+        self._seconds_per_token: float | None = None
+
+    def hear(self, frame: FromEngine, now: float) -> None:
+        self._heard = True
+        if isinstance(frame, Beat):
+            self._num_tokens = frame.num_tokens
+        elif isinstance(frame, Step):
+            self._progress = now
+            if frame.num_tokens > 0:
+                latest = frame.seconds / frame.num_tokens
+                known = self._seconds_per_token
+                self._seconds_per_token = latest if known is None else known + 0.1 * (latest - known)
+
+    def tick(self, now: float, is_busy: bool, pulse: object) -> str | None:
+        """Why the engine has to be killed, or None."""
+        self._silent = 0 if self._heard else self._silent + 1
+        # A beat can also be late because a library holds Python's lock while it loads, or for want of a core.
+        worked = pulse is None or pulse != self._pulse
+        self._idle = 0 if self._heard or worked else self._idle + 1
+        self._heard, self._pulse = False, pulse
+        if not is_busy:
+            self._progress = now
+        if self._idle >= FROZEN_TICKS or self._silent >= SILENT_TICKS:
+            return "frozen"
+        return "stuck" if now - self._progress > self.limit else None
+
+    @property
+    def limit(self) -> float:
+        """Seconds that the batches in flight may take. The first one has no measure, and may be slow."""
+        if self._seconds_per_token is None:
+            return 10 * STUCK_SECONDS
+        return max(STUCK_SECONDS, STUCK_FACTOR * self._seconds_per_token * self._num_tokens)
+
+    def age(self, now: float) -> float:
+        """Seconds since an iteration ended, while there is work."""
+        return now - self._progress
+
+
+class Supervisor:
+    """Owner of the engine process and of the task that looks after it.
+
+    state: "loading" until an engine was ready for the first time, then "ready" or "restarting"; "failed" is for good.
+    """
+
+    def __init__(self, options: EngineOptions, owner: Owner, command: Sequence[str] | None = None) -> None:
+        self._options = options
+        self._owner = owner
+        self._command = COMMAND if command is None else tuple(command)
+        self._engine: EngineProcess | None = None
+        self._watch: Watch | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+        self._failure: str | None = None
+        self._ready_since: float | None = None
+        self._is_fruitful = False
+        self.state = "loading"
+        self.num_starts = 0
+        self.start_seconds = 0.0  # how long the last start took
+
+    def start(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._run(), name="engine supervisor")
+
+    @property
+    def pid(self) -> int | None:
+        return self._engine.pid if self._engine is not None else None
+
+    @property
+    def step_age(self) -> float:
+        """Seconds since the engine finished an iteration while it has work to do; 0 while it has none."""
+        if not self._owner.is_busy or self._watch is None:
+            return 0.0
+        return self._watch.age(time.monotonic())
+
+    def send(self, frame: ToEngine) -> None:
+        """To the engine, if there is one."""
+        if self._engine is not None:
+            self._engine.send(frame)
+
+    async def stop(self) -> None:
+        """Ends the engine process, within a second or by force."""
+        self._stopping.set()
+        try:
+            if self._engine is not None and self._ready_since is not None:
+                self._engine.send(Stop())
+                await self._engine.is_gone(within=STOP_SECONDS)
+        finally:
+            if self._engine is not None:
+                self._engine.kill()
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        fruitless = 0
+        while True:
+            began = time.monotonic()
+            self._is_fruitful = False
+            self._ready_since = None
+            self._failure = None
+            reason, in_flight = await self._live()
+            if self._stopping.is_set():
+                return
+            was_ready = self._ready_since is not None
+            if self._failure is not None and self.num_starts == 0:
+                return self._give_up(self._failure)
+            if self._owner.on_death(reason, in_flight):
+                self._is_fruitful = True
+            lasted = self._ready_since is not None and time.monotonic() - self._ready_since >= LASTING_SECONDS
+            fruitless = 0 if self._is_fruitful or lasted else fruitless + 1
+            if self.num_starts == 0 and not was_ready and fruitless > 1:
+                return self._give_up(f"the engine process died while it was loading ({reason})")
+            if fruitless >= MOST_FRUITLESS:
+                return self._give_up(self._failure or f"the engine process died {fruitless} times in a row ({reason})")
+            least, most = BACKOFF_SECONDS
+            pause = min(most, least * 2 ** max(0, fruitless - 1))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), max(0.0, began + pause - time.monotonic()))
+                return
+
+    async def _live(self) -> tuple[str, tuple[int, ...]]:
+        """One engine process, from its start to its end: why it ended, and who was in flight."""
+        self._watch = watch = Watch(time.monotonic())
+        began = time.monotonic()
+
+        def on_frame(frame: FromEngine) -> None:
+            watch.hear(frame, time.monotonic())
+            self._hear(frame, began)
+
+        try:
+            engine = await EngineProcess.start(self._command, self._options, on_frame)
+        except OSError as error:
+            return f"it could not be started: {error.strerror}", ()
+        self._engine = engine
+        verdict = None
+        if self._stopping.is_set():
+            engine.kill()
+        try:
+            while verdict is None and not await engine.is_gone(within=TICK_SECONDS):
+                verdict = watch.tick(time.monotonic(), self._owner.is_busy, engine.pulse())
+        finally:
+            self._engine = None
+            if self.state == "ready":
+                self.state = "restarting"
+            how, in_flight = await engine.reap()
+        return verdict or how, in_flight
+
+    def _hear(self, frame: FromEngine, began: float) -> None:
+        match frame:
+            case Step():
+                self._is_fruitful = self._is_fruitful or bool(frame.outputs)
+                self._owner.on_step(frame)
+            case Beat():
+                self._owner.on_beat(frame)
+            case Loading():
+                self._owner.on_loading(frame.stage, frame.done, frame.total)
+            case Ready():
+                self._ready_since = time.monotonic()
+                self.start_seconds = self._ready_since - began
+                self.num_starts += 1
+                self.state = "ready"
+                self._owner.on_ready(frame.info)
+            case Failed():
+                self._failure = frame.message
+
+    def _give_up(self, message: str) -> None:
+        self.state = "failed"
+        self._owner.on_failed(message)

@@ -1,0 +1,83 @@
+"""An engine process of the tests: the real one in everything but the model, which is the ledger.
+
+Options stand before the two file descriptors: `--crash-on TOKEN` ends the process when a batch brings that token;
+`--hang-on TOKEN` never returns; `--raise-on TOKEN` raises; `--fail MESSAGE` and `--die-loading` end the start;
+`--profiles FOLDER` gives every start a profile of its own, counted in that folder; `--vocab N`; `--blocks N`;
+`--step-seconds S` makes iterations last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from orcaserve.core.batch import Batch
+from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
+from orcaserve.engine.executor import Executor, Pending
+from orcaserve.engine.ledger import LedgerExecutor
+from orcaserve.serve.engine_process import Progress, main
+
+VOCAB = 1000
+
+
+class Misbehaving:
+    """A ledger that does what its options say when a batch brings their token."""
+
+    def __init__(self, ledger: LedgerExecutor, options: argparse.Namespace) -> None:
+        self.ledger = ledger
+        self.options = options
+
+    def submit(self, batch: Batch) -> Pending:
+        tokens = {token for new in batch.new for token in new.token_ids}
+        tokens |= {token for row in batch.rows for token in row.token_ids}
+        if self.options.crash_on in tokens:
+            os._exit(11)
+        if self.options.hang_on in tokens:
+            time.sleep(3600)
+        if self.options.raise_on in tokens:
+            raise ValueError("an executor's bug\nin two lines")
+        time.sleep(self.options.step_seconds)
+        return self.ledger.submit(batch)
+
+
+def build(options: EngineOptions, progress: Progress) -> tuple[Executor, EngineInfo]:
+    given = parser.parse_args(sys.argv[1:])
+    progress("weights", 0, 2)
+    if given.fail is not None:
+        raise ModelError(given.fail)
+    if given.die_loading:
+        os._exit(12)
+    progress("weights", 2, 2)
+    profile = "ledger"
+    if given.profiles is not None:
+        profile = str(len(list(given.profiles.iterdir())))
+        (given.profiles / profile).touch()
+    info = EngineInfo(
+        architecture="ledger",
+        dtype="int64",
+        vocab_size=VOCAB,
+        max_model_len=given.max_model_len,
+        block_size=options.block_size,
+        num_blocks=given.blocks,
+        profile=profile,
+    )
+    return Misbehaving(LedgerExecutor(given.blocks, options.block_size, VOCAB), given), info
+
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--crash-on", type=int)
+parser.add_argument("--hang-on", type=int)
+parser.add_argument("--raise-on", type=int)
+parser.add_argument("--fail")
+parser.add_argument("--die-loading", action="store_true")
+parser.add_argument("--profiles", type=Path)
+parser.add_argument("--blocks", type=int, default=1024)
+parser.add_argument("--max-model-len", type=int, default=4096)
+parser.add_argument("--step-seconds", type=float, default=0.0)
+parser.add_argument("fds", type=int, nargs=2)
+
+if __name__ == "__main__":
+    os._exit(main(*parser.parse_args().fds, build=build))
