@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from pool_world import (
+    ENGINE,
     PATIENCE,
     Wish,
     gather,
@@ -59,6 +60,24 @@ def test_streams_survive_three_kills(loop: str) -> None:
             await until(lambda: pool.stats.num_held_blocks == 0, "no block is held")
 
     run(main(), loop)
+
+
+@pytest.mark.parametrize(("policy", "depth"), [("default", 3), ("orca", 2), ("static", 1)])
+def test_streams_survive_a_kill_under_any_policy(policy: str, depth: int) -> None:
+    async def main() -> None:
+        options = EngineOptions(model="ledger", policy=policy, depth=depth, max_batch_size=8, check=True)
+        async with pool_of("--step-seconds", "0.001", options=options) as pool:
+            asked = wishes(9, 30, most_tokens=30)
+            results = [asyncio.ensure_future(gather(submit(pool, wish))) for wish in asked]
+            await until(lambda: pool.num_unfinished <= 20, "some have ended")
+            pid = pool.engine_pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            got = await asyncio.gather(*results)
+            assert [(tokens, reason) for tokens, reason, _ in got] == [wish.answer() for wish in asked]
+            assert pool.num_restarts == 1
+
+    run(main())
 
 
 def test_log_probabilities_and_choices_survive_a_kill() -> None:
@@ -256,6 +275,19 @@ def test_a_stuck_step_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
             assert [tokens for tokens, _, _ in got[1:]] == [wish.answer()[0] for wish in good]
 
     run(main())
+
+
+def test_a_loop_that_ends_without_closing_the_pool_leaves_no_engine() -> None:
+    pids = []
+
+    async def main() -> None:
+        pool = Pool(EngineOptions(model="ledger"), command=ENGINE)
+        await pool.start()
+        await pool.ready()
+        pids.append(pool.engine_pid)
+
+    run(main())
+    assert not is_alive(pids[0])
 
 
 FRONTEND = """

@@ -118,9 +118,9 @@ def _serve(
     pulse = _Pulse(outbox)
     try:
         if build is None:
-            from orcaserve import executors  # torch comes with it: as late as possible, and its failure is a frame
+            import orcaserve.executors  # torch comes with it: as late as possible, and its failure is a frame
 
-            build = executors.build
+            build = orcaserve.executors.build
         executor, info = build(options, lambda stage, done, total: outbox.put(Loading(stage, done, total)))
         recording = RecordingExecutor(executor, recorder)
         scheduler = Scheduler(_scheduler_config(options, info))
@@ -183,7 +183,7 @@ def _scheduler_config(options: EngineOptions, info: EngineInfo) -> SchedulerConf
     return SchedulerConfig(
         policy=POLICIES[options.policy],
         max_batch_size=options.max_batch_size,
-        max_batch_tokens=max(options.max_batch_tokens, options.max_batch_size),
+        max_batch_tokens=max(options.max_batch_tokens, options.max_batch_size),  # room for everyone's next token
         num_blocks=info.num_blocks,
         block_size=info.block_size,
         depth=options.depth,

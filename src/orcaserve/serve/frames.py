@@ -65,7 +65,7 @@ class FrameReader:
     """Cuts a byte stream into frames, however it is torn. Owner of the bytes that are not yet a whole frame."""
 
     def __init__(self, frames: object) -> None:
-        self._decoder: msgspec.msgpack.Decoder = msgspec.msgpack.Decoder(frames)
+        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(frames)
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[object]:

@@ -264,6 +264,11 @@ class Pool:
         return self._supervisor.step_age
 
     @property
+    def num_restarts(self) -> int:
+        """Engines that got ready after the first one."""
+        return max(0, self._supervisor.num_starts - 1)
+
+    @property
     def num_unfinished(self) -> int:
         """Choices that have arrived and not ended."""
         return len(self._live)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import signal
 import socket
 import subprocess  # an argument list, never a shell
 import sys
@@ -21,6 +23,8 @@ from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.engine.messages import Step, Stop
 from orcaserve.serve.flight_recorder import FlightRecorder
 from orcaserve.serve.frames import Beat, Failed, FrameReader, FromEngine, Loading, Ready, Start, ToEngine, encode
+
+log = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "orcaserve.serve.engine_process")
 TICK_SECONDS = 0.3
@@ -124,7 +128,7 @@ class EngineProcess(asyncio.Protocol):
         self._recorder.close()
         self._transport.abort()
         await self._lost.wait()
-        return (f"signal {-code}" if code < 0 else f"exit code {code}"), in_flight
+        return _manner(code), in_flight
 
     async def _exit_code(self, within: float = float("inf")) -> int:
         """The exit code, waited for without blocking the event loop: the end of a large process takes a while."""
@@ -154,6 +158,14 @@ class EngineProcess(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost.set()
+
+
+def _manner(code: int) -> str:
+    """How a process ended, for the operator."""
+    if code >= 0:
+        return f"exit code {code}"
+    hint = ", out of memory?" if code == -signal.SIGKILL else ""
+    return f"signal {-code}{hint}"
 
 
 class Watch:
@@ -225,7 +237,7 @@ class Supervisor:
         self._ready_since: float | None = None
         self._is_fruitful = False
         self.state = "loading"
-        self.num_starts = 0
+        self.num_starts = 0  # how often an engine got ready
         self.start_seconds = 0.0  # how long the last start took
 
     def start(self) -> None:
@@ -261,6 +273,13 @@ class Supervisor:
             await asyncio.wait([self._task])
 
     async def _run(self) -> None:
+        try:
+            await self._keep_alive()
+        except Exception as error:  # a bug here must end the requests, not leave them waiting for ever
+            log.exception("the supervisor failed")
+            self._give_up(f"the engine's supervisor failed: {type(error).__name__}")
+
+    async def _keep_alive(self) -> None:
         fruitless = 0
         while True:
             began = time.monotonic()
@@ -281,6 +300,7 @@ class Supervisor:
                 return self._give_up(f"the engine process died while it was loading ({reason})")
             if fruitless >= MOST_FRUITLESS:
                 return self._give_up(self._failure or f"the engine process died {fruitless} times in a row ({reason})")
+            log.warning("the engine process died (%s); starting another", self._failure or reason)
             least, most = BACKOFF_SECONDS
             pause = min(most, least * 2 ** max(0, fruitless - 1))
             with contextlib.suppress(TimeoutError):
