@@ -1,9 +1,10 @@
 """An engine process of the tests: the real one in everything but the model, which is the ledger.
 
-Options stand before the two file descriptors: `--crash-on TOKEN` ends the process when a batch brings that token;
-`--hang-on TOKEN` never returns; `--raise-on TOKEN` raises; `--fail MESSAGE` and `--die-loading` end the start;
-`--profiles FOLDER` gives every start a profile of its own, counted in that folder; `--vocab N`; `--blocks N`;
-`--step-seconds S` makes iterations last.
+Options stand before the two file descriptors. What a batch that brings the token TOKEN does: `--crash-on TOKEN` ends
+the process, `--raise-on TOKEN` raises, `--hang-on TOKEN` never returns, `--seize-on TOKEN` keeps Python's lock too.
+`--stall-while FILE` makes iterations wait while it exists, and FILE.stalled tells that one does; `--step-seconds S`
+makes them last. `--fail MESSAGE` and `--die-loading` end the start; `--profiles FOLDER` gives every start a profile of
+its own, counted in that folder.
 """
 
 from __future__ import annotations
@@ -37,8 +38,15 @@ class Misbehaving:
             os._exit(11)
         if self.options.hang_on in tokens:
             time.sleep(3600)
+        if self.options.seize_on in tokens:
+            print("seized", flush=True)
+            sum(range(10**15))  # one call, in which no other thread of Python's runs
         if self.options.raise_on in tokens:
             raise ValueError("an executor's bug\nin two lines")
+        stall = self.options.stall_while
+        while stall is not None and stall.exists():
+            stall.with_suffix(".stalled").touch()
+            time.sleep(0.005)
         time.sleep(self.options.step_seconds)
         return self.ledger.submit(batch)
 
@@ -70,7 +78,9 @@ def build(options: EngineOptions, progress: Progress) -> tuple[Executor, EngineI
 parser = argparse.ArgumentParser()
 parser.add_argument("--crash-on", type=int)
 parser.add_argument("--hang-on", type=int)
+parser.add_argument("--seize-on", type=int)
 parser.add_argument("--raise-on", type=int)
+parser.add_argument("--stall-while", type=Path)
 parser.add_argument("--fail")
 parser.add_argument("--die-loading", action="store_true")
 parser.add_argument("--profiles", type=Path)

@@ -199,6 +199,59 @@ def test_a_lone_request_survives_one_kill() -> None:
     run(main())
 
 
+def test_two_kills_at_the_same_progress_convict_nobody_who_was_alone_only_once(tmp_path: Path) -> None:
+    stall, stalled = tmp_path / "x", tmp_path / "x.stalled"
+
+    async def main() -> None:
+        async with pool_of("--step-seconds", "0.005", "--stall-while", str(stall)) as pool:
+            asked = [Wish((token,), 3, 150) for token in range(3)]
+            streams = [submit(pool, wish) for wish in asked]
+            begun = [list((await anext(stream)).token_ids) for stream in streams]
+            stall.touch()
+            for _ in range(2):  # all of them; then the first suspect alone
+                await until(stalled.exists, "an iteration is under way")
+                pid = pool.engine_pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                await until(lambda: pool.engine_pid is None, "the death is noticed")
+                stalled.unlink()
+            stall.unlink()
+            got = await gather_all(streams)
+            assert [first + tokens for first, (tokens, _, _) in zip(begun, got, strict=True)] == [
+                wish.answer()[0] for wish in asked
+            ]
+
+    run(main())
+
+
+def test_poison_beside_a_long_innocent_is_found_at_once() -> None:
+    """The innocent came first and goes on for long; whoever joins him must still get his turn alone."""
+
+    async def main() -> None:
+        async with pool_of("--crash-on", str(POISON), "--step-seconds", "0.005") as pool:
+            long = next(w for seed in range(99) if POISON not in (w := Wish((1,), seed, 1500)).answer()[0][:1400])
+            innocent = submit(pool, long)
+            await anext(innocent)
+            assert (await gather(submit(pool, Wish((POISON,), 1, 50))))[1] == "error"
+            assert pool.num_unfinished == 1
+            assert pool.num_restarts <= 4
+            assert (await anext(innocent)).finish_reason is None
+
+    run(main())
+
+
+def test_who_only_waited_is_no_suspect() -> None:
+    async def main() -> None:
+        options = EngineOptions(model="ledger", max_batch_size=1)
+        async with pool_of("--crash-on", str(POISON), options=options) as pool:
+            good = [wish for wish in wishes(10, 8) if POISON not in (*wish.prompt, *wish.answer()[0])]
+            got = await gather_all([submit(pool, wish) for wish in [Wish((POISON,), 1, 9), *good]])
+            assert [tokens for tokens, _, _ in got] == [[], *(wish.answer()[0] for wish in good)]
+            assert pool.num_restarts == 2  # it was alone both times
+
+    run(main())
+
+
 def test_an_aborted_suspect_does_not_hold_up_the_others() -> None:
     async def main() -> None:
         async with pool_of("--crash-on", str(POISON), "--step-seconds", "0.002") as pool:
@@ -296,35 +349,40 @@ from pool_world import Wish, pool_of, submit
 
 async def main():
     async with pool_of(*sys.argv[1:]) as pool:
-        stream = submit(pool, Wish((999,), 2, 4000))
-        if not sys.argv[1:]:
-            await anext(stream)
         print(pool.engine_pid, flush=True)
+        stream = submit(pool, Wish((999,), 2, 4000))
+        await anext(stream)
+        print("running", file=sys.stderr, flush=True)
         await asyncio.sleep(1000)
 
 asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("engine", ["running", "hanging", "stopped"])
+@pytest.mark.parametrize("engine", ["running", "seized", "stopped"])
 def test_an_engine_does_not_outlive_its_frontend(engine: str) -> None:
-    more = ["--hang-on", "999"] if engine == "hanging" else []
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     frontend = subprocess.Popen(
-        [sys.executable, "-c", FRONTEND, *more], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": paths}
+        [sys.executable, "-c", FRONTEND, *(["--seize-on", "999"] if engine == "seized" else [])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": paths},
     )
     try:
         assert frontend.stdout is not None
+        assert frontend.stderr is not None
         pid = int(frontend.stdout.readline())
+        assert frontend.stderr.readline() == (b"seized\n" if engine == "seized" else b"running\n")
         if engine == "stopped":
             os.kill(pid, signal.SIGSTOP)
     finally:
         frontend.kill()
-        frontend.communicate()
+        frontend.wait()
     end = time.monotonic() + PATIENCE
     while is_alive(pid) and time.monotonic() < end:
         time.sleep(0.01)
     assert not is_alive(pid)
+    frontend.communicate()
 
 
 def test_an_engine_process_leaves_interrupts_to_the_frontend() -> None:

@@ -518,6 +518,7 @@ class Pool:
             self._clear(choice)
 
     def on_death(self, reason: str, in_flight: tuple[int, ...]) -> bool:
+        self.stats = Stats()
         return self._blame(in_flight)
 
     def on_failed(self, message: str) -> None:
