@@ -28,9 +28,19 @@ from orcaserve.engine.executor import Executor
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Command, Stats
 from orcaserve.serve.flight_recorder import FlightRecorder, RecordingExecutor
-from orcaserve.serve.frames import Beat, Failed, FrameReader, FromEngine, Loading, Ready, Start, ToEngine, encode
+from orcaserve.serve.frames import (
+    BEAT_SECONDS,
+    Beat,
+    Failed,
+    FrameReader,
+    FromEngine,
+    Loading,
+    Ready,
+    Start,
+    ToEngine,
+    encode,
+)
 
-BEAT_SECONDS = 0.3
 FLUSH_SECONDS = 1.0
 RECEIVE_BYTES = 1 << 18
 EXIT_MODEL, EXIT_LOOP = 1, 70

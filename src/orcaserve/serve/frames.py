@@ -52,6 +52,7 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
 ToEngine = Start | Submit | Abort | Stop
 FromEngine = Loading | Ready | Failed | Beat | Step
 
+BEAT_SECONDS = 0.25  # how often the engine process says that it is alive, and how often the frontend looks
 _HEADER = 4
 _encoder = msgspec.msgpack.Encoder()
 

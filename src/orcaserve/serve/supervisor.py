@@ -22,14 +22,24 @@ from typing import Protocol, cast
 from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.engine.messages import Step, Stop
 from orcaserve.serve.flight_recorder import FlightRecorder
-from orcaserve.serve.frames import Beat, Failed, FrameReader, FromEngine, Loading, Ready, Start, ToEngine, encode
+from orcaserve.serve.frames import (
+    BEAT_SECONDS,
+    Beat,
+    Failed,
+    FrameReader,
+    FromEngine,
+    Loading,
+    Ready,
+    Start,
+    ToEngine,
+    encode,
+)
 
 log = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "orcaserve.serve.engine_process")
-TICK_SECONDS = 0.3
 FROZEN_TICKS = 3
-SILENT_TICKS = 34  # even a process that works must get a word out in ten seconds
+SILENT_TICKS = 40  # even a process that works must get a word out in ten seconds
 STUCK_SECONDS = 30.0
 STUCK_FACTOR = 20.0
 STOP_SECONDS = 1.0
@@ -121,7 +131,7 @@ class EngineProcess(asyncio.Protocol):
     async def reap(self) -> tuple[str, tuple[int, ...]]:
         """Makes sure that the process is dead and lets go of everything. How it died, and who was in flight."""
         if self._lost.is_set():  # it may be about to exit by itself, with a code that says more than a signal
-            await self._exit_code(within=TICK_SECONDS)
+            await self._exit_code(within=BEAT_SECONDS)
         self.kill()
         code = await self._exit_code()
         in_flight = self._recorder.read()
@@ -325,7 +335,7 @@ class Supervisor:
         if self._stopping.is_set():
             engine.kill()
         try:
-            while verdict is None and not await engine.is_gone(within=TICK_SECONDS):
+            while verdict is None and not await engine.is_gone(within=BEAT_SECONDS):
                 verdict = watch.tick(time.monotonic(), self._owner.is_busy, engine.pulse())
         finally:
             self._engine = None
