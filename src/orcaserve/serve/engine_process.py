@@ -104,7 +104,7 @@ class SocketOutbox:
 def main(socket_fd: int, recorder_fd: int, build: Build | None = None) -> int:
     """Serves until Stop or until the frontend is gone; returns the exit code.
 
-    build: makes the executor; None: `orcaserve.executors.build`. A test passes its own.
+    build: makes the executor; None: `orcaserve.executors.build.build`. A test passes its own.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal's Ctrl-C reaches everyone; the frontend decides
         signal.signal(number, signal.SIG_IGN)
@@ -128,9 +128,7 @@ def _serve(
     pulse = _Pulse(outbox)
     try:
         if build is None:
-            import orcaserve.executors  # torch comes with it: as late as possible, and its failure is a frame
-
-            build = orcaserve.executors.build
+            from orcaserve.executors.build import build  # torch comes with it: late, so that its failure is a frame
         executor, info = build(options, lambda stage, done, total: outbox.put(Loading(stage, done, total)))
         recording = RecordingExecutor(executor, recorder)
         scheduler = Scheduler(_scheduler_config(options, info))
