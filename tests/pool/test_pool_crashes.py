@@ -26,7 +26,7 @@ from pool_world import (
 
 from orcaserve.core.config import EngineOptions
 from orcaserve.core.request import SamplingParams
-from orcaserve.serve.pool import Pool
+from orcaserve.serve.pool import Pool, Update
 
 POISON = 999
 
@@ -60,6 +60,43 @@ def test_streams_survive_three_kills(loop: str) -> None:
             await until(lambda: pool.stats.num_held_blocks == 0, "no block is held")
 
     run(main(), loop)
+
+
+def test_any_mixture_of_deaths_aborts_and_arrivals() -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+
+    async def main() -> None:
+        options = EngineOptions(model="ledger", block_size=4, max_batch_size=16, check=True)
+        async with pool_of("--blocks", "300", "--crash-on", str(POISON), options=options) as pool:
+            asked = [wish for wish in wishes(seed, 150) if POISON not in (*wish.prompt, *wish.answer()[0])]
+            asked += [Wish((POISON, n), n, 9) for n in range(2)]
+            rng.shuffle(asked)
+            live: list[tuple[Wish, asyncio.Task[tuple[list[int], str | None, Update]]]] = []
+            while asked:
+                for wish in [asked.pop() for _ in range(min(len(asked), rng.randint(10, 40)))]:
+                    stream = submit(pool, wish)
+                    if rng.random() < 0.2:
+                        asyncio.get_running_loop().call_later(rng.random() / 10, stream.abort)
+                    else:
+                        live.append((wish, asyncio.ensure_future(gather(stream))))
+                target = rng.randrange(pool.num_unfinished + 1)
+                await until(lambda: pool.num_unfinished <= target, "some have ended")  # noqa: B023
+                if (pid := pool.engine_pid) is not None:
+                    os.kill(pid, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP]))
+            for wish, task in live:
+                tokens, reason, _ = await task
+                if POISON in wish.prompt:
+                    assert (tokens, reason) == ([], "error")
+                else:
+                    assert (tokens, reason) == wish.answer()
+            await until(lambda: pool.num_unfinished == 0, "the aborted are gone")
+            await until(lambda: pool.state == "ready" and pool.stats.num_blocks > 0, "an engine is ready")
+            await until(lambda: pool.stats.num_held_blocks == 0, "no block is held")
+            assert pool.num_waiting == pool.num_waiting_tokens == 0
+
+    run(main())
 
 
 @pytest.mark.parametrize(("policy", "depth"), [("default", 3), ("orca", 2), ("static", 1)])

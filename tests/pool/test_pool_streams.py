@@ -60,6 +60,18 @@ def test_prompt_logprobs_and_scoring() -> None:
     run(main())
 
 
+def test_cached_prompt_tokens_are_told_once_and_salted_apart() -> None:
+    async def main() -> None:
+        async with pool_of() as pool:
+            told = []
+            for salt in ("", "", "pepper"):
+                stream = pool.submit(range(64), SamplingParams(max_tokens=5), cache_salt=salt)
+                told.append(sum([update.num_cached async for update in stream]))
+            assert told == [0, 48, 0]  # the last block is always computed
+
+    run(main())
+
+
 def test_a_slow_consumer_gets_few_large_updates() -> None:
     async def main() -> None:
         async with pool_of() as pool:
