@@ -151,6 +151,12 @@ def _serve(
     return 0
 
 
+def _default_build() -> Build:
+    from orcaserve.executors.build import build  # torch comes with it: late, so that its failure is a frame
+
+    return build
+
+
 class _Pulse:
     """The heart beat, apart from the loop: it goes on while the loop is inside a kernel."""
 

@@ -299,14 +299,13 @@ class Supervisor:
             reason, in_flight = await self._live()
             if self._stopping.is_set():
                 return
-            was_ready = self._ready_since is not None
             if self._failure is not None and self.num_starts == 0:
                 return self._give_up(self._failure)
             if self._owner.on_death(reason, in_flight):
                 self._is_fruitful = True
             lasted = self._ready_since is not None and time.monotonic() - self._ready_since >= LASTING_SECONDS
             fruitless = 0 if self._is_fruitful or lasted else fruitless + 1
-            if self.num_starts == 0 and not was_ready and fruitless > 1:
+            if self.num_starts == 0 and fruitless > 1:
                 return self._give_up(f"the engine process died while it was loading ({reason})")
             if fruitless >= MOST_FRUITLESS:
                 return self._give_up(self._failure or f"the engine process died {fruitless} times in a row ({reason})")
