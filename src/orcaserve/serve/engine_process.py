@@ -17,7 +17,9 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import cast
 
 from orcaserve.core import invariants
@@ -127,8 +129,7 @@ def _serve(
 ) -> int:
     pulse = _Pulse(outbox)
     try:
-        if build is None:
-            from orcaserve.executors.build import build  # torch comes with it: late, so that its failure is a frame
+        build = build or _default_build()
         executor, info = build(options, lambda stage, done, total: outbox.put(Loading(stage, done, total)))
         recording = RecordingExecutor(executor, recorder)
         scheduler = Scheduler(_scheduler_config(options, info))
@@ -214,8 +215,10 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def _line(error: Exception) -> str:
+    """An exception in one line, with the place that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return " ".join(f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})".split())
 
 
 if __name__ == "__main__":
