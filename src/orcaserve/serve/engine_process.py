@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from orcaserve.core import invariants
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
+from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.policy import POLICIES
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.executor import Executor
@@ -132,7 +132,7 @@ def _serve(
         build = build or _default_build()
         executor, info = build(options, lambda stage, done, total: outbox.put(Loading(stage, done, total)))
         recording = RecordingExecutor(executor, recorder)
-        scheduler = Scheduler(_scheduler_config(options, info))
+        scheduler = (CheckedScheduler if options.check else Scheduler)(_scheduler_config(options, info))
         loop = EngineLoop(scheduler, recording, inbox, outbox, time.monotonic)
     except ModelError as error:
         outbox.put(Failed(str(error)))
@@ -143,9 +143,7 @@ def _serve(
     pulse.watch(lambda: recording.num_tokens, loop.stats)
     outbox.put(Ready(info))
     try:
-        while loop.step():
-            if options.check:
-                invariants.check(scheduler)
+        loop.run()
     except Exception as error:
         print(f"orcaserve engine: the loop failed: {_line(error)}", file=sys.stderr, flush=True)
         return EXIT_LOOP
