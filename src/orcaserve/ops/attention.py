@@ -1,0 +1,261 @@
+"""Attention over a paged KV cache, twice: the literal Split -> attend -> Merge, and the fast path with the promise.
+
+Caches are [num_blocks, block_size, kv heads, d] in the model's dtype. Both functions read back what was stored.
+
+`attention` gives a query bits that depend on its own value, its position and its own keys and values alone: not on who
+else is in the batch, on how its prompt was cut into chunks, on decode or prefill, or on the block table. How: the
+cache is walked in spans of `SPAN` positions that start at multiples of it, merged in order of position by an online
+softmax; queries travel in tiles, padded, so that every product is one of a fixed shape. What a span adds that a query
+may not see is exactly nothing: a zero, times a finite value of its own request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orcaserve.ops.layout import Layout, Row
+
+SPAN = 128  # positions of the cache per product
+QUERY_ROWS = 16  # rows of a query tile: positions * query heads per kv head; wider favours prefill, narrower decode
+_GROUP_ITEMS = 128  # (tile, kv head) items that gather keys of their own at a time, so that the copies stay in cache
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Writes k and v [ΣL, kv heads, d] at `slots` (int64 [ΣL]) of the caches."""
+    for new, cache in ((k, k_cache), (v, v_cache)):
+        _by_slot(cache).index_copy_(0, slots, new.reshape(new.shape[0], -1))
+
+
+def split_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """q [ΣL, heads, d] -> [ΣL, heads, d]: split by request, attend each against its own cache, merge.
+
+    window: a query at p sees positions > p - window. softcap: scores become softcap * tanh(score / softcap).
+    """
+    return torch.cat(
+        [
+            _attend_one(part, k_cache, v_cache, row, layout.block_size, scale, window, softcap)
+            for part, row in zip(q.split([row.num_tokens for row in layout.rows]), layout.rows, strict=True)
+        ]
+    )
+
+
+def _attend_one(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    row: Row,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    seen = torch.arange(row.end)
+    own = torch.arange(row.start, row.end)[:, None]
+    slots = row.blocks[seen // block_size] * block_size + seen % block_size
+    group = q.shape[1] // k_cache.shape[2]
+    k, v = (cache.flatten(0, 1)[slots].float().repeat_interleave(group, dim=1) for cache in (k_cache, v_cache))
+    scores = torch.einsum("qhd,khd->hqk", q.float() * scale, k)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    hidden = seen > own
+    if window is not None:
+        hidden |= seen <= own - window
+    shares = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1)
+    return torch.einsum("hqk,khd->qhd", shares, v).to(q.dtype)
+
+
+def attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: Layout,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """As `split_attention`, with the promise; the two agree but for rounding."""
+    heads, kv_heads = q.shape[1], k_cache.shape[2]
+    shape = _Shape(max(1, QUERY_ROWS * kv_heads // heads), heads // kv_heads, kv_heads, q.shape[2])
+    plan = layout.derived((shape, window), lambda: _plan(layout, shape, window))
+    out = torch.empty_like(q)
+    for tiles in plan:
+        out.index_copy_(0, tiles.tokens, _attend(q, k_cache, v_cache, tiles, shape, scale, softcap))
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """The fixed shape of every product: positions * group query rows of one kv head, d wide, against SPAN positions."""
+
+    positions: int
+    group: int
+    kv_heads: int
+    d: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Step:
+    """Tiles [lo, hi) meet one span each.
+
+    slots: int64 [n * SPAN] with n = hi - lo, or n = 1: all of them meet the same one. Positions that are not stored
+        yet stand as the tile's last one, so that only the request's own values are ever read.
+    mask: float32 [hi - lo, positions * group, SPAN], 0 or -inf; None where all is visible.
+    """
+
+    lo: int
+    hi: int
+    slots: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Tiles:
+    """Query tiles that are worked on together, and the spans they meet in order of position.
+
+    queries: int64 [tiles * positions], the token in each place; places past a row's end repeat its last token.
+    tokens: int64 [n], the tokens that the tiles answer; places: int64 [n], where their answers stand.
+    """
+
+    queries: Tensor
+    tokens: Tensor
+    places: Tensor
+    steps: tuple[_Step, ...]
+
+
+def _plan(layout: Layout, shape: _Shape, window: int | None) -> tuple[_Tiles, ...]:
+    """Rows of one tile (decodes, mostly) go together; a row of many goes alone, and its tiles share their spans."""
+
+    def first_span(row: Row) -> int:
+        return 0 if window is None else max(0, row.start - window + 1) // SPAN
+
+    rows = [row for row in layout.rows if row.num_tokens]
+    # longest first: then the tiles that still have a span to meet are always the first few
+    single = sorted(
+        (row for row in rows if row.num_tokens <= shape.positions),
+        key=lambda row: first_span(row) - (row.end - 1) // SPAN,
+    )
+    at_once = max(1, _GROUP_ITEMS // shape.kv_heads)
+    groups = [single[i : i + at_once] for i in range(0, len(single), at_once)]
+    plan = [_single_tiles(group, layout.block_size, shape, window) for group in groups]
+    plan += [_row_tiles(row, layout.block_size, shape, window) for row in rows if row.num_tokens > shape.positions]
+    return tuple(plan)
+
+
+def _single_tiles(rows: Sequence[Row], block_size: int, shape: _Shape, window: int | None) -> _Tiles:
+    """One tile per row, each with keys of its own; step s is the s-th span that a tile meets."""
+    start, count, first = (
+        torch.tensor([[getattr(row, name)] for row in rows]) for name in ("start", "num_tokens", "first")
+    )
+    last = start + count - 1
+    place = torch.arange(shape.positions)
+    own = torch.minimum(start + place, last)
+    used = (place < count).flatten().nonzero().flatten()
+    queries = (first + own - start).flatten()
+    lengths = torch.tensor([row.blocks.shape[0] for row in rows])
+    blocks = torch.cat([row.blocks for row in rows])
+    offset = (lengths.cumsum(0) - lengths)[:, None]
+    span = torch.zeros_like(start) if window is None else (start - window + 1).clamp_(min=0) // SPAN
+    spans = (last // SPAN - span + 1).flatten().tolist()
+    steps = []
+    for step in range(spans[0]):
+        n = sum(have > step for have in spans)
+        seen = (span[:n] + step) * SPAN + torch.arange(SPAN)
+        stored = torch.minimum(seen, last[:n])
+        slots = blocks[offset[:n] + stored // block_size] * block_size + stored % block_size
+        steps.append(_Step(0, n, slots.flatten(), _mask(own[:n], seen, shape, window)))
+    return _Tiles(queries, queries[used], used, tuple(steps))
+
+
+def _row_tiles(row: Row, block_size: int, shape: _Shape, window: int | None) -> _Tiles:
+    """All tiles of one row, in order; step j is one span, met by those tiles that see any of it."""
+    tiles = -(-row.num_tokens // shape.positions)
+    own = torch.arange(row.start, row.start + tiles * shape.positions).clamp_(max=row.end - 1).view(tiles, -1)
+    queries = (own - row.start + row.first).flatten()
+    used = torch.arange(row.num_tokens)
+    steps = []
+    first = 0 if window is None else max(0, row.start - window + 1) // SPAN
+    for span in range(first, (row.end - 1) // SPAN + 1):
+        seen = torch.arange(span * SPAN, (span + 1) * SPAN)
+        # tiles run upwards in position: those below the span see nothing of it yet, those far above no longer
+        lo = max(0, span * SPAN - row.start) // shape.positions
+        past = tiles * shape.positions if window is None else (span + 1) * SPAN - 1 + window - row.start
+        hi = min(tiles, -(-past // shape.positions))
+        stored = seen.clamp(max=row.end - 1)
+        slots = row.blocks[stored // block_size] * block_size + stored % block_size
+        steps.append(_Step(lo, hi, slots, _mask(own[lo:hi], seen[None], shape, window)))
+    return _Tiles(queries, queries[used], used, tuple(steps))
+
+
+def _mask(own: Tensor, seen: Tensor, shape: _Shape, window: int | None) -> Tensor | None:
+    """own: int64 [tiles, positions]; seen: int64 [tiles or 1, SPAN]."""
+    hidden = seen[:, None, :] > own[:, :, None]
+    if window is not None:
+        hidden |= seen[:, None, :] <= own[:, :, None] - window
+    if not bool(hidden.any()):
+        return None
+    mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+    return mask.repeat_interleave(shape.group, dim=1)
+
+
+def _attend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, tiles: _Tiles, shape: _Shape, scale: float, softcap: float | None
+) -> Tensor:
+    """The answers of the tiles' tokens, [n, heads, d] in the dtype of q."""
+    split = (-1, shape.positions, shape.kv_heads, shape.group, shape.d)
+    queries = q.index_select(0, tiles.queries).view(split).permute(2, 0, 1, 3, 4).float().mul(scale)
+    queries = queries.reshape(shape.kv_heads, -1, shape.positions * shape.group, shape.d)
+    peak = torch.full((*queries.shape[:3], 1), -torch.inf)
+    mass = torch.zeros_like(peak)
+    gathered = torch.zeros_like(queries)
+    for step in tiles.steps:
+        now = slice(step.lo, step.hi)
+        scores = _products(queries[:, now], _read(k_cache, step.slots).transpose(2, 3))
+        if softcap is not None:
+            scores = torch.tanh(scores.div_(softcap)).mul_(softcap)
+        if step.mask is not None:
+            scores.add_(step.mask)
+        higher = torch.maximum(peak[:, now], scores.amax(-1, keepdim=True))
+        pivot = higher.masked_fill(higher == -torch.inf, 0.0)  # a query that has seen nothing yet
+        shares = scores.sub_(pivot).exp_()
+        keep = (peak[:, now] - pivot).exp_()
+        peak[:, now] = higher
+        mass[:, now] = mass[:, now].mul(keep).add_(shares.sum(-1, keepdim=True))
+        gathered[:, now] = gathered[:, now].mul(keep).add_(_products(shares, _read(v_cache, step.slots)))
+    answers = (gathered / mass).to(q.dtype).view(shape.kv_heads, -1, shape.positions, shape.group, shape.d)
+    answers = answers.permute(1, 2, 0, 3, 4).reshape(-1, shape.kv_heads * shape.group, shape.d)
+    return answers.index_select(0, tiles.places)
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """a [heads, n, rows, x] times b [heads, n or 1, x, y] -> [heads, n, rows, y], every item a product of one shape."""
+    heads, n, rows, inner = a.shape
+    if b.shape[1] == n:
+        return torch.bmm(a.reshape(-1, rows, inner), b.flatten(0, 1)).view(heads, n, rows, -1)
+    out = a.new_empty((heads, n, rows, b.shape[3]))
+    for head in range(heads):
+        torch.bmm(a[head], b[head].expand(n, -1, -1), out=out[head])
+    return out
+
+
+def _read(cache: Tensor, slots: Tensor) -> Tensor:
+    """The spans at `slots` as float32 [kv heads, spans, SPAN, d]."""
+    found = _by_slot(cache).index_select(0, slots).view(-1, SPAN, *cache.shape[2:]).permute(2, 0, 1, 3)
+    return found.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _by_slot(cache: Tensor) -> Tensor:
+    return cache.view(cache.shape[0] * cache.shape[1], -1)
