@@ -1,0 +1,220 @@
+"""How checkpoints are read: mapped, tensor by tensor, in the dtype asked for, in every dialect of config.json."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import CASES, VOCAB, Bench, expected_logits, load, make_model
+from safetensors.torch import load_file, save_file
+
+from orcaserve.model.config import read_config, read_generation
+from orcaserve.model.decoder import Decoder, compute_dtype
+
+TOKENS = [random.Random(1).randrange(VOCAB) for _ in range(40)]
+
+
+def rewrite(folder: Path, drop: tuple[str, ...] = (), **values: Any) -> None:
+    path = folder / "config.json"
+    raw = {key: value for key, value in json.loads(path.read_text()).items() if key not in drop}
+    path.write_text(json.dumps({**raw, **values}))
+
+
+@pytest.mark.parametrize(
+    ("case", "drop", "values"),
+    [
+        ("llama-2", ("rope_parameters", "head_dim"), {"rope_theta": 500.0}),
+        ("llama-2", ("rope_parameters",), {"rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+        (
+            "llama-2",
+            ("rope_parameters",),
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                }
+            },
+        ),
+        (
+            "qwen2",
+            ("rope_parameters", "layer_types"),
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+        ),
+        ("qwen2-window", ("layer_types",), {}),
+        ("gpt-neox", ("rope_parameters",), {"rotary_pct": 0.5, "rotary_emb_base": 200}),
+        ("gpt-neox", ("rope_parameters", "attention_bias"), {}),
+        ("gemma", ("hidden_activation",), {"hidden_act": "gelu"}),
+        ("gemma-2", ("layer_types", "rope_parameters", "tie_word_embeddings"), {"rope_theta": 700.0}),
+        (
+            "gemma-3",
+            ("layer_types", "rope_parameters", "_sliding_window_pattern"),
+            {"sliding_window_pattern": 2, "rope_theta": 9000.0, "rope_local_base_freq": 50.0},
+        ),
+        (
+            "gemma-3",
+            ("layer_types", "rope_parameters", "_sliding_window_pattern"),
+            {"sliding_window_pattern": 3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        ),
+        ("phi-3", ("rope_parameters",), {"rope_theta": 100.0}),
+        (
+            "phi-3-long",
+            ("rope_parameters",),
+            {
+                "partial_rotary_factor": 0.5,
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]},
+            },
+        ),
+        ("qwen3-moe", ("num_local_experts",), {"num_experts": 6}),
+    ],
+)
+def test_older_dialects_of_config(tmp_path: Path, case: str, drop: tuple[str, ...], values: dict[str, Any]) -> None:
+    make_model(*CASES[case], 3).save_pretrained(tmp_path)
+    rewrite(tmp_path, drop, **values)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    (found,) = Bench(load(tmp_path)).step([(0, TOKENS)])
+    assert (found - expected_logits(model, TOKENS)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama-tied-biased", "opt"])
+def test_names_without_the_body_prefix(tmp_path: Path, case: str) -> None:
+    """As in the first GPT-2 checkpoints."""
+    model = make_model(*CASES[case], 4)
+    model.base_model.save_pretrained(tmp_path)
+    rewrite(tmp_path, architectures=[type(model).__name__])
+    (found,) = Bench(load(tmp_path)).step([(0, TOKENS)])
+    assert (found - expected_logits(model, TOKENS)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("case", ["llama-2", "gpt2", "mixtral"])
+def test_shards_are_one_model(tmp_path: Path, case: str) -> None:
+    model = make_model(*CASES[case], 5)
+    model.save_pretrained(tmp_path, max_shard_size="15KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    (found,) = Bench(load(tmp_path)).step([(0, TOKENS)])
+    assert (found - expected_logits(model, TOKENS)).abs().max() < 1e-4
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    """16-bit checkpoints compute in bfloat16 unless told otherwise, and conversion is torch's own rounding."""
+    model = make_model(*CASES["llama-2"], 6)
+    for stored, auto in [("float32", "float32"), ("float16", "bfloat16"), ("bfloat16", "bfloat16")]:
+        folder = tmp_path / stored
+        model.to(getattr(torch, stored)).save_pretrained(folder)
+        config = read_config(folder)
+        assert config.dtype == stored
+        assert compute_dtype(config, "auto") == getattr(torch, auto)
+        for wish in ("float32", "bfloat16"):
+            wanted = getattr(torch, wish)
+            expected = make_model(*CASES["llama-2"], 0)
+            expected.load_state_dict({k: v.to(wanted) for k, v in load_file(folder / "model.safetensors").items()})
+            (found,) = Bench(load(folder, wish)).step([(0, TOKENS)])
+            tolerance = 1e-4 if wish == "float32" else 0.15
+            assert (found - expected_logits(expected, TOKENS)).abs().max() < tolerance
+
+
+def test_stored_head_beside_tied_embedding_is_not_loaded(tmp_path: Path) -> None:
+    model = make_model(*CASES["qwen2"], 7)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    embed = tensors["model.embed_tokens.weight"]
+    save_file(
+        {**tensors, "lm_head.weight": embed.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": embed[0].clone()},
+        path,
+    )
+    (decoder,) = load(tmp_path)
+    assert decoder.weight_bytes == sum(t.numel() * 4 for t in tensors.values())
+
+
+def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
+    make_model(*CASES["mixtral"], 8).save_pretrained(tmp_path, max_shard_size="20KB")
+    config = read_config(tmp_path)
+    seen: list[tuple[int, int]] = []
+    decoder = Decoder.load(config, tmp_path, torch.float32, progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen) and len({total for _, total in seen}) == 1
+    assert seen[-1] == (decoder.weight_bytes, decoder.weight_bytes)
+    halves = [Decoder.load(config, tmp_path, torch.float32, *layers) for layers in ((0, 1), (1, 3))]
+    assert sum(stage.weight_bytes for stage in halves) == decoder.weight_bytes
+
+
+_MEASURE = """
+import sys, torch
+from pathlib import Path
+from orcaserve.model.config import read_config
+from orcaserve.model.decoder import Decoder
+def anonymous():
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) * 1024
+torch.set_num_threads(1)
+config = read_config(sys.argv[1])
+before = anonymous()
+decoder = Decoder.load(config, sys.argv[1], torch.bfloat16)
+decoder.logits(torch.ones(1, config.hidden_size, dtype=torch.bfloat16))
+print(decoder.weight_bytes, anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux")
+@pytest.mark.parametrize("max_shard_size", ["1GB", "9MB"])
+def test_weights_stay_mapped(tmp_path: Path, max_shard_size: str) -> None:
+    """Weights that have the wanted dtype cost no memory of the process' own."""
+    config_class, arguments = CASES["llama-2"]
+    large = {**arguments, "vocab_size": 32000, "hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
+    model = make_model(config_class, large, 9).to(torch.bfloat16)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    command = [sys.executable, "-c", _MEASURE, str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    weight_bytes, grown = map(int, ran.stdout.split())
+    print(f"{weight_bytes} bytes of weights, {grown} of the process' own")
+    assert weight_bytes > 30 << 20
+    assert grown < 8 << 20
+
+
+def test_config_needs_no_torch(tmp_path: Path) -> None:
+    make_model(*CASES["qwen3"], 0).save_pretrained(tmp_path)
+    code = (
+        "import sys; from orcaserve.model.config import read_config; read_config(sys.argv[1]); "
+        "sys.exit('torch' in sys.modules or 'safetensors' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False).returncode == 0
+
+
+def test_generation_wishes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 100, "bos_token_id": 1, "eos_token_id": 2}))
+    assert read_generation(tmp_path).eos_token_ids == (2,)
+    wishes = {"eos_token_id": [7, 5, 7, 100, 1000], "temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True}
+    (tmp_path / "generation_config.json").write_text(json.dumps(wishes))
+    found = read_generation(tmp_path)
+    assert found.eos_token_ids == (7, 5)  # no token beyond the vocabulary
+    assert (found.bos_token_id, found.pad_token_id) == (1, None)
+    assert (found.temperature, found.top_k, found.top_p) == (0.6, 20, 0.95)
+    assert (found.min_p, found.repetition_penalty) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("case", "limit"),
+    [
+        ("gpt2", 64),
+        ("opt", 64),
+        ("llama-2", 128),
+        ("llama-linear", 512),  # stretched by its factor of 4
+        ("llama-dynamic", 128),  # beyond, rotations would depend on the length
+        ("llama-yarn", 128),
+        ("phi-3-long", 64),  # the context of the short factors
+    ],
+)
+def test_longest_context(tmp_path: Path, case: str, limit: int) -> None:
+    make_model(*CASES[case], 0).config.save_pretrained(tmp_path)
+    assert read_config(tmp_path).max_positions == limit
