@@ -149,6 +149,15 @@ def expected_logits(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
         return model(torch.tensor([list(token_ids)]), use_cache=False).logits[0].float()
 
 
+def expected_tokens(model: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """The tokens that transformers' own greedy generation adds to a prompt, whatever they are."""
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([list(prompt)])
+    mask = torch.ones_like(ids)  # else it would take token 0 for padding
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
+    return out[0, ids.shape[1] :].tolist()
+
+
 class Bench:
     """Runs requests through stages of a decoder over a paged cache with scattered blocks; owns the caches."""
 
