@@ -38,7 +38,7 @@ _GPT2 = {
     "n_embd": 32,
     "n_layer": 3,
     "n_head": 4,
-    "n_positions": 64,
+    "n_positions": 128,
     "vocab_size": VOCAB,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -48,7 +48,7 @@ _OPT = {
     "ffn_dim": 48,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "max_position_embeddings": 64,
+    "max_position_embeddings": 128,
     "vocab_size": VOCAB,
     "word_embed_proj_dim": 32,
 }
@@ -112,7 +112,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Phi3Config",
         {
             **_SMALL,
-            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": 128,
             **_rope("longrope", short_factor=[1.0, 1.25], long_factor=[2.0, 3.0], partial_rotary_factor=0.5),
         },
     ),

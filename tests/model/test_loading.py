@@ -206,13 +206,13 @@ def test_generation_wishes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "limit"),
     [
-        ("gpt2", 64),
-        ("opt", 64),
+        ("gpt2", 128),
+        ("opt", 128),
         ("llama-2", 128),
         ("llama-linear", 512),  # stretched by its factor of 4
         ("llama-dynamic", 128),  # beyond, rotations would depend on the length
         ("llama-yarn", 128),
-        ("phi-3-long", 64),  # the context of the short factors
+        ("phi-3-long", 128),  # the context of the short factors
     ],
 )
 def test_longest_context(tmp_path: Path, case: str, limit: int) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import torch
 import transformers
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from orcaserve.core.config import ModelError
 from orcaserve.model.config import Generation, read_generation, read_raw_config
@@ -116,8 +116,8 @@ def _attend(
 class _Given(torch.nn.Module):
     """In the place of a model's body: gives back the hidden values that it is given."""
 
-    def forward(self, *ignored: Any, inputs_embeds: Tensor, **others: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, *ignored: Any, inputs_embeds: Tensor, **others: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
 class TransformersDecoder:
