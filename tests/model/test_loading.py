@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from orcaserve.model.config import read_config, read_generation
 from orcaserve.model.decoder import Decoder, compute_dtype
 
-TOKENS = [random.Random(1).randrange(VOCAB) for _ in range(40)]
+TOKENS = random.Random(1).choices(range(VOCAB), k=40)
 
 
 def rewrite(folder: Path, drop: tuple[str, ...] = (), **values: Any) -> None:

@@ -67,7 +67,7 @@ def test_backends(tmp_path: Path) -> None:
     make_model(*CASES["llama-2"], 1).save_pretrained(tmp_path)
     native, foreign = load_model(tmp_path), load_model(tmp_path, backend="transformers")
     assert isinstance(native, Decoder) and isinstance(foreign, TransformersDecoder)
-    tokens = [random.Random(1).randrange(VOCAB) for _ in range(30)]
+    tokens = random.Random(1).choices(range(VOCAB), k=30)
     (ours,), (theirs,) = (Bench([decoder]).step([(0, tokens)]) for decoder in (native, foreign))
     assert (ours - theirs).abs().max() < 1e-4
     assert (native.weight_bytes, native.num_layers) == (foreign.weight_bytes, foreign.num_layers)
