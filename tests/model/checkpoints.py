@@ -123,6 +123,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 3, "sliding_window": 8},
     ),
     "qwen3-moe": ("Qwen3MoeConfig", {**_MOE, "norm_topk_prob": True}),
+    "qwen3-moe-every-other": ("Qwen3MoeConfig", {**_MOE, "decoder_sparse_step": 2, "tie_word_embeddings": True}),
     "qwen3-moe-mixed": (
         "Qwen3MoeConfig",
         {**_MOE, "norm_topk_prob": False, "mlp_only_layers": [1], "attention_bias": True},
