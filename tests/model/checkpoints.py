@@ -56,6 +56,8 @@ _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 _QWEN = {**_SMALL, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
 _GEMMA = {**_SMALL, "head_dim": 12}
 _MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+_GEMMA3 = {**_GEMMA, "sliding_window": 6, "layer_types": _MIXED, "query_pre_attn_scalar": 20}
+_VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 28}
 _MOE = {**_SMALL, "head_dim": 12, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
 
 
@@ -103,9 +105,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2Config",
         {**_GEMMA, "sliding_window": 6, "query_pre_attn_scalar": 20, "attn_logit_softcapping": 5.0},
     ),
-    "gemma-3": (
-        "Gemma3TextConfig",
-        {**_GEMMA, "sliding_window": 6, "layer_types": _MIXED, "query_pre_attn_scalar": 20},
+    "gemma-3": ("Gemma3TextConfig", _GEMMA3),
+    "gemma-3-multimodal": (
+        "Gemma3Config",
+        {"text_config": _GEMMA3, "vision_config": _VISION, "mm_tokens_per_image": 1},
     ),
     "phi-3": ("Phi3Config", {**_SMALL, "sliding_window": 11}),
     "phi-3-long": (
@@ -135,7 +138,10 @@ def make_model(config_class: str, arguments: dict[str, Any], seed: int) -> Any:
     """A transformers model, fp32, eager attention; every parameter is random, none is left at zero or one."""
     config = getattr(transformers, config_class)(**arguments)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    maker = transformers.AutoModelForCausalLM
+    if config.model_type == "gemma3":
+        maker = transformers.AutoModelForImageTextToText
+    model = maker.from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

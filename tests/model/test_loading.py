@@ -218,3 +218,17 @@ def test_generation_wishes(tmp_path: Path) -> None:
 def test_longest_context(tmp_path: Path, case: str, limit: int) -> None:
     make_model(*CASES[case], 0).config.save_pretrained(tmp_path)
     assert read_config(tmp_path).max_positions == limit
+
+
+def test_gemma_3_leaves_out_what_its_class_says(tmp_path: Path) -> None:
+    """As in the 4B checkpoint, whose config.json does not even count the heads."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    text |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    raw = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [1, 106]}
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "torch_dtype": "bfloat16", "text_config": text}))
+    found, wanted = read_config(tmp_path), transformers.Gemma3TextConfig(**text)
+    assert (found.num_heads, found.num_kv_heads, found.head_dim) == (8, 4, 256)
+    assert (found.vocab_size, found.max_positions) == (wanted.vocab_size, wanted.max_position_embeddings)
+    windows = [1024 if kind == "sliding_attention" else None for kind in wanted.layer_types]
+    assert [layer.window for layer in found.layers] == windows
+    assert found.dtype == "bfloat16" and found.generation.eos_token_ids == (1, 106)

@@ -8,7 +8,7 @@ the one decoder that all rows share.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -76,6 +76,7 @@ _GEMMA2 = MappingProxyType(
         "mlp_out_norm": "model.layers.{i}.post_feedforward_layernorm",
     }
 )
+_GEMMA3_MULTIMODAL = MappingProxyType({role: f"language_model.{name}" for role, name in _GEMMA2.items()})
 _GPT2 = MappingProxyType(
     {
         "embed": "transformer.wte",
@@ -139,6 +140,7 @@ class Architecture:
     transposed: matrices are stored as [in, out].
     experts: layers may be mixtures of experts.
     scaled_embedding: embeddings are multiplied by the root of hidden_size.
+    nested: the key of config.json's object that holds the numbers; None: config.json itself.
     keys: exceptions to COMMON_KEYS; () where the family does not have the number.
     defaults: values of config.json's keys that checkpoints leave out.
     unsupported: values of config.json's keys that mean another computation than ours.
@@ -159,6 +161,7 @@ class Architecture:
     transposed: bool = False
     experts: bool = False
     scaled_embedding: bool = False
+    nested: str | None = None
     keys: Keys = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unsupported: tuple[tuple[str, Any], ...] = ()
@@ -173,6 +176,31 @@ _GEMMA_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": True,
 }
+
+_GEMMA3 = Architecture(
+    name="Gemma3ForCausalLM",
+    model_type="gemma3_text",
+    names=_GEMMA2,
+    norm="rms_plus_one",
+    windows="pattern",
+    biases=_ATTENTION_BIAS,
+    qk_norm=True,
+    scaled_embedding=True,
+    keys=_GEMMA_KEYS,
+    defaults={
+        **_GEMMA_DEFAULTS,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 262208,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 6,
+        "query_pre_attn_scalar": 256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+    },
+    unsupported=(("use_bidirectional_attention", True),),
+)
 
 ROWS: tuple[Architecture, ...] = (
     Architecture(
@@ -305,26 +333,14 @@ ROWS: tuple[Architecture, ...] = (
         },
         unsupported=(("use_bidirectional_attention", True),),
     ),
-    Architecture(
-        name="Gemma3ForCausalLM",
-        model_type="gemma3_text",
-        names=_GEMMA2,
-        norm="rms_plus_one",
-        windows="pattern",
-        biases=_ATTENTION_BIAS,
-        qk_norm=True,
-        scaled_embedding=True,
-        keys=_GEMMA_KEYS,
-        defaults={
-            **_GEMMA_DEFAULTS,
-            "sliding_window": 4096,
-            "sliding_window_pattern": 6,
-            "query_pre_attn_scalar": 256,
-            "max_position_embeddings": 131072,
-            "rope_theta": 1_000_000.0,
-            "rope_local_base_freq": 10_000.0,
-        },
-        unsupported=(("use_bidirectional_attention", True),),
+    _GEMMA3,
+    # Only what reads and writes text; images are not served.
+    replace(
+        _GEMMA3,
+        name="Gemma3ForConditionalGeneration",
+        model_type="gemma3",
+        names=_GEMMA3_MULTIMODAL,
+        nested="text_config",
     ),
     Architecture(
         name="Phi3ForCausalLM",

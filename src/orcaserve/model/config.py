@@ -98,7 +98,7 @@ def read_config(folder: str | Path) -> ModelConfig:
             "with the extra 'transformers' (pip install 'orcaserve[transformers]') it serves other decoders too"
         )
     try:
-        return _model_config(raw, row, read_generation(folder))
+        return _model_config(_flat(raw, row), row, read_generation(folder))
     except KeyError as error:
         raise ModelError(f"{folder.name}/config.json lacks {error.args[0]}") from error
     except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
@@ -124,7 +124,7 @@ def read_raw_config(folder: Path) -> dict[str, Any]:
     if raw.get("is_encoder_decoder"):
         raise ModelError(f"{folder.name}: {_name(raw)} is an encoder-decoder model; only decoders can be served")
     names = _architectures(raw)
-    if names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+    if names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) or name in ARCHITECTURES for name in names):
         raise ModelError(
             f"{folder.name}: {_name(raw)} is not a language model that generates text; it cannot be served"
         )
@@ -143,6 +143,9 @@ def read_generation(folder: str | Path) -> Generation:
     """Sampling wishes and special tokens of a checkpoint, from generation_config.json before config.json."""
     folder = Path(folder)
     raw = _read_json(folder / "config.json") or {}
+    row = find_row(raw)
+    if row is not None:
+        raw = _flat(raw, row)
     wishes = _read_json(folder / "generation_config.json") or {}
     vocab_size = raw.get("vocab_size")
     limit = vocab_size if isinstance(vocab_size, int) else _LIMIT
@@ -170,6 +173,12 @@ def read_generation(folder: str | Path) -> Generation:
         min_p=number("min_p"),
         repetition_penalty=number("repetition_penalty"),
     )
+
+
+def _flat(raw: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
+    """config.json with the numbers of a nested language model on top."""
+    nested = raw.get(row.nested) if row.nested is not None else None
+    return {**raw, **nested} if isinstance(nested, dict) else dict(raw)
 
 
 def _model_config(raw: Mapping[str, Any], row: Architecture, generation: Generation) -> ModelConfig:
