@@ -204,7 +204,8 @@ def _layer(config: ModelConfig, i: int, weights: Weights, ropes: dict[Rope, Rota
 def _attention(config: ModelConfig, i: int, weights: Weights, ropes: dict[Rope, Rotary]) -> Attention:
     project: Separate | Stacked | PerHead
     if config.row.qkv == "separate":
-        project = Separate(*(_linear(f"{i}.{role}", weights) for role in "qkv"), head_dim=config.head_dim)
+        q, k, v = (_linear(f"{i}.{role}", weights) for role in "qkv")
+        project = Separate(q, k, v, config.head_dim)
     elif config.row.qkv == "stacked":
         project = Stacked(_linear(f"{i}.qkv", weights), config.num_heads, config.num_kv_heads, config.head_dim)
     else:
@@ -233,11 +234,11 @@ def _mlp(config: ModelConfig, i: int, weights: Weights, act: Part) -> Part:
 
 
 def _experts(config: ModelConfig, i: int, weights: Weights, act: Part) -> Experts:
-    experts = tuple(
-        GatedMLP(*(_linear(f"{i}.expert_{part}.{e}", weights) for part in ("gate", "up", "down")), activation=act)
-        for e in range(config.num_experts)
-    )
-    return Experts(_linear(f"{i}.router", weights), experts, config.experts_per_token, config.normalise_experts)
+    experts = []
+    for e in range(config.num_experts):
+        gate, up, down = (_linear(f"{i}.expert_{part}.{e}", weights) for part in ("gate", "up", "down"))
+        experts.append(GatedMLP(gate, up, down, act))
+    return Experts(_linear(f"{i}.router", weights), tuple(experts), config.experts_per_token, config.normalise_experts)
 
 
 def _norm(config: ModelConfig, key: str, weights: Weights) -> RMSNorm | LayerNorm | None:
