@@ -1,0 +1,67 @@
+"""From options to an executor that runs, through the real loader and a checkpoint that transformers saved."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from orcaserve.core.batch import Batch, ScheduledRequest
+from orcaserve.core.config import EngineOptions, ModelError
+from orcaserve.core.request import NewRequest, SamplingParams
+from orcaserve.executors.build import build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread_afterwards():
+    yield
+    torch.set_num_threads(1)
+
+
+def test_the_model_runs_and_says_what_it_is(folder):
+    told = []
+    options = EngineOptions(model=str(folder), threads=1, max_batch_size=3)
+    executor, info = build(options, lambda *what: told.append(what))
+    assert info.architecture == "LlamaForCausalLM"
+    assert (info.vocab_size, info.max_model_len, info.dtype, info.threads) == (100, 128, "float32", 1)
+    assert info.num_blocks == 3 * (128 // 16 + 1), "no more than the batch can use"
+    assert info.deterministic
+    assert {what for what, _, _ in told} == {"weights"} and told[-1][1] == told[-1][2] > 0
+    assert {line.name for line in info.budget} >= {"weights", "KV cache", "activations", "head-room"}
+    new = NewRequest(id=1, token_ids=(1, 5, 9), num_prompt=3, max_tokens=1, params=SamplingParams(temperature=0.0))
+    batch = Batch(1, (ScheduledRequest(1, 0, 3, (0,), (), True),), (new,))
+    [got] = executor.submit(batch).result().rows
+    with torch.inference_mode():
+        wanted = LlamaForCausalLM.from_pretrained(folder)(torch.tensor([[1, 5, 9]])).logits[0, -1].argmax()
+    assert got.token_id == int(wanted)
+
+
+def test_the_profile_tells_dtypes_apart(folder):
+    profiles = [build(EngineOptions(model=str(folder), dtype=dtype, threads=1))[1].profile
+                for dtype in ("float32", "float32", "bfloat16")]  # fmt: skip
+    assert profiles[0] == profiles[1] != profiles[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kv_memory": 1 << 60}, "not enough memory"),
+        ({"kv_memory": 10}, "holds no block"),
+        ({"max_model_len": 4096}, "128"),
+        ({"policy": "none"}, "no policy none"),
+    ],
+)
+def test_what_cannot_be_served_ends_in_one_line(folder, options, words):
+    with pytest.raises(ModelError, match=words) as refusal:
+        build(EngineOptions(model=str(folder), threads=1, **options))
+    assert "\n" not in str(refusal.value)
