@@ -16,12 +16,13 @@ from torch import Tensor
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    return torch.exp(x.neg()).add_(1.0).reciprocal_()
+    return torch.exp_(x.neg()).add_(1.0).reciprocal_()
 
 
 def _silu(x: Tensor) -> Tensor:
     wide = x.float()
-    return (wide / torch.exp(wide.neg()).add_(1.0)).to(x.dtype)
+    below = torch.exp_(wide.neg()).add_(1.0)
+    return torch.div(wide, below, out=below).to(x.dtype)
 
 
 def _gelu(x: Tensor) -> Tensor:

@@ -20,14 +20,14 @@ from torch import Tensor
 from orcaserve.ops.layout import Layout, Row
 
 SPAN = 128  # positions of the cache per product
-QUERY_ROWS = 16  # rows of a query tile: positions * query heads per kv head; wider favours prefill, narrower decode
-_GROUP_ITEMS = 128  # (tile, kv head) items that gather keys of their own at a time, so that the copies stay in cache
+QUERY_ROWS = 8  # rows of a query tile: positions * query heads per kv head; wider favours prefill, narrower decode
+_GROUP_ITEMS = 64  # (tile, kv head) items that gather keys of their own at a time, so that the copies stay in cache
 
 
 def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Writes k and v [ΣL, kv heads, d] at `slots` (int64 [ΣL]) of the caches."""
     for new, cache in ((k, k_cache), (v, v_cache)):
-        _by_slot(cache).index_copy_(0, slots, new.reshape(new.shape[0], -1))
+        cache.view(cache.shape[0] * cache.shape[1], -1).index_copy_(0, slots, new.reshape(new.shape[0], -1))
 
 
 def split_attention(
@@ -111,14 +111,15 @@ class _Shape:
 class _Step:
     """Tiles [lo, hi) meet one span each.
 
-    slots: int64 [n * SPAN] with n = hi - lo, or n = 1: all of them meet the same one. Positions that are not stored
-        yet stand as the tile's last one, so that only the request's own values are ever read.
+    places: int64 [kv heads * n * SPAN] of slot * kv heads + head, with n = hi - lo, or n = 1: all of them meet the same
+        span. Positions that are not stored yet stand as the last one that is, so that only the request's own values
+        are ever read.
     mask: float32 [hi - lo, positions * group, SPAN], 0 or -inf; None where all is visible.
     """
 
     lo: int
     hi: int
-    slots: Tensor
+    places: Tensor
     mask: Tensor | None
 
 
@@ -176,7 +177,7 @@ def _single_tiles(rows: Sequence[Row], block_size: int, shape: _Shape, window: i
         seen = (span[:n] + step) * SPAN + torch.arange(SPAN)
         stored = torch.minimum(seen, last[:n])
         slots = blocks[offset[:n] + stored // block_size] * block_size + stored % block_size
-        steps.append(_Step(0, n, slots.flatten(), _mask(own[:n], seen, shape, window)))
+        steps.append(_Step(0, n, _places(slots.flatten(), shape), _mask(own[:n], seen, shape, window)))
     return _Tiles(queries, queries[used], used, tuple(steps))
 
 
@@ -196,8 +197,13 @@ def _row_tiles(row: Row, block_size: int, shape: _Shape, window: int | None) -> 
         hi = min(tiles, -(-past // shape.positions))
         stored = seen.clamp(max=row.end - 1)
         slots = row.blocks[stored // block_size] * block_size + stored % block_size
-        steps.append(_Step(lo, hi, slots, _mask(own[lo:hi], seen[None], shape, window)))
+        steps.append(_Step(lo, hi, _places(slots, shape), _mask(own[lo:hi], seen[None], shape, window)))
     return _Tiles(queries, queries[used], used, tuple(steps))
+
+
+def _places(slots: Tensor, shape: _Shape) -> Tensor:
+    """Where the slots' vectors of head 0 stand in a cache, then those of head 1, and so on."""
+    return (slots * shape.kv_heads + torch.arange(shape.kv_heads)[:, None]).flatten()
 
 
 def _mask(own: Tensor, seen: Tensor, shape: _Shape, window: int | None) -> Tensor | None:
@@ -223,7 +229,7 @@ def _attend(
     gathered = torch.zeros_like(queries)
     for step in tiles.steps:
         now = slice(step.lo, step.hi)
-        scores = _products(queries[:, now], _read(k_cache, step.slots).transpose(2, 3))
+        scores = _products(queries[:, now], _read(k_cache, step.places).transpose(2, 3))
         if softcap is not None:
             scores = torch.tanh(scores.div_(softcap)).mul_(softcap)
         if step.mask is not None:
@@ -234,7 +240,7 @@ def _attend(
         keep = (peak[:, now] - pivot).exp_()
         peak[:, now] = higher
         mass[:, now] = mass[:, now].mul(keep).add_(shares.sum(-1, keepdim=True))
-        gathered[:, now] = gathered[:, now].mul(keep).add_(_products(shares, _read(v_cache, step.slots)))
+        gathered[:, now] = gathered[:, now].mul(keep).add_(_products(shares, _read(v_cache, step.places)))
     answers = (gathered / mass).to(q.dtype).view(shape.kv_heads, -1, shape.positions, shape.group, shape.d)
     answers = answers.permute(1, 2, 0, 3, 4).reshape(-1, shape.kv_heads * shape.group, shape.d)
     return answers.index_select(0, tiles.places)
@@ -251,11 +257,6 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def _read(cache: Tensor, slots: Tensor) -> Tensor:
-    """The spans at `slots` as float32 [kv heads, spans, SPAN, d]."""
-    found = _by_slot(cache).index_select(0, slots).view(-1, SPAN, *cache.shape[2:]).permute(2, 0, 1, 3)
-    return found.to(torch.float32, memory_format=torch.contiguous_format)
-
-
-def _by_slot(cache: Tensor) -> Tensor:
-    return cache.view(cache.shape[0] * cache.shape[1], -1)
+def _read(cache: Tensor, places: Tensor) -> Tensor:
+    """The spans at `places` as float32 [kv heads, spans, SPAN, d]: gathered by head, then widened in one sweep."""
+    return cache.view(-1, cache.shape[3]).index_select(0, places).float().view(cache.shape[2], -1, SPAN, cache.shape[3])

@@ -14,7 +14,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool = False) -
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     factor = weight.float()
-    return (wide * (factor + 1.0 if plus_one else factor)).to(x.dtype)
+    return wide.mul_(factor + 1.0 if plus_one else factor).to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -23,7 +23,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
-        wide = wide * weight.float()
+        wide.mul_(weight.float())
     if bias is not None:
-        wide = wide + bias.float()
+        wide.add_(bias.float())
     return wide.to(x.dtype)
