@@ -99,23 +99,23 @@ def test_the_two_ways_agree(dtype, data):
         torch.testing.assert_close(a, b, **tolerance)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("kv_heads", "group", "d", "options"),
+    ("threads", "kv_heads", "group", "d", "options"),
     [
-        (2, 2, 64, {}),
-        (8, 2, 128, {}),
-        (1, 8, 16, {"window": 100}),
-        (2, 3, 32, {"window": 17, "softcap": 5.0}),
-        (3, 1, 64, {"softcap": 2.0}),
-        (1, 20, 8, {}),
+        (1, 2, 2, 64, {}),
+        (1, 8, 2, 128, {}),
+        (1, 1, 8, 16, {"window": 100}),
+        (1, 2, 3, 32, {"window": 17, "softcap": 5.0}),
+        (1, 3, 1, 64, {"softcap": 2.0}),
+        (1, 1, 20, 8, {}),
+        (2, 4, 2, 64, {"window": 100}),
     ],
 )
 def test_bits_do_not_depend_on_the_way_there(threads, dtype, kv_heads, group, d, options):
     seed = random.randrange(10**6)
     print("seed", seed)
-    lengths = [300, 1, 129, 64, 257, 20]
+    lengths = [300, 1, 129, 64, 140, 20]
     world = World(seed, kv_heads=kv_heads, group=group, d=d, block_size=random.Random(seed).choice([1, 7, 16]),
                   lengths=lengths, dtype=dtype)  # fmt: skip
     torch.set_num_threads(threads)
@@ -128,7 +128,7 @@ def test_bits_do_not_depend_on_the_way_there(threads, dtype, kv_heads, group, d,
         world.fresh()
         decoded = torch.cat([world.step([(4, p, 1)], attention, **options)[0] for p in range(lengths[4])])
         assert torch.equal(decoded, alone[4])
-        for most in (5, 200):
+        for most in (20, 200):
             world.fresh()
             for r, out in enumerate(world.run_ragged(most, **options)):
                 assert torch.equal(out, alone[r]), (seed, most, r)

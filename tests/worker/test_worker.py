@@ -140,9 +140,15 @@ def solo(model, new, block_size=16):
     return life.answers[new.id]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "threads"),
+    [
+        ("llama", torch.float32, 1),
+        ("llama", torch.bfloat16, 1),
+        ("qwen3", torch.float32, 1),
+        ("qwen3", torch.bfloat16, 2),
+    ],
+)
 def test_in_the_crowd_as_alone(checkpoints, name, dtype, threads):
     seed = random.randrange(10**6)
     print("seed", seed)
@@ -151,7 +157,7 @@ def test_in_the_crowd_as_alone(checkpoints, name, dtype, threads):
     block_size = rng.choice([1, 3, 16])
     num_blocks = 16 * 220 // block_size
     life = Life(Worker(model, num_blocks=num_blocks, block_size=block_size), num_blocks, block_size, rng)
-    waiting = [draw_request(rng, id) for id in range(12)]
+    waiting = [draw_request(rng, id) for id in range(10)]
     torch.set_num_threads(threads)
     try:
         while waiting or any(not life.finished(id) for id in life.requests):
