@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -80,6 +81,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     """What one choice gained since its last update.
 
     num_cached: prompt tokens that the prefix cache spared; 0 after the choice's first update.
+    queue_seconds: from its arrival to its first iteration; None after the choice's first update.
     prompt_logprobs: all at once, of the prompt positions 1 … num_prompt-1.
     finish_reason: set in the choice's last update. error: why it is "error", in words fit for a client.
     """
@@ -89,6 +91,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached: int = 0
+    queue_seconds: float | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -100,6 +103,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
             logprobs=self.logprobs + later.logprobs,
             prompt_logprobs=self.prompt_logprobs + later.prompt_logprobs,
             num_cached=self.num_cached + later.num_cached,
+            queue_seconds=later.queue_seconds if self.queue_seconds is None else self.queue_seconds,
             finish_reason=later.finish_reason,
             error=later.error,
         )
@@ -110,18 +114,22 @@ class _Choice:
 
     __slots__ = (
         "arrival",
+        "arrived",
         "crashes",
         "engine_id",
         "generated",
         "has_prompt_logprobs",
         "is_waiting",
         "lone_crashes",
+        "queue_seconds",
         "request",
         "stream",
     )
 
     def __init__(self, arrival: int, request: NewRequest) -> None:
         self.arrival = arrival
+        self.arrived = time.monotonic()
+        self.queue_seconds: float | None = None  # known from its first iteration until its stream has been told
         self.request = request  # as it arrived; its id means nothing
         self.stream: weakref.ref[Stream] | None = None
         self.generated: list[int] = []
@@ -489,7 +497,10 @@ class Pool:
             self._tokens_per_second = latest if known is None else known + 0.05 * (latest - known)
         for id in step.started:
             if id in self._submitted:
-                self._has_started(self._submitted[id])
+                choice = self._submitted[id]
+                if choice.is_waiting:
+                    choice.queue_seconds = max(0.0, time.monotonic() - choice.arrived - step.seconds)
+                self._has_started(choice)
         for output in step.outputs:
             if output.id in self._submitted:  # else it was aborted, or comes from an engine that is gone
                 self._deliver(self._submitted[output.id], output)
@@ -505,10 +516,12 @@ class Pool:
                 logprobs=output.logprobs,
                 prompt_logprobs=output.prompt_logprobs,
                 num_cached=0 if choice.generated else output.num_cached,  # later, it is about a resubmission
+                queue_seconds=choice.queue_seconds,
                 finish_reason=output.finish_reason,
                 error=output.error,
             ),
         )
+        choice.queue_seconds = None
         choice.generated += output.token_ids
         choice.has_prompt_logprobs = choice.has_prompt_logprobs or bool(output.prompt_logprobs)
         choice.crashes = choice.lone_crashes = 0
