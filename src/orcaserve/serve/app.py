@@ -1,0 +1,319 @@
+"""The HTTP application: a table of endpoints over a `Frontend`. Importing it loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from orcaserve import __version__
+from orcaserve.serve import docs, errors, metrics, protocol
+from orcaserve.serve.chat import ChatWriter
+from orcaserve.serve.completions import CompletionWriter
+from orcaserve.serve.decode_body import decode
+from orcaserve.serve.disconnect import ClientGone, while_connected
+from orcaserve.serve.errors import ApiError
+from orcaserve.serve.frontend import LOADING_RETRY_SECONDS, Frontend
+from orcaserve.serve.gate import Gate
+from orcaserve.serve.generate import Generation
+from orcaserve.serve.job import chat_job, chat_prompt, check_ids, completion_job, encode
+from orcaserve.serve.openapi import Operation, describe
+from orcaserve.serve.sse import EventStream
+
+Answer = Response | EventStream
+Endpoint = Callable[[Request], Awaitable[Answer]]
+T = TypeVar("T", bound=msgspec.Struct)
+
+_GENERATE = (400, 401, 404, 413, 429, 500, 503)
+_LOOK = (400, 401, 404, 413, 503)
+
+
+def make_app(frontend: Frontend) -> ASGIApp:
+    """The application over a frontend, whose model may still be loading."""
+    api = _Api(frontend)
+    table: list[tuple[Operation, Endpoint]] = [
+        (
+            Operation(
+                method="POST",
+                path="/v1/completions",
+                summary="Continue a prompt.",
+                request=protocol.CompletionRequest,
+                response=protocol.Completion,
+                chunk=protocol.Completion,
+                statuses=_GENERATE,
+            ),
+            api.completions,
+        ),
+        (
+            Operation(
+                method="POST",
+                path="/v1/chat/completions",
+                summary="Answer a conversation.",
+                request=protocol.ChatRequest,
+                response=protocol.ChatCompletion,
+                chunk=protocol.ChatChunk,
+                statuses=_GENERATE,
+            ),
+            api.chat,
+        ),
+        (
+            Operation(
+                method="GET",
+                path="/v1/models",
+                summary="The models that there are.",
+                response=protocol.ModelList,
+                statuses=(401,),
+            ),
+            api.models,
+        ),
+        (
+            Operation(
+                method="GET",
+                path="/v1/models/{id}",
+                summary="One model.",
+                response=protocol.ModelCard,
+                statuses=(401, 404),
+            ),
+            api.model,
+        ),
+        (
+            Operation(
+                method="POST",
+                path="/tokenize",
+                summary="Text or a conversation to token ids.",
+                request=protocol.TokenizeRequest,
+                response=protocol.TokenizeResponse,
+                statuses=_LOOK,
+            ),
+            api.tokenize,
+        ),
+        (
+            Operation(
+                method="POST",
+                path="/detokenize",
+                summary="Token ids to text.",
+                request=protocol.DetokenizeRequest,
+                response=protocol.DetokenizeResponse,
+                statuses=_LOOK,
+            ),
+            api.detokenize,
+        ),
+        (
+            Operation(
+                method="GET",
+                path="/tokenizer_info",
+                summary="The tokenizer's special tokens and chat template.",
+                response=protocol.TokenizerInfo,
+                statuses=(401, 503),
+            ),
+            api.tokenizer_info,
+        ),
+        (
+            Operation(
+                method="GET",
+                path="/health",
+                summary="Whether the engine makes progress.",
+                response=protocol.Health,
+                statuses=(503,),
+            ),
+            api.health,
+        ),
+        (
+            Operation(
+                method="GET",
+                path="/ready",
+                summary="Whether requests are taken now.",
+                response=protocol.Health,
+                statuses=(503,),
+            ),
+            api.ready,
+        ),
+        (
+            Operation(
+                method="GET",
+                path="/version",
+                summary="Version and numerics profile.",
+                response=protocol.Version,
+                statuses=(401,),
+            ),
+            api.version,
+        ),
+        (Operation(method="GET", path="/metrics", summary="For Prometheus.", statuses=(401,)), api.metrics),
+    ]
+    document = describe([operation for operation, _ in table])
+    described, page = msgspec.json.encode(document), docs.render(document)
+
+    async def openapi(request: Request) -> Response:
+        return _json(described)
+
+    async def read_docs(request: Request) -> Response:
+        return Response(page, media_type="text/html; charset=utf-8")
+
+    routes = [
+        Route(operation.path.replace("{id}", "{id:path}"), endpoint, methods=[operation.method])
+        for operation, endpoint in table
+    ]
+    routes += [Route("/openapi.json", openapi, methods=["GET"]), Route("/docs", read_docs, methods=["GET"])]
+    app = Starlette(routes=routes, exception_handlers={HTTPException: _not_routed, ApiError: _refused})
+    app.router.redirect_slashes = False
+    gated: ASGIApp = Gate(app, frontend.options.api_keys)
+    if frontend.options.cors_origins:
+        gated = CORSMiddleware(
+            gated, allow_origins=frontend.options.cors_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    return gated
+
+
+class _Api:
+    """The endpoints."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def completions(self, request: Request) -> Answer:
+        frontend = self._frontend
+        body = await self._body(request, protocol.CompletionRequest)
+        model, info = frontend.available(body.model)
+        job = await completion_job(body, model, info)
+        generation = Generation(job, frontend.pool, model.tokenizer, frontend.metrics)
+        writer = CompletionWriter(job, model.tokenizer, frontend.model_name, info.profile)
+        return await self._answer(request, generation, writer, stream=bool(body.stream))
+
+    async def chat(self, request: Request) -> Answer:
+        frontend = self._frontend
+        body = await self._body(request, protocol.ChatRequest)
+        model, info = frontend.available(body.model)
+        job = await chat_job(body, model, info)
+        generation = Generation(job, frontend.pool, model.tokenizer, frontend.metrics)
+        writer = ChatWriter(job, model.tokenizer, frontend.model_name, info.profile)
+        return await self._answer(request, generation, writer, stream=bool(body.stream))
+
+    async def _answer(
+        self, request: Request, generation: Generation, writer: CompletionWriter | ChatWriter, *, stream: bool
+    ) -> Answer:
+        if stream:
+            return EventStream(writer.chunks(generation))
+        async with generation:
+            return _json(await while_connected(writer.whole(generation), request.receive))
+
+    async def models(self, request: Request) -> Answer:
+        return _encoded(protocol.ModelList(data=[self._card()]))
+
+    async def model(self, request: Request) -> Answer:
+        if request.path_params["id"] != self._frontend.model_name:
+            raise errors.model_not_found(request.path_params["id"], self._frontend.model_name)
+        return _encoded(self._card())
+
+    def _card(self) -> protocol.ModelCard:
+        frontend = self._frontend
+        return protocol.ModelCard(
+            id=frontend.model_name,
+            created=frontend.created,
+            root=frontend.model_name,
+            max_model_len=frontend.info.max_model_len if frontend.info is not None else None,
+        )
+
+    async def tokenize(self, request: Request) -> Answer:
+        body = await self._body(request, protocol.TokenizeRequest)
+        model, info = self._frontend.available(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise errors.invalid("Give either 'prompt' or 'messages'.", "prompt")
+        if body.messages is not None:
+            ids = await chat_prompt(
+                body.messages, model, info, body.add_generation_prompt is not False, body.chat_template_kwargs or {}
+            )
+        else:
+            ids = await encode(
+                body.prompt or "", model, info, "prompt", add_special_tokens=body.add_special_tokens is not False
+            )
+        return _encoded(protocol.TokenizeResponse(ids, len(ids), info.max_model_len))
+
+    async def detokenize(self, request: Request) -> Answer:
+        body = await self._body(request, protocol.DetokenizeRequest)
+        model, info = self._frontend.available(body.model)
+        check_ids(body.tokens, info, "tokens")
+        return _encoded(protocol.DetokenizeResponse(model.tokenizer.decode(body.tokens)))
+
+    async def tokenizer_info(self, request: Request) -> Answer:
+        model, info = self._frontend.available(None)
+        special = model.tokenizer.special_tokens
+        return _encoded(
+            protocol.TokenizerInfo(
+                tokenizer_class="PreTrainedTokenizerFast",
+                vocab_size=info.vocab_size,
+                bos_token=special.get("bos_token"),
+                eos_token=special.get("eos_token"),
+                pad_token=special.get("pad_token"),
+                unk_token=special.get("unk_token"),
+                chat_template=model.tokenizer.chat_template,
+            )
+        )
+
+    async def health(self, request: Request) -> Answer:
+        frontend = self._frontend
+        if frontend.is_stuck:
+            raise errors.unavailable("failed" if frontend.state == "failed" else "stuck", None)
+        return _encoded(protocol.Health(step_age=round(frontend.pool.step_age, 3)))
+
+    async def ready(self, request: Request) -> Answer:
+        state = self._frontend.state
+        if state not in ("ready", "restarting"):  # while an engine is restarted, requests wait in the pool
+            raise errors.unavailable(state, None if state == "failed" else LOADING_RETRY_SECONDS)
+        return _encoded(protocol.Health())
+
+    async def version(self, request: Request) -> Answer:
+        info = self._frontend.info
+        if info is None:
+            return _encoded(protocol.Version(__version__))
+        return _encoded(protocol.Version(__version__, info.profile, info.deterministic))
+
+    async def metrics(self, request: Request) -> Answer:
+        return Response(self._frontend.metrics.render(), headers={"content-type": metrics.CONTENT_TYPE})
+
+    async def _body(self, request: Request, type: type[T]) -> T:
+        """The request's body, read no further than is allowed."""
+        limit = self._frontend.options.max_body_bytes
+        length = request.headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > limit:
+            raise errors.body_too_large(limit)
+        parts = []
+        size = 0
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise errors.body_too_large(limit)
+                parts.append(part)
+        except ClientDisconnect:
+            raise ClientGone from None
+        return decode(b"".join(parts), type, self._frontend.unknown_fields)
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return _error(errors.method_not_allowed((error.headers or {}).get("Allow", "")))
+    return _error(errors.not_found())
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return _error(error if isinstance(error, ApiError) else errors.internal())
+
+
+def _error(error: ApiError) -> Response:
+    return Response(error.encode(), error.status, error.headers, "application/json")
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
+
+
+def _encoded(value: msgspec.Struct) -> Response:
+    return _json(msgspec.json.encode(value))

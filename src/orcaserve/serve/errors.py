@@ -1,0 +1,162 @@
+"""The catalogue of what can go wrong for a client: every message, status and header, in OpenAI's shape.
+
+Nothing here is built from an exception's own text, a path or an address.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """type: the kind of error, param: the field it is about, code: a name that programs can rely on."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An error on its way to a client. headers: further ones of the response, lower-case."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = ErrorBody(ErrorDetail(message, type, param, code))
+        self.headers = headers or {}
+
+    def encode(self) -> bytes:
+        return msgspec.json.encode(self.body)
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """400: the request is wrong and will stay so."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def unsupported(param: str, hint: str) -> ApiError:
+    return invalid(f"'{param}' is not supported: {hint}", param, "unsupported_parameter")
+
+
+def context_length(num_prompt: int, max_tokens: int | None, limit: int, param: str) -> ApiError:
+    wish = "room for at least one token of output" if max_tokens is None else f"{max_tokens} tokens of output"
+    return invalid(
+        f"This model's context length is {limit} tokens, but the request needs {num_prompt + (max_tokens or 1)}: "
+        f"{num_prompt} in the prompt and {wish}. Shorten the prompt, or ask for fewer tokens.",
+        param,
+        "context_length_exceeded",
+    )
+
+
+def prompt_far_too_long(num_characters: int, limit: int, param: str) -> ApiError:
+    return invalid(
+        f"This model's context length is {limit} tokens, and a prompt of {num_characters} characters cannot fit in it. "
+        "Shorten the prompt.",
+        param,
+        "context_length_exceeded",
+    )
+
+
+def unauthorized() -> ApiError:
+    return ApiError(
+        401,
+        "A valid API key is required: send it as 'Authorization: Bearer KEY'.",
+        code="invalid_api_key",
+        headers={"www-authenticate": "Bearer"},
+    )
+
+
+def model_not_found(name: str, served: str) -> ApiError:
+    return ApiError(
+        404,
+        f"The model {_quote(name)} does not exist. This server has '{served}'; /v1/models lists it.",
+        param="model",
+        code="model_not_found",
+    )
+
+
+def not_found() -> ApiError:
+    return ApiError(404, "There is nothing at this path. /openapi.json lists what there is.", code="not_found")
+
+
+def method_not_allowed(allow: str) -> ApiError:
+    return ApiError(
+        405,
+        f"This path does not take this method. It takes: {allow}.",
+        code="method_not_allowed",
+        headers={"allow": allow},
+    )
+
+
+def body_too_large(limit: int) -> ApiError:
+    return ApiError(
+        413, f"The request body is larger than {limit} bytes.", code="body_too_large", headers={"connection": "close"}
+    )
+
+
+def queue_full(retry_after: float) -> ApiError:
+    return ApiError(
+        429,
+        "Too many requests are waiting. Try again later.",
+        type="rate_limit_error",
+        code="queue_full",
+        headers=_retry(retry_after),
+    )
+
+
+_UNAVAILABLE = {
+    "loading": "The model is still being loaded. Try again soon.",
+    "draining": "The server is shutting down and takes no more requests.",
+    "failed": "The engine has failed and could not be started again.",
+    "stuck": "The engine makes no progress.",
+}
+
+
+def unavailable(reason: str, retry_after: float | None) -> ApiError:
+    """503. reason: a key of the catalogue; retry_after: seconds, None: waiting will not help."""
+    return ApiError(
+        503,
+        _UNAVAILABLE.get(reason, "The server takes no requests now."),
+        type="server_error",
+        code=reason,
+        headers=_retry(retry_after),
+    )
+
+
+def generation_failed(message: str) -> ApiError:
+    """500: the model, or we, failed this request. message: the engine's words, which are fit for clients."""
+    return ApiError(500, message, type="server_error", code="generation_failed", headers={"x-should-retry": "false"})
+
+
+def internal() -> ApiError:
+    return ApiError(500, "The server made a mistake. Its log says more.", type="server_error", code="internal_error")
+
+
+def _retry(seconds: float | None) -> dict[str, str]:
+    if seconds is None:
+        return {"x-should-retry": "false"}
+    return {
+        "retry-after": str(max(1, math.ceil(seconds))),
+        "retry-after-ms": str(max(1, math.ceil(seconds * 1000))),
+        "x-should-retry": "true",
+    }
+
+
+def _quote(text: str, most: int = 100) -> str:
+    return repr(text if len(text) <= most else text[:most] + "…")

@@ -1,0 +1,78 @@
+"""`Frontend`: what every endpoint needs: the pool, the served model once it is loaded, metrics, and options."""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from orcaserve.core.config import EngineInfo
+from orcaserve.serve import errors
+from orcaserve.serve.decode_body import UnknownFields
+from orcaserve.serve.metrics import Metrics
+from orcaserve.serve.pool import Pool
+from orcaserve.serve.served_model import ServedModel
+
+LOADING_RETRY_SECONDS = 2.0
+
+
+class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator's wishes for the HTTP side.
+
+    api_keys: one of them is required of every client, if there are any. served_model_name: how clients call the model;
+    None: the last part of its path. max_body_bytes: larger requests are refused. drain_seconds: how long running
+    requests may go on after SIGTERM. stuck_seconds: /health fails when no iteration has ended for so long, with work
+    waiting. cors_origins: web pages that may call from a browser. log_seconds: one log line per so many seconds of
+    work.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    served_model_name: str | None = None
+    max_body_bytes: int = 32 << 20
+    drain_seconds: float = 60.0
+    stuck_seconds: float = 60.0
+    cors_origins: tuple[str, ...] = ()
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    log_level: str = "info"
+    log_seconds: float = 10.0
+
+
+class Frontend:
+    """Shared by the endpoints; `model` is set once, when it is loaded, by who started it."""
+
+    def __init__(self, model_name: str, pool: Pool, metrics: Metrics, options: HttpOptions) -> None:
+        self.model_name = model_name
+        self.pool = pool
+        self.metrics = metrics
+        self.options = options
+        self.model: ServedModel | None = None
+        self.created = int(time.time())
+        self.unknown_fields = UnknownFields()
+
+    @property
+    def info(self) -> EngineInfo | None:
+        return self.pool.info
+
+    @property
+    def state(self) -> str:
+        """The pool's, but "loading" also while the tokenizer is."""
+        state = self.pool.state
+        return "loading" if state == "ready" and self.model is None else state
+
+    def available(self, name: str | None) -> tuple[ServedModel, EngineInfo]:
+        """The model that a request asks for. Raises ApiError: unknown, or not there now."""
+        if name is not None and name != self.model_name:
+            raise errors.model_not_found(name, self.model_name)
+        model, info = self.model, self.pool.info
+        if model is not None and info is not None:
+            return model, info
+        if self.state == "failed":
+            raise errors.unavailable("failed", None)
+        raise errors.unavailable("loading", LOADING_RETRY_SECONDS)
+
+    @property
+    def is_stuck(self) -> bool:
+        return self.pool.state == "failed" or self.pool.step_age > self.options.stuck_seconds

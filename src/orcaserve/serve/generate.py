@@ -1,0 +1,132 @@
+"""`generate`: hands a job to the pool and gives the pieces of its choices as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+
+from orcaserve.serve import errors
+from orcaserve.serve.choice import ChoiceText, Piece
+from orcaserve.serve.job import Job
+from orcaserve.serve.metrics import Metrics
+from orcaserve.serve.pool import ContextLengthError, Pool, QueueFull, Stream, Unavailable, Update
+from orcaserve.serve.protocol import PromptTokensDetails, Usage
+from orcaserve.serve.tokenizer import Tokenizer
+
+
+class Generation:
+    """A job under way. Iterate over it once: (index of the choice, piece). Leaving `async with` aborts the rest.
+
+    Raises ApiError from its beginning if the pool does not take the job, and while iterating if a choice fails.
+    """
+
+    def __init__(self, job: Job, pool: Pool, tokenizer: Tokenizer, metrics: Metrics) -> None:
+        self._job = job
+        self._metrics = metrics
+        self._tokenizer = tokenizer
+        self._began = time.monotonic()
+        self._num_cached = [0] * len(job.prompts)
+        self._choices = [ChoiceText(job, tokenizer) for _ in range(len(job.prompts) * job.n)]
+        self._queue_seconds = [0.0] * len(self._choices)
+        self._times: list[tuple[float, float] | None] = [None] * len(self._choices)  # of the first and latest token
+        self._streams: list[Stream] = []
+        try:
+            for prompt in job.prompts:
+                stream = pool.submit(
+                    prompt.ids, prompt.params, end_token_ids=job.end_token_ids, cache_salt=job.cache_salt
+                )
+                self._streams.append(stream)
+                metrics.accepted(len(prompt.ids))
+        except QueueFull as error:
+            self._abort()
+            metrics.rejected("queue_full")
+            raise errors.queue_full(error.retry_after) from None
+        except Unavailable as error:
+            self._abort()
+            metrics.rejected(error.reason)
+            raise errors.unavailable(error.reason, error.retry_after) from None
+        except ContextLengthError as error:
+            self._abort()
+            raise errors.context_length(error.num_prompt, error.max_tokens, error.max_model_len, "prompt") from None
+
+    async def __aenter__(self) -> Generation:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self._abort()
+
+    def _abort(self) -> None:
+        for stream in self._streams:
+            stream.abort()
+
+    @property
+    def usage(self) -> Usage:
+        """So far. A prompt counts once, however many choices it has."""
+        prompt_tokens = sum(len(prompt.ids) for prompt in self._job.prompts)
+        completion_tokens = sum(choice.num_tokens for choice in self._choices)
+        return Usage(
+            prompt_tokens,
+            completion_tokens,
+            prompt_tokens + completion_tokens,
+            PromptTokensDetails(sum(self._num_cached)),
+        )
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        async with aclosing(_merged(self._streams)) as updates:
+            async for number, update in updates:
+                index = number * self._job.n + update.choice
+                if update.finish_reason in ("error", "abort"):
+                    self._has_ended(index, "error")
+                    raise errors.generation_failed(update.error or "The request was aborted.")
+                if update.choice == 0:
+                    self._num_cached[number] += update.num_cached
+                if update.queue_seconds is not None:
+                    self._queue_seconds[index] = update.queue_seconds
+                    self._metrics.queued(update.queue_seconds)
+                piece = self._choices[index].take(update)
+                if piece.is_cut:
+                    self._streams[number].abort(update.choice)
+                self._measure(index, len(piece.token_ids))
+                if piece.finish_reason is not None:
+                    self._has_ended(index, piece.finish_reason)
+                yield index, piece
+
+    def _measure(self, index: int, num_tokens: int) -> None:
+        if num_tokens == 0:
+            return
+        now = time.monotonic()
+        times = self._times[index]
+        if times is None:
+            self._metrics.first_token(now - self._began, self._queue_seconds[index], num_tokens)
+        else:
+            self._metrics.more_tokens(now - times[1], num_tokens)
+        self._times[index] = (now if times is None else times[0], now)
+
+    def _has_ended(self, index: int, reason: str) -> None:
+        first, latest = self._times[index] or (0.0, 0.0)
+        seconds = time.monotonic() - self._began
+        self._metrics.finished(reason, seconds, latest - first, self._choices[index].num_tokens)
+
+
+async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Update]]:
+    """The updates of several streams as they come, each with its stream's number."""
+    if len(streams) == 1:
+        async for update in streams[0]:
+            yield 0, update
+        return
+    waiting = {asyncio.ensure_future(anext(stream, None)): number for number, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=waiting.__getitem__):
+                number = waiting.pop(task)
+                latest = task.result()
+                if latest is not None:
+                    waiting[asyncio.ensure_future(anext(streams[number], None))] = number
+                    yield number, latest
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)

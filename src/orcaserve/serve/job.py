@@ -1,0 +1,344 @@
+"""`Job`: a request after every check: prompts as ids, sampling parameters, and how the response is to look.
+
+Here requests meet the model: its vocabulary, its context length, its defaults. What does not fit ends in an ApiError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from orcaserve.core.config import EngineInfo
+from orcaserve.core.request import SamplingParams
+from orcaserve.serve import errors
+from orcaserve.serve.chat_template import TemplateError
+from orcaserve.serve.detokenize import StopStrings
+from orcaserve.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, Message
+from orcaserve.serve.served_model import ServedModel
+
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions
+MOST_CHOICES = 1024  # of all prompts of one request together
+MOST_ENTRIES = 1 << 22  # tokens of one request, each counted once and once more for every log-probability beside it
+_INLINE_CHARACTERS = 8192  # shorter texts are tokenised on the spot: sooner done than handed to a thread
+_PROBE = 8  # characters per token of context: a longer text is probed by its beginning of that length
+_SEAM = 64  # tokens that a text may have less than its beginning, because of where that was cut
+_SHRINK = 4  # most bytes of a text that normalisation can make one of
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """text: as it is echoed. params: the request's, with this prompt's own max_tokens."""
+
+    ids: tuple[int, ...]
+    text: str
+    params: SamplingParams
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What to generate. Choice c of prompt p has index p * n + c in the response.
+
+    logprobs, prompt_logprobs: alternatives that the client asked for; None: no log-probabilities.
+    """
+
+    prompts: tuple[Prompt, ...]
+    n: int
+    end_token_ids: tuple[int, ...]
+    stops: StopStrings
+    min_tokens: int
+    cache_salt: str
+    skip_special_tokens: bool
+    echo: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
+    return_token_ids: bool
+    include_usage: bool
+
+
+async def completion_job(request: CompletionRequest, model: ServedModel, info: EngineInfo) -> Job:
+    """Raises ApiError."""
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise errors.unsupported("best_of", "ask for 'n' choices and choose among them")
+    texts = _prompt_list(request, info)
+    # Many short texts keep the event loop as busy as one long text.
+    inline = sum(len(prompt) for prompt in texts) <= _INLINE_CHARACTERS
+    prompts: list[tuple[tuple[int, ...], str]] = []
+    for index, prompt in enumerate(texts):
+        param = "prompt" if len(texts) == 1 else f"prompt[{index}]"
+        if isinstance(prompt, str):
+            ids = await encode(
+                prompt,
+                model,
+                info,
+                param,
+                add_special_tokens=request.add_special_tokens is not False,
+                is_truncated=request.truncate_prompt_tokens is not None,
+                inline=inline,
+            )
+        else:
+            ids = prompt
+            check_ids(ids, info, param)
+        if not ids:
+            if model.tokenizer.bos_token_id is None:
+                raise errors.invalid(f"'{param}' is empty, and this model has no beginning token to start from.", param)
+            ids = [model.tokenizer.bos_token_id]
+        ids = _truncate(ids, request)
+        if len(ids) > info.max_model_len:
+            raise errors.context_length(len(ids), request.max_tokens, info.max_model_len, param)
+        if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
+            text = prompt
+        else:
+            text = _text(ids, model) if request.echo else ""
+        prompts.append((tuple(ids), text))
+    return _job(
+        request,
+        model,
+        info,
+        prompts,
+        max_tokens=request.max_tokens,
+        default_max_tokens=COMPLETION_MAX_TOKENS,
+        logprobs=request.logprobs,
+        echo=bool(request.echo),
+        param="prompt",
+    )
+
+
+async def chat_job(request: ChatRequest, model: ServedModel, info: EngineInfo) -> Job:
+    """Raises ApiError."""
+    if request.response_format is not None and request.response_format.type != "text":
+        raise errors.unsupported("response_format", "structured output is not available yet")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise errors.invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
+    ids = await chat_prompt(
+        request.messages, model, info, request.add_generation_prompt is not False, request.chat_template_kwargs or {}
+    )
+    max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    return _job(
+        request,
+        model,
+        info,
+        [(tuple(_truncate(ids, request)), "")],
+        max_tokens=max_tokens,
+        default_max_tokens=None,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        echo=False,
+        param="messages",
+    )
+
+
+async def chat_prompt(
+    messages: Sequence[Message],
+    model: ServedModel,
+    info: EngineInfo,
+    add_generation_prompt: bool,
+    variables: Mapping[str, Any],
+) -> list[int]:
+    """The ids of a conversation. Raises ApiError."""
+    template = model.chat_template
+    if template is None:
+        raise errors.invalid(
+            f"The model '{model.name}' has no chat template; use /v1/completions.", "messages", "no_chat_template"
+        )
+    # Whatever the template is, a message or a part of one makes a token at least.
+    least = sum(1 if isinstance(message.content, str) else 1 + len(message.content or ()) for message in messages)
+    if least > info.max_model_len:
+        raise errors.context_length(least, None, info.max_model_len, "messages")
+    plain = [_plain(message, index) for index, message in enumerate(messages)]
+    reserved = {"messages", "add_generation_prompt", *model.tokenizer.special_tokens} & set(variables)
+    if reserved:
+        name = sorted(reserved)[0]
+        raise errors.invalid(f"'{name}' cannot be set in 'chat_template_kwargs'.", "chat_template_kwargs")
+    size = sum(len(message["content"] or "") for message in plain)
+    _check_size(size, model, info, "messages")
+
+    def render() -> str:
+        return template.render(plain, add_generation_prompt=add_generation_prompt, **variables)
+
+    try:
+        # Variables are the client's own, and a template may do more with them than their size suggests.
+        text = render() if size <= _INLINE_CHARACTERS and not variables else await asyncio.to_thread(render)
+    except TemplateError as error:
+        raise errors.invalid(f"{error}"[:500], "messages", "chat_template_error") from None
+    ids = await encode(text, model, info, "messages", add_special_tokens=False)
+    if not ids:
+        raise errors.invalid("The conversation makes an empty prompt.", "messages")
+    return ids
+
+
+async def encode(
+    text: str,
+    model: ServedModel,
+    info: EngineInfo,
+    param: str,
+    *,
+    add_special_tokens: bool,
+    is_truncated: bool = False,
+    inline: bool = True,
+) -> list[int]:
+    """Ids of a text. Long texts are tokenised in a thread; far too long ones only in part, and refused (ApiError).
+
+    is_truncated: most of the ids will be thrown away, so that only the text's length is bounded.
+    inline: False uses a thread in any case.
+    """
+    _check_size(len(text), model, info, param)
+    if inline and len(text) <= _INLINE_CHARACTERS:
+        return model.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    beginning = text[: info.max_model_len * _PROBE]
+    if not is_truncated and len(beginning) < len(text):
+        found = await asyncio.to_thread(model.tokenizer.encode, beginning, add_special_tokens=False)
+        if len(found) > info.max_model_len + _SEAM:
+            raise errors.prompt_far_too_long(len(text), info.max_model_len, param)
+    return await asyncio.to_thread(model.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+
+
+def _check_size(num_characters: int, model: ServedModel, info: EngineInfo, param: str) -> None:
+    if num_characters > info.max_model_len * model.tokenizer.longest_token * _SHRINK:
+        raise errors.prompt_far_too_long(num_characters, info.max_model_len, param)
+
+
+def _prompt_list(request: CompletionRequest, info: EngineInfo) -> list[str | list[int]]:
+    """The prompts of one request: a string or a list of ids is one, a list of either is many."""
+    prompt: str | list[Any] = request.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    is_one = not prompt or isinstance(prompt[0], int)
+    if is_one and len(prompt) > info.max_model_len and request.truncate_prompt_tokens is None:
+        raise errors.context_length(len(prompt), request.max_tokens, info.max_model_len, "prompt")
+    if not is_one and len(prompt) > MOST_CHOICES:
+        raise errors.invalid(f"{len(prompt)} prompts are more than the {MOST_CHOICES} of one request.", "prompt")
+    if len(set(map(type, prompt))) > 1:
+        raise errors.invalid("'prompt' mixes texts, token ids and lists of token ids; use one kind.", "prompt")
+    return [prompt] if is_one else prompt
+
+
+def check_ids(ids: Sequence[int], info: EngineInfo, param: str) -> None:
+    """Raises ApiError for an id that is not in the vocabulary."""
+    if ids and not 0 <= min(ids) <= max(ids) < info.vocab_size:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        raise errors.invalid(
+            f"'{param}' holds the token id {wrong}; this model's are 0 to {info.vocab_size - 1}.",
+            param,
+            "invalid_token",
+        )
+
+
+def _truncate(ids: list[int], request: GenerationRequest) -> list[int]:
+    return ids if request.truncate_prompt_tokens is None else ids[-request.truncate_prompt_tokens :]
+
+
+def _text(ids: Sequence[int], model: ServedModel) -> str:
+    return b"".join(map(model.tokenizer.text_bytes, ids)).decode(errors="replace")
+
+
+def _plain(message: Message, index: int) -> dict[str, Any]:
+    """A message as templates expect it: fields that were not given are absent, and content is one text."""
+    fields: dict[str, Any] = msgspec.to_builtins(message)
+    if isinstance(message.content, list):
+        texts = []
+        for number, part in enumerate(message.content):
+            if part.type not in ("text", "input_text") or part.text is None:
+                param = f"messages[{index}].content[{number}]"
+                raise errors.invalid(f"'{param}' is not a text part; this server reads text only.", param)
+            texts.append(part.text)
+        fields["content"] = "\n".join(texts)
+    return {"content": None, **fields}
+
+
+def _job(
+    request: GenerationRequest,
+    model: ServedModel,
+    info: EngineInfo,
+    prompts: Sequence[tuple[tuple[int, ...], str]],
+    *,
+    max_tokens: int | None,
+    default_max_tokens: int | None,
+    logprobs: int | None,
+    echo: bool,
+    param: str,
+) -> Job:
+    for name in ("logit_bias", "stop_token_ids"):
+        check_ids(list(getattr(request, name) or ()), info, name)
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    asked = [k for k in (request.prompt_logprobs, logprobs if echo else None) if k is not None]
+    params = _sampling_params(request, model, stops, logprobs, max(asked, default=None))
+    checked = []
+    for ids, text in prompts:
+        room = info.max_model_len - len(ids)
+        if max_tokens is not None:
+            tokens = max_tokens
+        elif default_max_tokens is not None:
+            tokens = min(default_max_tokens, room)
+        else:
+            tokens = room
+        if tokens > room or (max_tokens is None and room < 1):
+            raise errors.context_length(len(ids), max_tokens, info.max_model_len, param)
+        if params.min_tokens > tokens:
+            raise errors.invalid(
+                f"'min_tokens' is {params.min_tokens}, but at most {tokens} are generated.", "min_tokens"
+            )
+        checked.append(Prompt(ids, text, msgspec.structs.replace(params, max_tokens=tokens)))
+    _check_cost(checked)
+    options = request.stream_options
+    return Job(
+        prompts=tuple(checked),
+        n=params.n,
+        end_token_ids=(*(() if params.ignore_eos else model.end_token_ids), *params.stop_token_ids),
+        stops=StopStrings(stops),
+        min_tokens=params.min_tokens,
+        cache_salt=request.cache_salt or "",
+        skip_special_tokens=request.skip_special_tokens is not False,
+        echo=echo,
+        logprobs=logprobs,
+        prompt_logprobs=request.prompt_logprobs,
+        return_token_ids=bool(request.return_token_ids),
+        include_usage=bool(options and options.include_usage),
+    )
+
+
+def _sampling_params(
+    request: GenerationRequest,
+    model: ServedModel,
+    stops: Sequence[str],
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    """The request's wishes, then the model's, then OpenAI's."""
+    defaults = msgspec.structs.asdict(model.defaults)
+    wished = {name: value if (given := getattr(request, name)) is None else given for name, value in defaults.items()}
+    wished["top_k"] = max(0, wished["top_k"])
+    return SamplingParams(
+        min_tokens=request.min_tokens or 0,
+        seed=None if request.seed is None else request.seed % 2**63,
+        n=request.n or 1,
+        stop=tuple(stops),
+        stop_token_ids=tuple(request.stop_token_ids or ()),
+        ignore_eos=bool(request.ignore_eos),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias=tuple(sorted((request.logit_bias or {}).items())),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        **wished,
+    )
+
+
+def _check_cost(prompts: Sequence[Prompt]) -> None:
+    """Every field may be legal, and the whole still more than one request may ask for."""
+    n = prompts[0].params.n if prompts else 1
+    if not 1 <= len(prompts) * n <= MOST_CHOICES:
+        raise errors.invalid(
+            f"{len(prompts)} prompts with n = {n} are {len(prompts) * n} choices; 1 to {MOST_CHOICES} are allowed.",
+            "n" if n > 1 else "prompt",
+        )
+    entries = 0
+    for prompt in prompts:
+        params = prompt.params
+        entries += n * (params.max_tokens or 0) * (1 + (params.logprobs or 0))
+        entries += n * len(prompt.ids) * (1 + (params.prompt_logprobs or 0))
+    if entries > MOST_ENTRIES:
+        raise errors.invalid(
+            f"The request could produce {entries} tokens and log-probabilities, more than {MOST_ENTRIES}. "
+            "Lower 'n', 'max_tokens' or 'logprobs'.",
+            "n" if n > 1 else "max_tokens",
+        )

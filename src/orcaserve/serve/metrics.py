@@ -1,0 +1,165 @@
+"""`Metrics`: what /metrics says, under vLLM's names, so that dashboards and gateways made for it work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from orcaserve.core.config import EngineInfo
+from orcaserve.engine.messages import Stats, Step
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+_GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+_LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0)
+_TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+_ITERATION = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Metrics:
+    """Owner of the counters and histograms. Called from the event loop.
+
+    What the engine knows (queue, KV cache, preemptions) is read through `stats` and `info` when somebody asks.
+    """
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._registry = CollectorRegistry(auto_describe=False)
+        labels, values = ["model_name"], {"model_name": model_name}
+
+        def counter(name: str, help: str) -> Counter:
+            return Counter(f"vllm:{name}", help, labels, registry=self._registry).labels(**values)
+
+        def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"vllm:{name}", help, labels, registry=self._registry, buckets=buckets).labels(**values)
+
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished and running requests.")
+        self._generation_tokens = counter("generation_tokens", "Generated tokens.")
+        self._success = Counter(
+            "vllm:request_success",
+            "Choices that ended, by reason.",
+            [*labels, "finished_reason"],
+            registry=self._registry,
+        )
+        self._rejections = Counter(
+            "vllm:admission_rejections",
+            "Requests that were not taken, by reason.",
+            [*labels, "reason"],
+            registry=self._registry,
+        )
+        self._first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
+        self._gap = histogram("inter_token_latency_seconds", "Between two tokens of a choice.", _GAPS)
+        self._per_token = histogram(
+            "request_time_per_output_token_seconds", "Mean time between two tokens of a choice.", _GAPS
+        )
+        self._latency = histogram("e2e_request_latency_seconds", "From arrival to the end.", _LONG)
+        self._queue = histogram("request_queue_time_seconds", "From arrival to the first iteration.", _LONG)
+        self._prefill = histogram("request_prefill_time_seconds", "From the first iteration to the first token.", _LONG)
+        self._decode = histogram("request_decode_time_seconds", "From the first token to the last.", _LONG)
+        self._num_prompt = histogram("request_prompt_tokens", "Prompt tokens per request.", _TOKENS)
+        self._num_generated = histogram("request_generation_tokens", "Generated tokens per choice.", _TOKENS)
+        self._iteration = histogram("iteration_tokens_total", "Tokens per iteration.", _ITERATION)
+
+    def watch(self, stats: Callable[[], Stats], info: Callable[[], EngineInfo | None]) -> None:
+        """Reports the engine's state from now on."""
+        self._registry.register(_EngineCollector(self._model_name, stats, info))
+
+    def rejected(self, reason: str) -> None:
+        self._rejections.labels(model_name=self._model_name, reason=reason).inc()
+
+    def accepted(self, num_prompt: int) -> None:
+        self._prompt_tokens.inc(num_prompt)
+        self._num_prompt.observe(num_prompt)
+
+    def queued(self, seconds: float) -> None:
+        self._queue.observe(seconds)
+
+    def first_token(self, seconds: float, queue_seconds: float, num_tokens: int) -> None:
+        """seconds: since the arrival, of which so many in the queue. num_tokens: that came together."""
+        self._first_token.observe(seconds)
+        self._prefill.observe(max(0.0, seconds - queue_seconds))
+        self._generation_tokens.inc(num_tokens)
+
+    def more_tokens(self, seconds: float, num_tokens: int) -> None:
+        """num_tokens that came together, so long after the one before them."""
+        self._generation_tokens.inc(num_tokens)
+        for _ in range(num_tokens):
+            self._gap.observe(seconds / num_tokens)
+
+    def finished(self, reason: str, seconds: float, decode_seconds: float, num_tokens: int) -> None:
+        """A choice has ended. seconds: since its arrival; decode_seconds: since its first token."""
+        self._success.labels(model_name=self._model_name, finished_reason=reason).inc()
+        self._latency.observe(seconds)
+        self._decode.observe(decode_seconds)
+        self._num_generated.observe(num_tokens)
+        if num_tokens > 1:
+            self._per_token.observe(decode_seconds / (num_tokens - 1))
+
+    def on_step(self, step: Step) -> None:
+        if step.num_tokens:
+            self._iteration.observe(step.num_tokens)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+
+class _EngineCollector:
+    """The engine's own numbers, asked for at every scrape. Its counters begin anew when an engine is started again."""
+
+    def __init__(self, model_name: str, stats: Callable[[], Stats], info: Callable[[], EngineInfo | None]) -> None:
+        self._model_name = model_name
+        self._stats = stats
+        self._info = info
+        self._created = time.time()
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        share = stats.num_held_blocks / stats.num_blocks if stats.num_blocks else 0.0
+        for name, help, value in (
+            ("num_requests_running", "Choices that take part in iterations.", stats.num_running),
+            ("num_requests_waiting", "Choices that wait for their first iteration.", stats.num_waiting),
+            ("kv_cache_usage_perc", "Share of the KV cache's blocks that requests hold, 0 to 1.", share),
+        ):
+            gauge = GaugeMetricFamily(f"vllm:{name}", help, labels=["model_name"])
+            gauge.add_metric([self._model_name], value)
+            yield gauge
+        for name, help, value in (
+            ("num_preemptions", "Choices that were preempted, and computed again.", stats.num_preemptions),
+            ("prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache.", stats.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens that were found there.", stats.prefix_hits),
+        ):
+            counter = CounterMetricFamily(f"vllm:{name}", help, labels=["model_name"])
+            counter.add_metric([self._model_name], value)
+            yield counter
+        info = self._info()
+        if info is not None:
+            config = GaugeMetricFamily(
+                "vllm:cache_config_info",
+                "The KV cache: tokens per block, and blocks.",
+                labels=["model_name", "block_size", "num_gpu_blocks"],
+            )
+            config.add_metric([self._model_name, str(info.block_size), str(info.num_blocks)], 1)
+            yield config

@@ -1,0 +1,282 @@
+"""`run`: the server from its start to its end: socket, model, signals, and the exit code.
+
+The socket is bound first, so that an occupied port is known before anything is loaded, and answers 503 until the model
+is there. The first SIGTERM (or Ctrl-C) lets running requests end, the second one does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
+from orcaserve.engine.messages import Step
+from orcaserve.serve.app import make_app
+from orcaserve.serve.frontend import Frontend, HttpOptions
+from orcaserve.serve.metrics import Metrics
+from orcaserve.serve.pool import EngineFailed, Limits, Pool
+from orcaserve.serve.served_model import ServedModel
+
+_log = logging.getLogger("orcaserve.serve")
+_FLUSH_SECONDS = 5  # what a slow reader gets to fetch the rest of a response that has ended
+_KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep an idle connection, so that they close it, not we
+_WATCH_SECONDS = 0.5
+_BACKLOG = 2048
+
+
+class StartError(Exception):
+    """The server cannot start; the message is one clear line."""
+
+
+def run(
+    engine: EngineOptions,
+    http: HttpOptions | None = None,
+    *,
+    limits: Limits | None = None,
+    command: Sequence[str] | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+    on_ready: Callable[[EngineInfo, str], None] | None = None,
+) -> int:
+    """Serves until a signal ends it; returns the exit code: 0 after a drain, 1 with one line on stderr otherwise.
+
+    command: argv of the engine process (the pool's). on_progress: how far loading has come: (stage, done, total).
+    on_ready: called once with the engine and the server's URL, when requests are taken.
+    """
+    http = http or HttpOptions()
+    logging.basicConfig(
+        level=http.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    # The library's only switch for its own threads, which would take the model's cores.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        _check(http)
+        with _bind(http.host, http.port) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(
+                _serve(
+                    engine,
+                    http,
+                    listener,
+                    limits=limits,
+                    command=command,
+                    on_progress=on_progress,
+                    on_ready=on_ready,
+                )
+            )
+    except (StartError, ModelError, EngineFailed) as error:
+        print(f"orcaserve: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _check(http: HttpOptions) -> None:
+    if not http.api_keys and not _is_loopback(http.host):
+        raise StartError(
+            f"{http.host} can be reached from outside, so an API key is needed: give one with --api-key, "
+            "or listen on 127.0.0.1"
+        )
+    if any(not key.strip() for key in http.api_keys):
+        raise StartError("an API key is empty")
+    if (http.ssl_certfile is None) != (http.ssl_keyfile is None):
+        raise StartError("TLS needs both a certificate and a key file")
+    for name in (http.ssl_certfile, http.ssl_keyfile):
+        if name is not None and not Path(name).is_file():
+            raise StartError(f"there is no file {name}")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise StartError(f"cannot listen on {host} port {port}: {error}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)  # clients may connect from now on, and wait
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise StartError(f"cannot listen on {host} port {port}: {reason}") from None
+    return listener
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn without its own ideas about signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Signals:
+    """The wish to end, as SIGTERM and SIGINT say it. Owns the loop's handlers of both."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._arrived)
+
+    def _arrived(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+    def close(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+
+
+class _WorkLog:
+    """Counts what iterations do, and says so in one log line per while of work."""
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._num_tokens = 0
+        self._num_generated = 0
+
+    def on_step(self, step: Step) -> None:
+        self._num_steps += 1
+        self._num_tokens += step.num_tokens
+        self._num_generated += sum(len(output.token_ids) for output in step.outputs)
+
+    async def write(self, pool: Pool, seconds: float) -> None:
+        """For as long as the server lives."""
+        began = time.monotonic()
+        while True:
+            await asyncio.sleep(seconds)
+            now = time.monotonic()
+            if self._num_steps:
+                stats = pool.stats
+                _log.info(
+                    "%d running, %d waiting, KV %.0f %%, %.1f tokens/s generated, %.1f computed, %.1f iterations/s",
+                    stats.num_running,
+                    stats.num_waiting,
+                    100 * stats.num_held_blocks / max(1, stats.num_blocks),
+                    self._num_generated / (now - began),
+                    self._num_tokens / (now - began),
+                    self._num_steps / (now - began),
+                )
+            began = now
+            self._num_steps = self._num_tokens = self._num_generated = 0
+
+
+async def _serve(
+    engine: EngineOptions,
+    http: HttpOptions,
+    listener: socket.socket,
+    *,
+    limits: Limits | None,
+    command: Sequence[str] | None,
+    on_progress: Callable[[str, int, int], None] | None,
+    on_ready: Callable[[EngineInfo, str], None] | None,
+) -> int:
+    """Returns the exit code. Raises ModelError or EngineFailed if there is no engine, or no more."""
+    name = http.served_model_name or Path(os.path.abspath(engine.model)).name
+    metrics = Metrics(name)
+    work = _WorkLog()
+
+    def on_step(step: Step) -> None:
+        metrics.on_step(step)
+        work.on_step(step)
+
+    pool = Pool(engine, limits=limits, command=command, on_progress=on_progress, on_step=on_step)
+    metrics.watch(lambda: pool.stats, lambda: pool.info)
+    frontend = Frontend(name, pool, metrics, http)
+    web = _Uvicorn(_uvicorn_config(make_app(frontend), http))
+    signals = _Signals()
+    serving = asyncio.create_task(web.serve([listener]))
+    logging_work = asyncio.create_task(work.write(pool, http.log_seconds))
+
+    async def load_and_watch() -> None:
+        await pool.start()
+        frontend.model = await asyncio.to_thread(ServedModel, name, engine.model)
+        info = await pool.ready()
+        if on_ready is not None:
+            on_ready(info, _url(listener, http))
+        while pool.state != "failed":
+            await asyncio.sleep(_WATCH_SECONDS)
+        raise EngineFailed(pool.failure or "the engine failed")
+
+    async def drain() -> None:
+        if pool.num_unfinished:
+            _log.info("finishing %d running requests; a second signal ends them", pool.num_unfinished)
+        if not await pool.drain(http.drain_seconds):
+            _log.warning("not everything that ran could be finished in time")
+
+    try:
+        await _until(signals.first, load_and_watch())
+        await _until(signals.second, drain())
+    finally:
+        await pool.close()
+        logging_work.cancel()
+        web.force_exit = signals.second.is_set()
+        web.should_exit = True
+        await asyncio.wait([serving, logging_work])
+        signals.close()
+    return 1 if signals.second.is_set() else 0
+
+
+async def _until(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
+    """Works until it is done or the event comes; what the work raises is raised."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+    finally:
+        for other in (task, watcher):
+            other.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+def _uvicorn_config(app: ASGIApp, http: HttpOptions) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=_FLUSH_SECONDS,
+        ssl_certfile=http.ssl_certfile,
+        ssl_keyfile=http.ssl_keyfile,
+    )
+
+
+def _url(listener: socket.socket, http: HttpOptions) -> str:
+    host = f"[{http.host}]" if ":" in http.host else http.host
+    return f"{'https' if http.ssl_certfile else 'http'}://{host}:{listener.getsockname()[1]}"

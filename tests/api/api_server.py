@@ -1,0 +1,27 @@
+"""A server process of the tests: argv: the model's folder, HttpOptions and Limits as JSON, the engine's argv."""
+
+import sys
+
+import msgspec
+
+from orcaserve.core.config import EngineInfo, EngineOptions
+from orcaserve.serve.frontend import HttpOptions
+from orcaserve.serve.pool import Limits
+from orcaserve.serve.server import run
+
+
+def say(info: EngineInfo, url: str) -> None:
+    print(url, flush=True)
+
+
+if __name__ == "__main__":
+    model, http, limits, *command = sys.argv[1:]
+    code = run(
+        EngineOptions(model=model, max_batch_size=64, max_batch_tokens=256),
+        msgspec.json.decode(http, type=HttpOptions),
+        limits=msgspec.json.decode(limits, type=Limits),
+        command=command,
+        on_ready=say,
+    )
+    print("torch" in sys.modules, flush=True)
+    sys.exit(code)
