@@ -97,7 +97,7 @@ def test_alone_or_in_the_crowd(real: Server) -> None:
             "n": 1 + index % 2,
             "extra_body": {"return_token_ids": True},
         }
-        for index in range(16)
+        for index in range(10)
     ]
 
     async def ask(client: openai.AsyncOpenAI, body: dict[str, object]) -> list[object]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +72,8 @@ def test_a_client_that_hangs_up_frees_its_blocks(model_dir: Path, stream: bool) 
             wait_for(lambda: metric(client, "num_requests_running") == 3)
             other.close()
             wait_for(lambda: metric(client, "kv_cache_usage_perc") == metric(client, "num_requests_running") == 0)
+        aborted = 'vllm:request_success_total{finished_reason="abort",model_name="tiny"} 9.0'
+        assert aborted in client.get("/metrics").text
 
 
 def test_streams_outlive_the_engine(model_dir: Path) -> None:
@@ -158,6 +163,22 @@ def test_starts_that_fail_say_why_in_one_line(model_dir: Path, tmp_path: Path) -
     assert "tokenizer.json" in fails(Server(tmp_path / "empty"))
     assert "cannot listen" in fails(Server(model_dir, http={"host": "192.0.2.1", "api_keys": ["k"]}))
     assert "certificate" in fails(Server(model_dir, http={"ssl_certfile": "x"}))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_tls(model_dir: Path, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run([*make.split(), *names], check=True, capture_output=True)
+    with Server(model_dir, http={"ssl_certfile": str(cert), "ssl_keyfile": str(key)}).ready() as server:
+        assert server.url.startswith("https://")
+        with server.client(verify=ssl.create_default_context(cafile=str(cert))) as client:
+            assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+        assert server.stop()[0] == 0
+    cert.write_text("not a certificate")
+    said = fails(Server(model_dir, http={"ssl_certfile": str(cert), "ssl_keyfile": str(key)}))
+    assert "certificate" in said
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

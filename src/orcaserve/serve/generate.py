@@ -1,4 +1,4 @@
-"""`generate`: hands a job to the pool and gives the pieces of its choices as they come."""
+"""`Generation`: hands a job to the pool and gives the pieces of its choices as they come."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Generation:
     def __init__(self, job: Job, pool: Pool, tokenizer: Tokenizer, metrics: Metrics) -> None:
         self._job = job
         self._metrics = metrics
-        self._tokenizer = tokenizer
         self._began = time.monotonic()
         self._num_cached = [0] * len(job.prompts)
         self._choices = [ChoiceText(job, tokenizer) for _ in range(len(job.prompts) * job.n)]
+        self._unfinished = set(range(len(self._choices)))
         self._queue_seconds = [0.0] * len(self._choices)
         self._times: list[tuple[float, float] | None] = [None] * len(self._choices)  # of the first and latest token
         self._streams: list[Stream] = []
@@ -56,6 +56,9 @@ class Generation:
 
     async def __aexit__(self, *error: object) -> None:
         self._abort()
+        for _ in self._unfinished:
+            self._metrics.aborted()
+        self._unfinished.clear()
 
     def _abort(self) -> None:
         for stream in self._streams:
@@ -105,6 +108,7 @@ class Generation:
         self._times[index] = (now if times is None else times[0], now)
 
     def _has_ended(self, index: int, reason: str) -> None:
+        self._unfinished.discard(index)
         first, latest = self._times[index] or (0.0, 0.0)
         seconds = time.monotonic() - self._began
         self._metrics.finished(reason, seconds, latest - first, self._choices[index].num_tokens)

@@ -118,6 +118,10 @@ class Metrics:
         if num_tokens > 1:
             self._per_token.observe(decode_seconds / (num_tokens - 1))
 
+    def aborted(self) -> None:
+        """A choice whose client has gone, or that ended with another one's error."""
+        self._success.labels(model_name=self._model_name, finished_reason="abort").inc()
+
     def on_step(self, step: Step) -> None:
         if step.num_tokens:
             self._iteration.observe(step.num_tokens)

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -212,7 +213,12 @@ async def _serve(
     pool = Pool(engine, limits=limits, command=command, on_progress=on_progress, on_step=on_step)
     metrics.watch(lambda: pool.stats, lambda: pool.info)
     frontend = Frontend(name, pool, metrics, http)
-    web = _Uvicorn(_uvicorn_config(make_app(frontend), http))
+    config = _uvicorn_config(make_app(frontend), http)
+    try:
+        config.load()
+    except (OSError, ssl.SSLError):
+        raise StartError(f"the certificate {http.ssl_certfile} and its key cannot be used") from None
+    web = _Uvicorn(config)
     signals = _Signals()
     serving = asyncio.create_task(web.serve([listener]))
     logging_work = asyncio.create_task(work.write(pool, http.log_seconds))
