@@ -56,8 +56,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool
 
 
-async def completion_job(request: CompletionRequest, model: ServedModel, info: EngineInfo) -> Job:
-    """Raises ApiError."""
+async def completion_job(
+    request: CompletionRequest,
+    model: ServedModel,
+    info: EngineInfo,
+    default_max_tokens: int | None = COMPLETION_MAX_TOKENS,
+) -> Job:
+    """default_max_tokens: where the request is silent; None: what the context allows. Raises ApiError."""
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise errors.unsupported("best_of", "ask for 'n' choices and choose among them")
     texts = _prompt_list(request, info)
@@ -97,7 +102,7 @@ async def completion_job(request: CompletionRequest, model: ServedModel, info: E
         info,
         prompts,
         max_tokens=request.max_tokens,
-        default_max_tokens=COMPLETION_MAX_TOKENS,
+        default_max_tokens=default_max_tokens,
         logprobs=request.logprobs,
         echo=bool(request.echo),
         param="prompt",

@@ -1,0 +1,241 @@
+"""The command `orcaserve`: serve a model, generate without a server, chat with a server, list models."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from orcaserve import __version__
+from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
+from orcaserve.core.policy import POLICIES
+
+_SIZES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+_SIZES["ti"] = 1 << 40
+
+
+class Size(click.ParamType):
+    """Bytes as people write them: 24MiB, 4GiB, 500MB, 1048576; "auto" is None."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        if value is None or isinstance(value, int):
+            return value
+        text = str(value).strip().lower()
+        if text == "auto":
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text)
+        if match is None or match[2] not in _SIZES:
+            self.fail(f"{value!r} is not a size; write for example 24MiB, 4GiB or auto", param, ctx)
+        return int(float(match[1]) * _SIZES[match[2]])
+
+
+def engine_options(command: Any) -> Any:
+    """The options that decide how a model runs, the same for every command that runs one."""
+    options = [
+        click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True),
+        click.option(
+            "--kv-memory", type=Size(), default="auto", show_default=True, help="KV cache: 24MiB, 4GiB, auto."
+        ),
+        click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and output together, in tokens."),
+        click.option("--max-batch-size", type=click.IntRange(1), default=64, show_default=True, help="Requests."),
+        click.option("--max-batch-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens."),
+        click.option("--policy", type=click.Choice(sorted(POLICIES)), default="default", show_default=True),
+        click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use."),
+        click.option("--backend", type=click.Choice(["auto", "native", "transformers"]), default="auto"),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _engine(model: str, options: dict[str, Any]) -> tuple[str, EngineOptions]:
+    """The model's public name and the engine's options. Ends the program with one line if there is no such model."""
+    from orcaserve.serve.console import Console
+    from orcaserve.serve.find_model import find_model
+
+    console = Console()
+    try:
+        name, folder = find_model(model, lambda done, total: console.on_progress(f"download {model}", done, total))
+    except ModelError as error:
+        raise click.ClickException(str(error)) from None
+    finally:
+        console.close()
+    # An iteration always has room for one token of every request.
+    options["max_batch_tokens"] = max(options["max_batch_tokens"], options["max_batch_size"])
+    return name, EngineOptions(model=str(folder), **options)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="orcaserve")
+def main() -> None:
+    """Serve language models by continuous batching; answers do not depend on the load."""
+
+
+@main.command()
+@click.argument("model", default="orcaserve-tiny")
+@click.option("--host", default="127.0.0.1", show_default=True, help="A public address needs --api-key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@engine_options
+@click.option("--max-queue-requests", type=click.IntRange(1), default=1024, show_default=True)
+@click.option("--max-queue-tokens", type=click.IntRange(1), default=1 << 20, show_default=True)
+@click.option("--api-key", multiple=True, help="Clients must send one of them; may be given several times.")
+@click.option("--served-model-name", help="What clients call the model.")
+@click.option("--ssl-certfile", type=click.Path(dir_okay=False))
+@click.option("--ssl-keyfile", type=click.Path(dir_okay=False))
+@click.option("--drain-seconds", type=click.FloatRange(0), default=60.0, show_default=True, help="Grace after SIGTERM.")
+@click.option("--check", is_flag=True, help="Verify the scheduler's invariants after every step.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+def serve(
+    model: str,
+    host: str,
+    port: int,
+    max_queue_requests: int,
+    max_queue_tokens: int,
+    api_key: tuple[str, ...],
+    served_model_name: str | None,
+    ssl_certfile: str | None,
+    ssl_keyfile: str | None,
+    drain_seconds: float,
+    log_level: str,
+    **options: Any,
+) -> None:
+    """Serve MODEL over HTTP: a Hugging Face folder, a hub name such as Qwen/Qwen3-0.6B, or the built-in model."""
+    from orcaserve.serve.console import Console
+    from orcaserve.serve.frontend import HttpOptions
+    from orcaserve.serve.pool import Limits
+    from orcaserve.serve.server import run
+
+    name, engine = _engine(model, options)
+    http = HttpOptions(
+        host=host,
+        port=port,
+        api_keys=api_key,
+        served_model_name=served_model_name or name,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        drain_seconds=drain_seconds,
+        log_level=log_level,
+    )
+    console = Console()
+
+    def on_ready(info: EngineInfo, url: str) -> None:
+        console.on_ready(info)
+        console.say(f"serving {http.served_model_name} on {url}")
+
+    limits = Limits(max_queue_requests=max_queue_requests, max_queue_tokens=max_queue_tokens)
+    try:
+        code = run(engine, http, limits=limits, on_progress=console.on_progress, on_ready=on_ready)
+    finally:
+        console.close()
+    sys.exit(code)
+
+
+@main.command()
+@click.argument("prompt")
+@click.option("--model", "-m", default="orcaserve-tiny", show_default=True)
+@click.option("--chat", is_flag=True, help="Ask the prompt as a user would, through the model's chat template.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Default: until the answer ends.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="Default: the model's own.")
+@click.option("--seed", type=int)
+@engine_options
+def generate(
+    prompt: str,
+    model: str,
+    chat: bool,
+    max_tokens: int | None,
+    temperature: float | None,
+    seed: int | None,
+    **options: Any,
+) -> None:
+    """Generate from PROMPT, without a server; the text goes to stdout as it comes."""
+    import asyncio
+
+    from orcaserve.llm import AsyncLLM, RequestError
+
+    wishes = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    given = {name: value for name, value in wishes.items() if value is not None}
+
+    async def stream() -> None:
+        name, engine = _engine(model, options)
+        async with AsyncLLM.of(name, engine) as llm:
+            asked: Any = [{"role": "user", "content": prompt}] if chat else prompt
+            async for piece in llm.stream(asked, **given):
+                click.echo(piece.text, nl=False)
+        click.echo()
+
+    try:
+        asyncio.run(stream())
+    except (ModelError, RequestError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="A running server.")
+@click.option("--api-key", help="If the server wants one.")
+@click.option("--system", help="A system message.")
+@click.option("--temperature", type=click.FloatRange(0, 2), help="Default: the model's own.")
+def chat(url: str, api_key: str | None, system: str | None, temperature: float | None) -> None:
+    """Talk to a running server. An empty line or Ctrl-D ends."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    messages = [{"role": "system", "content": system}] if system else []
+    with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10, read=None)) as client:
+        try:
+            while question := click.prompt("you", default="", show_default=False, prompt_suffix="> ").strip():
+                messages.append({"role": "user", "content": question})
+                body = {"messages": messages, "stream": True}
+                if temperature is not None:
+                    body["temperature"] = temperature
+                answer = ""
+                for text in _answer(client, body):
+                    click.echo(text, nl=False)
+                    answer += text
+                click.echo()
+                messages.append({"role": "assistant", "content": answer})
+        except click.Abort:
+            click.echo()
+        except httpx.HTTPError as error:
+            raise click.ClickException(f"no answer from {url} ({error}); is a server running there?") from None
+
+
+def _answer(client: Any, body: dict[str, Any]) -> Iterator[str]:
+    """The text of one streamed chat completion. Ends the program with one line if the server refuses."""
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            raise click.ClickException(_error_line(response.read()))
+        for line in response.iter_lines():
+            data = line.removeprefix("data: ")
+            if not data or data == "[DONE]":
+                continue
+            chunk = json.loads(data)
+            if "error" in chunk:
+                raise click.ClickException(chunk["error"]["message"])
+            for choice in chunk["choices"]:
+                yield choice["delta"].get("content") or ""
+
+
+def _error_line(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return "the server answers, but not as an OpenAI-compatible one"
+
+
+@main.command()
+def models() -> None:
+    """List what can be served without a download: the built-in model and the local Hugging Face cache."""
+    from orcaserve.serve.find_model import local_models
+
+    for name, note in local_models():
+        click.echo(f"{name:40} {note}")
+
+
+if __name__ == "__main__":
+    main()
