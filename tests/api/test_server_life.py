@@ -157,7 +157,7 @@ def test_starts_that_fail_say_why_in_one_line(model_dir: Path, tmp_path: Path) -
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert f"port {port}" in fails(Server(model_dir, http={"port": port}))
-    assert "API key" in fails(Server(model_dir, http={"host": "0.0.0.0"}))  # noqa: S104
+    assert "API key" in fails(Server(model_dir, http={"host": "0.0.0.0"}))
     assert "no model today" in fails(Server(model_dir, "--fail", "no model today"))
     (tmp_path / "empty").mkdir()
     assert "tokenizer.json" in fails(Server(tmp_path / "empty"))
