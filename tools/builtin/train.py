@@ -7,23 +7,22 @@ Everything is decided by the seeds and numbers below, so the same machine and to
 
 import argparse
 import json
-import math
 import os
 import random
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tinyworld.dialogue import ASSISTANT, BEGIN, END, SPECIAL_TOKENS, SYSTEM, USER, documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
-TRAIN_SEED, TOKENIZER_SEED, VALID_SEED = 20, 21, 22
+TOKENIZER_SEED, VALID_SEED = 21, 22
 IGNORED = -100
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -54,17 +53,47 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """The course of the training; rows grow from short (quick) to the whole context, tokens per step stay alike."""
+    """The course of the training: full rate after the warm-up, then down to nothing over the last steps.
 
-    steps: int = 900
-    tokens_per_step: int = 4096
-    # (share of the steps after which it starts, tokens in a row)
-    row_lengths: tuple[tuple[float, int], ...] = ((0.0, 256), (0.4, 512), (0.85, 1024))
-    matrix_rate: float = 0.02
+    Rows grow while it runs, from quick short ones to the whole context; the tokens of a step stay alike.
+    """
+
+    steps: int = 2600
+    decay: int = 1800
+    warmup: int = 50
+    tokens_per_step: int = 2048
+    # (step from which it is used, tokens in a row)
+    row_lengths: tuple[tuple[int, int], ...] = ((0, 256), (250, 512), (2000, 1024))
+    matrix_rate: float = 0.01
+    embedding_rate: float = 0.01
     other_rate: float = 0.003
-    warmup: int = 40
     seed: int = 7
+    text_seed: int = 20
 
+    def rate(self, step: int) -> float:
+        """The share of the full rate at a step."""
+        return min(1.0, (step + 1) / self.warmup, (self.steps - step) / self.decay)
+
+    def row_length(self, step: int) -> int:
+        return max(length for start, length in self.row_lengths if step >= start)
+
+
+PLANS = {
+    # all in one go, about 55 minutes of CPU time
+    "whole": Plan(),
+    # the two short runs, the second one from the weights of the first, that made the weights in the package so far
+    "first": Plan(steps=678, decay=120, row_lengths=((0, 256), (250, 512), (558, 1024))),
+    "second": Plan(
+        steps=376,
+        decay=260,
+        warmup=20,
+        row_lengths=((0, 512), (116, 1024)),
+        matrix_rate=0.006,
+        embedding_rate=0.006,
+        other_rate=0.002,
+        text_seed=23,
+    ),
+}
 
 # --- tokenizer ---
 
@@ -92,8 +121,8 @@ def train_tokenizer(vocab: int, texts: Iterator[str]) -> Tokenizer:
 # --- data ---
 
 
-def rows(tokenizer: Tokenizer, seed: int, plan: Plan) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches (inputs, targets) of the plan, int64 [rows, row length]; documents are packed end to end.
+def rows(tokenizer: Tokenizer, seed: int, lengths: Iterable[int], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (inputs, targets), int64 [rows, length], of size tokens each; documents are packed end to end.
 
     What a user or a system message says is context only: its targets are ignored.
     """
@@ -101,21 +130,19 @@ def rows(tokenizer: Tokenizer, seed: int, plan: Plan) -> Iterator[tuple[Tensor, 
     texts = documents(seed)
     ids: list[int] = []
     targets: list[int] = []
-    for step in range(plan.steps):
-        length = max(length for share, length in plan.row_lengths if step >= share * plan.steps)
-        while len(ids) <= plan.tokens_per_step:
+    for length in lengths:
+        while len(ids) <= size:
             for encoded in tokenizer.encode_batch(list(islice(texts, 64)), add_special_tokens=False):
                 spoken_to = False
                 for token in encoded.ids:
                     ids.append(token)
                     targets.append(IGNORED if spoken_to else token)
                     spoken_to = token in (user, system) or (spoken_to and token != end)
-        shape = (-1, length)
         yield (
-            torch.tensor(ids[: plan.tokens_per_step]).view(shape),
-            torch.tensor(targets[1 : plan.tokens_per_step + 1]).view(shape),
+            torch.tensor(ids[:size]).view(-1, length),
+            torch.tensor(targets[1 : size + 1]).view(-1, length),
         )
-        del ids[: plan.tokens_per_step], targets[: plan.tokens_per_step]
+        del ids[:size], targets[:size]
 
 
 # --- model: the Llama architecture, as the checkpoint's readers compute it ---
@@ -184,22 +211,27 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = Norm(shape.hidden, shape.eps)
+        self.lm_head = nn.Linear(shape.hidden, shape.vocab, bias=False)
         inverse = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2) / shape.head_dim)
         angles = torch.outer(torch.arange(shape.context), inverse).repeat(1, 2)
         self.register_buffer("cos", angles.cos().bfloat16(), persistent=False)
         self.register_buffer("sin", angles.sin().bfloat16(), persistent=False)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                deep = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * shape.layers) if deep else 0.02)
+                nn.init.normal_(weight, std=0.02)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                nn.init.zeros_(weight)
+        # As large as what the layers will add to it: the model copies names out of its context, and a small embedding
+        # would be drowned. For the same reason the output matrix is one of its own.
+        nn.init.normal_(self.embed_tokens.weight, std=1.0)
 
     def forward(self, ids: Tensor, wanted: Tensor) -> Tensor:
-        """Logits [n, vocab] at the n wanted places (a mask) of token ids [rows, length]; embeddings are tied."""
+        """Logits [n, vocab] at the n wanted places (a mask) of token ids [rows, length]."""
         length = ids.shape[1]
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x, self.cos[:length], self.sin[:length])
-        return F.linear(self.norm(x[wanted]), self.embed_tokens.weight)
+        return self.lm_head(self.norm(x[wanted]))
 
 
 def loss_of(model: Model, ids: Tensor, targets: Tensor) -> Tensor:
@@ -231,7 +263,7 @@ class MatrixOptimizer:
         self.momenta = [(weight, torch.zeros_like(weight)) for weight in weights]
 
     @torch.no_grad()
-    def step(self, rate: float, momentum: float = 0.95, decay: float = 0.01) -> None:
+    def step(self, rate: float, momentum: float = 0.95, decay: float = 0.1) -> None:
         for weight, mean in self.momenta:
             mean.lerp_(weight.grad, 1 - momentum)
             update = orthogonal(weight.grad.lerp(mean, momentum))
@@ -246,7 +278,10 @@ class MatrixOptimizer:
 def save(folder: Path, model: Model, tokenizer: Tokenizer, shape: Shape) -> None:
     """Writes a folder in Hugging Face's layout, weights in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": weight.detach().bfloat16() for name, weight in model.named_parameters()}
+    tensors = {
+        name if name.startswith("lm_head") else f"model.{name}": weight.detach().bfloat16()
+        for name, weight in model.named_parameters()
+    }
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / "model.safetensors")
@@ -267,7 +302,7 @@ def save(folder: Path, model: Model, tokenizer: Tokenizer, shape: Shape) -> None
         "rope_theta": shape.rope_theta,
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
         "bos_token_id": begin,
         "eos_token_id": end,
         "torch_dtype": "bfloat16",
@@ -311,35 +346,42 @@ def validate(model: Model, batches: list[tuple[Tensor, Tensor]]) -> float:
     return mean
 
 
-def train(out: Path, shape: Shape, plan: Plan, save_every: int) -> None:
+def train(out: Path, shape: Shape, plan: Plan, save_every: int, start: Path | None) -> None:
     tokenizer = train_tokenizer(shape.vocab, islice(documents(TOKENIZER_SEED), 20000))
     if tokenizer.get_vocab_size() != shape.vocab:
         raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but the model expects {shape.vocab}")
     random.seed(plan.seed)
     torch.manual_seed(plan.seed)
     model = Model(shape)
+    if start is not None:
+        saved = load_file(start / "model.safetensors")
+        model.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in saved.items()})
     matrices = [weight for weight in model.layers.parameters() if weight.ndim == 2]
     chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
     matrix_optimizer = MatrixOptimizer(matrices)
-    optimizer = torch.optim.AdamW(others, lr=plan.other_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    rates = [plan.embedding_rate if weight is model.embed_tokens.weight else plan.other_rate for weight in others]
+    groups = [{"params": [weight]} for weight in others]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     size = sum(weight.numel() for weight in model.parameters())
     print(f"{size / 1e6:.2f} M parameters, tokenizer ready after {cpu_seconds():.0f} s of CPU time", flush=True)
     print(json.dumps(asdict(shape) | asdict(plan)), flush=True)
 
-    valid = list(islice(rows(tokenizer, VALID_SEED, replace(plan, row_lengths=((0.0, 512),))), 8))
-    batches = rows(tokenizer, TRAIN_SEED, plan)
+    valid = list(rows(tokenizer, VALID_SEED, [512] * 8, 4096))
+    lengths = (plan.row_length(step) for step in range(plan.steps))
+    batches = rows(tokenizer, plan.text_seed, lengths, plan.tokens_per_step)
     began, smooth = time.monotonic(), None
     for step, (ids, targets) in enumerate(batches):
-        rate = min(1.0, (step + 1) / plan.warmup) * (1 - step / plan.steps)
+        rate = plan.rate(step)
         loss = loss_of(model, ids, targets)
         loss.backward()
-        optimizer.param_groups[0]["lr"] = plan.other_rate * rate
+        for group, full in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = full * rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         matrix_optimizer.step(plan.matrix_rate * rate)
         smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
-        if (step + 1) % 20 == 0:
+        if (step + 1) % 25 == 0:
             left = (time.monotonic() - began) / (step + 1) * (plan.steps - step - 1)
             tokens = (step + 1) * plan.tokens_per_step / 1e6
             print(
@@ -355,12 +397,13 @@ def train(out: Path, shape: Shape, plan: Plan, save_every: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=Plan.steps)
+    parser.add_argument("--plan", choices=sorted(PLANS), default="whole")
+    parser.add_argument("--start", type=Path, help="a folder whose weights to start from")
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.out, Shape(), Plan(steps=args.steps), args.save_every)
+    train(args.out, Shape(), PLANS[args.plan], args.save_every, args.start)
 
 
 if __name__ == "__main__":
