@@ -132,6 +132,7 @@ def main() -> None:
         for policy in policies:
             print(policy, file=sys.stderr)
             runs[policy].append(measure(arguments, policy, requests))
+            print(f"  {runs[policy][-1]['wall_s']:.1f} s", file=sys.stderr)
     print("| policy | wall s | output tok/s | median s/token | median TTFT s | wall / first |")
     print("|---|---|---|---|---|---|")
     for policy, measured in runs.items():
