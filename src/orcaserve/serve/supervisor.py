@@ -101,8 +101,8 @@ class EngineProcess(asyncio.Protocol):
                 self._process = subprocess.Popen(  # noqa: S603
                     [*command, str(theirs.fileno()), str(self._recorder.fd)],
                     pass_fds=(theirs.fileno(), self._recorder.fd),
-                    # The cores are shared with this process: compute threads that spin while they wait take them away.
-                    env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+                    # The cores are shared with this process: compute threads must not spin for long while they wait.
+                    env={"GOMP_SPINCOUNT": "5000", **os.environ},
                     stdin=subprocess.DEVNULL,
                     stdout=2,  # whatever a library prints must not get between the lines of the frontend's output
                     process_group=0,
