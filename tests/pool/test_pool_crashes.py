@@ -217,7 +217,9 @@ def test_poison_in_the_middle_of_a_stream_ends_alone() -> None:
             asked = [wish for wish in wishes(6, 30) if POISON not in (*wish.prompt, *wish.answer()[0])]
             got = await gather_all([submit(pool, wish) for wish in [*asked, bad]])
             assert [tokens for tokens, _, _ in got[:-1]] == [wish.answer()[0] for wish in asked]
-            assert (got[-1][0], got[-1][1]) == (until_then, "error")
+            assert got[-1][1] == "error"
+            # The engine may die before its writer has sent the last token, every time it comes that far.
+            assert got[-1][0] in (until_then, until_then[:-1])
 
     run(main())
 
