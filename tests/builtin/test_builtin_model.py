@@ -23,11 +23,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "builtin"))
 
 from tinyworld.dialogue import vocabulary
 from tinyworld.stories import KINDS, THING_NAMES, Wish, held_out, shuffle_wish, tell
-from tinyworld.words import PLACES
+from tinyworld.words import BOYS, GIRLS, PLACES
 
 LIMIT = 200
-# The first weights had two short runs only. Strict, so that better weights make these tests fail until the marks go.
-UNDERTRAINED = "the first weights do not copy names and rare nouns out of their context yet, and greedy lists run on"
 STORY_FORMS = (
     "Tell me a story about {} and {}.",
     "write a story about {} and {}",
@@ -168,10 +166,7 @@ def test_the_chat_template_renders(tokenizer: PreTrainedTokenizerBase) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "how",
-    [pytest.param("greedy", marks=pytest.mark.xfail(strict=True, reason=UNDERTRAINED)), "sampled"],
-)
+@pytest.mark.parametrize("how", ["greedy", "sampled"])
 def test_answers_end_by_themselves(how: str, answers: dict, tokenizer: PreTrainedTokenizerBase) -> None:
     ended = [ids[-1] == tokenizer.eos_token_id for ids in answers[how]]
     assert sum(ended) >= 0.9 * len(ended), f"{sum(ended)} of {len(ended)} ended within {LIMIT} tokens"
@@ -200,7 +195,6 @@ def test_answers_are_readable_english(how: str, answers: dict, tokenizer: PreTra
     assert readable >= 0.95 * len(answers[how]), complaints
 
 
-@pytest.mark.xfail(strict=True, reason=UNDERTRAINED)
 @pytest.mark.parametrize("how", ["greedy", "sampled"])
 def test_stories_keep_to_topics_they_were_not_trained_on(
     how: str, answers: dict, tokenizer: PreTrainedTokenizerBase
@@ -210,15 +204,15 @@ def test_stories_keep_to_topics_they_were_not_trained_on(
     assert sum(kept) >= 0.8 * len(kept), [story for story, ok in zip(STORIES, kept, strict=True) if not ok]
 
 
-@pytest.mark.xfail(strict=True, reason=UNDERTRAINED)
-def test_a_name_stays_with_its_hero(answers: dict, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The hero that the first sentence names is still named in the last third of the story."""
+@pytest.mark.parametrize("how", ["greedy", "sampled"])
+def test_names_stay_with_their_bearers(how: str, answers: dict, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A story has a hero and a friend: who is named first is named again, and nobody but one other is ever named."""
+    names = set(GIRLS + BOYS)
     steady = 0
-    for ids, (_, kind, _) in zip(answers["greedy"], STORIES, strict=False):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        hero = re.search(rf"(?:named|called|name was) ([A-Z][a-z]+)|^([A-Z][a-z]+) was .*?{kind}", text)
-        steady += hero is not None and (hero[1] or hero[2]) in text[len(text) * 2 // 3 :]
-    assert steady >= 0.8 * len(STORIES)
+    for ids, _ in zip(answers[how], STORIES, strict=False):
+        named = [word for word in re.findall(r"[A-Z][a-z]+", tokenizer.decode(ids)) if word in names]
+        steady += len(set(named)) <= 2 and named.count(named[0]) > 1 if named else False
+    assert steady >= 0.9 * len(STORIES), f"{steady} of {len(STORIES)} stories keep their names"
 
 
 def test_the_generator_is_a_function_of_its_seed() -> None:

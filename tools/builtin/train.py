@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tinyworld.dialogue import ASSISTANT, BEGIN, END, SPECIAL_TOKENS, SYSTEM, USER, documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -53,17 +53,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """The course of the training: full rate after the warm-up, then down to nothing over the last steps.
+    """The course of the training: full rate after the warm-up, then down to nothing over the last steps."""
 
-    Rows grow while it runs, from quick short ones to the whole context; the tokens of a step stay alike.
-    """
-
-    steps: int = 2600
-    decay: int = 1800
+    steps: int = 3300
+    decay: int = 2000
     warmup: int = 50
-    tokens_per_step: int = 2048
-    # (step from which it is used, tokens in a row)
-    row_lengths: tuple[tuple[int, int], ...] = ((0, 256), (250, 512), (2000, 1024))
+    # (step from which it holds, tokens in a row, tokens in a step): quick short rows first, at last the whole context
+    stages: tuple[tuple[int, int, int], ...] = ((0, 256, 2048), (300, 512, 2048), (900, 512, 4096), (3000, 1024, 4096))
+    primer: int = 3500  # documents at the beginning that are mostly echoes
     matrix_rate: float = 0.01
     embedding_rate: float = 0.01
     other_rate: float = 0.003
@@ -74,26 +71,10 @@ class Plan:
         """The share of the full rate at a step."""
         return min(1.0, (step + 1) / self.warmup, (self.steps - step) / self.decay)
 
-    def row_length(self, step: int) -> int:
-        return max(length for start, length in self.row_lengths if step >= start)
+    def size(self, step: int) -> tuple[int, int]:
+        """Tokens in a row and tokens in a step."""
+        return next((row, step_size) for start, row, step_size in reversed(self.stages) if step >= start)
 
-
-PLANS = {
-    # all in one go, about 55 minutes of CPU time
-    "whole": Plan(),
-    # the two short runs, the second one from the weights of the first, that made the weights in the package so far
-    "first": Plan(steps=678, decay=120, row_lengths=((0, 256), (250, 512), (558, 1024))),
-    "second": Plan(
-        steps=376,
-        decay=260,
-        warmup=20,
-        row_lengths=((0, 512), (116, 1024)),
-        matrix_rate=0.006,
-        embedding_rate=0.006,
-        other_rate=0.002,
-        text_seed=23,
-    ),
-}
 
 # --- tokenizer ---
 
@@ -121,16 +102,17 @@ def train_tokenizer(vocab: int, texts: Iterator[str]) -> Tokenizer:
 # --- data ---
 
 
-def rows(tokenizer: Tokenizer, seed: int, lengths: Iterable[int], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (inputs, targets), int64 [rows, length], of size tokens each; documents are packed end to end.
+def rows(
+    tokenizer: Tokenizer, texts: Iterator[str], sizes: Iterable[tuple[int, int]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (inputs, targets) for each (length, size): int64 [size / length, length], documents packed end to end.
 
     What a user or a system message says is context only: its targets are ignored.
     """
     user, system, end = (tokenizer.token_to_id(token) for token in (USER, SYSTEM, END))
-    texts = documents(seed)
     ids: list[int] = []
     targets: list[int] = []
-    for length in lengths:
+    for length, size in sizes:
         while len(ids) <= size:
             for encoded in tokenizer.encode_batch(list(islice(texts, 64)), add_special_tokens=False):
                 spoken_to = False
@@ -162,6 +144,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions, halves rotated against each other; x is [rows, heads, length, head dim]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention over [rows, heads, length, head dim]; written out, the way back takes half the time."""
+    length = q.shape[2]
+    later = torch.full((length, length), -torch.inf, dtype=q.dtype).triu(1)
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)) + later
+    return torch.matmul(scores.softmax(-1, dtype=q.dtype), v)
 
 
 class Layer(nn.Module):
@@ -198,7 +188,7 @@ class Layer(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         group = self.shape.heads // self.shape.kv_heads
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = attend(q, k, v)
         x = x + self.self_attn["o_proj"](mixed.transpose(1, 2).reshape(batch, length, -1))
         normed = self.post_attention_layernorm(x)
         gated = F.silu(self.mlp["gate_proj"](normed)) * self.mlp["up_proj"](normed)
@@ -211,7 +201,7 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = Norm(shape.hidden, shape.eps)
-        self.lm_head = nn.Linear(shape.hidden, shape.vocab, bias=False)
+        self.turn = nn.Parameter(torch.empty(shape.hidden, shape.hidden))
         inverse = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2) / shape.head_dim)
         angles = torch.outer(torch.arange(shape.context), inverse).repeat(1, 2)
         self.register_buffer("cos", angles.cos().bfloat16(), persistent=False)
@@ -222,8 +212,17 @@ class Model(nn.Module):
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(weight)
         # As large as what the layers will add to it: the model copies names out of its context, and a small embedding
-        # would be drowned. For the same reason the output matrix is one of its own.
+        # would be drowned.
         nn.init.normal_(self.embed_tokens.weight, std=1.0)
+        nn.init.orthogonal_(self.turn)
+
+    def output_matrix(self) -> Tensor:
+        """[vocab, hidden]: the embeddings, all turned alike.
+
+        So what a layer learns about copying one word holds for every word, and yet no word predicts itself, as it would
+        if embedding and output matrix were the same.
+        """
+        return self.embed_tokens.weight @ self.turn * self.turn.shape[0] ** -0.5
 
     def forward(self, ids: Tensor, wanted: Tensor) -> Tensor:
         """Logits [n, vocab] at the n wanted places (a mask) of token ids [rows, length]."""
@@ -231,7 +230,7 @@ class Model(nn.Module):
         x = self.embed_tokens(ids)
         for layer in self.layers:
             x = layer(x, self.cos[:length], self.sin[:length])
-        return self.lm_head(self.norm(x[wanted]))
+        return F.linear(self.norm(x[wanted]), self.output_matrix())
 
 
 def loss_of(model: Model, ids: Tensor, targets: Tensor) -> Tensor:
@@ -244,32 +243,41 @@ def loss_of(model: Model, ids: Tensor, targets: Tensor) -> Tensor:
 # --- optimizer ---
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values pushed close to one, by five steps of a quintic Newton-Schulz iteration."""
-    x = matrix.bfloat16()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+def orthogonal(matrices: Tensor) -> Tensor:
+    """Matrices [n, a, b], a <= b, with their singular values pushed close to one: a quintic Newton-Schulz iteration."""
+    x = matrices.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
-        square = x @ x.T
+        square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return (x.T if tall else x).float()
+    return x.float()
 
 
 class MatrixOptimizer:
-    """Momentum whose steps are orthogonalised (Muon): for the matrices inside the layers. Owns their momenta."""
+    """Momentum whose steps are orthogonalised (Muon): for the matrices inside the layers. Owns their momenta.
+
+    Matrices of one shape, lying or standing, are worked on together.
+    """
 
     def __init__(self, weights: list[Tensor]) -> None:
-        self.momenta = [(weight, torch.zeros_like(weight)) for weight in weights]
+        alike: dict[tuple[int, int], list[Tensor]] = {}
+        for weight in weights:
+            alike.setdefault((min(weight.shape), max(weight.shape)), []).append(weight)
+        self.groups = [(members, torch.zeros(len(members), *shape)) for shape, members in alike.items()]
 
     @torch.no_grad()
     def step(self, rate: float, momentum: float = 0.95, decay: float = 0.1) -> None:
-        for weight, mean in self.momenta:
-            mean.lerp_(weight.grad, 1 - momentum)
-            update = orthogonal(weight.grad.lerp(mean, momentum))
-            scale = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
-            weight.mul_(1 - rate * decay).add_(update, alpha=-rate * scale)
-            weight.grad = None
+        for weights, mean in self.groups:
+            standing = [weight.shape[0] > weight.shape[1] for weight in weights]
+            gradients = torch.stack(
+                [weight.grad.T if stands else weight.grad for weight, stands in zip(weights, standing, strict=True)]
+            )
+            mean.lerp_(gradients, 1 - momentum)
+            updates = orthogonal(gradients.lerp_(mean, momentum))
+            for weight, stands, update in zip(weights, standing, updates, strict=True):
+                scale = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
+                weight.mul_(1 - rate * decay).add_(update.T if stands else update, alpha=-rate * scale)
+                weight.grad = None
 
 
 # --- saving ---
@@ -279,9 +287,9 @@ def save(folder: Path, model: Model, tokenizer: Tokenizer, shape: Shape) -> None
     """Writes a folder in Hugging Face's layout, weights in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        name if name.startswith("lm_head") else f"model.{name}": weight.detach().bfloat16()
-        for name, weight in model.named_parameters()
+        f"model.{name}": weight.detach().bfloat16() for name, weight in model.named_parameters() if name != "turn"
     }
+    tensors["lm_head.weight"] = model.output_matrix().detach().bfloat16()
     partial = folder / "model.safetensors.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
     partial.replace(folder / "model.safetensors")
@@ -346,16 +354,13 @@ def validate(model: Model, batches: list[tuple[Tensor, Tensor]]) -> float:
     return mean
 
 
-def train(out: Path, shape: Shape, plan: Plan, save_every: int, start: Path | None) -> None:
+def train(out: Path, shape: Shape, plan: Plan, save_every: int) -> None:
     tokenizer = train_tokenizer(shape.vocab, islice(documents(TOKENIZER_SEED), 20000))
     if tokenizer.get_vocab_size() != shape.vocab:
         raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, but the model expects {shape.vocab}")
     random.seed(plan.seed)
     torch.manual_seed(plan.seed)
     model = Model(shape)
-    if start is not None:
-        saved = load_file(start / "model.safetensors")
-        model.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in saved.items()})
     matrices = [weight for weight in model.layers.parameters() if weight.ndim == 2]
     chosen = {id(weight) for weight in matrices}
     others = [weight for weight in model.parameters() if id(weight) not in chosen]
@@ -367,10 +372,10 @@ def train(out: Path, shape: Shape, plan: Plan, save_every: int, start: Path | No
     print(f"{size / 1e6:.2f} M parameters, tokenizer ready after {cpu_seconds():.0f} s of CPU time", flush=True)
     print(json.dumps(asdict(shape) | asdict(plan)), flush=True)
 
-    valid = list(rows(tokenizer, VALID_SEED, [512] * 8, 4096))
-    lengths = (plan.row_length(step) for step in range(plan.steps))
-    batches = rows(tokenizer, plan.text_seed, lengths, plan.tokens_per_step)
-    began, smooth = time.monotonic(), None
+    valid = list(rows(tokenizer, documents(VALID_SEED), [(512, 4096)] * 8))
+    sizes = [plan.size(step) for step in range(plan.steps)]
+    batches = rows(tokenizer, documents(plan.text_seed, plan.primer), sizes)
+    began, smooth, seen, total = time.monotonic(), None, 0, sum(size for _, size in sizes)
     for step, (ids, targets) in enumerate(batches):
         rate = plan.rate(step)
         loss = loss_of(model, ids, targets)
@@ -380,12 +385,12 @@ def train(out: Path, shape: Shape, plan: Plan, save_every: int, start: Path | No
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         matrix_optimizer.step(plan.matrix_rate * rate)
+        seen += ids.numel()
         smooth = loss.item() if smooth is None else 0.95 * smooth + 0.05 * loss.item()
         if (step + 1) % 25 == 0:
-            left = (time.monotonic() - began) / (step + 1) * (plan.steps - step - 1)
-            tokens = (step + 1) * plan.tokens_per_step / 1e6
+            left = (time.monotonic() - began) / seen * (total - seen)
             print(
-                f"step {step + 1}/{plan.steps}  loss {smooth:.4f}  {tokens:.2f} M tokens  "
+                f"step {step + 1}/{plan.steps}  loss {smooth:.4f}  {seen / 1e6:.2f} M tokens  "
                 f"CPU {cpu_seconds():.0f} s  ETA {left / 60:.1f} min",
                 flush=True,
             )
@@ -397,13 +402,11 @@ def train(out: Path, shape: Shape, plan: Plan, save_every: int, start: Path | No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--plan", choices=sorted(PLANS), default="whole")
-    parser.add_argument("--start", type=Path, help="a folder whose weights to start from")
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train(args.out, Shape(), PLANS[args.plan], args.save_every, args.start)
+    train(args.out, Shape(), Plan(), args.save_every)
 
 
 if __name__ == "__main__":

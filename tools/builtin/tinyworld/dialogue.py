@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from tinyworld import words as w
 from tinyworld.answers import SORRY, answer, pseudo_word
+from tinyworld.echoes import echo
 from tinyworld.stories import Story, Wish, choose, fill, sequel, shuffle_wish, tell
 from tinyworld.words import article
 
@@ -251,11 +252,21 @@ def conversation(rng: random.Random) -> list[Message]:
     return messages
 
 
+def echo_turns(rng: random.Random) -> list[Message]:
+    turns = []
+    for _ in range(rng.randint(1, 3)):
+        asked, text = echo(rng)
+        turns += [Message("user", asked), Message("assistant", text)]
+    return turns
+
+
 def document(rng: random.Random) -> str:
     """One training document: mostly a conversation, sometimes plain text, as a completion continues it."""
     roll = rng.random()
-    if roll < 0.86:
+    if roll < 0.83:
         return render(conversation(rng))
+    if roll < 0.86:
+        return render(echo_turns(rng))
     if roll < 0.97:
         text = tell(rng, shuffle_wish(rng)).text
         if rng.random() < 0.4:  # a completion may begin anywhere
@@ -266,9 +277,11 @@ def document(rng: random.Random) -> str:
     return BEGIN + " ".join(text for _, text in parts) + END
 
 
-def documents(seed: int) -> Iterator[str]:
-    """Documents without end, always the same for the same seed."""
+def documents(seed: int, primer: int = 0) -> Iterator[str]:
+    """Documents without end, always the same for the same arguments; the first `primer` of them are mostly echoes."""
     rng = random.Random(seed)  # noqa: S311 (not for secrets: the text must come out the same every time)
+    for _ in range(primer):
+        yield render(echo_turns(rng)) if rng.random() < 0.85 else document(rng)
     while True:
         yield document(rng)
 
