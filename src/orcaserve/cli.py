@@ -47,6 +47,9 @@ def engine_options(command: Any) -> Any:
         click.option("--max-batch-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens."),
         click.option("--policy", type=click.Choice(sorted(POLICIES)), default="default", show_default=True),
         click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use."),
+        click.option(
+            "--kernels", default="auto", show_default=True, help="auto, torch, or an instruction set: avx2, portable, …"
+        ),
         click.option("--backend", type=click.Choice(["auto", "native", "transformers"]), default="auto"),
     ]
     for option in reversed(options):

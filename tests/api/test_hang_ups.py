@@ -51,7 +51,7 @@ def test_hang_ups_harm_nobody(model_dir: Path) -> None:
         }
         for index in range(100)
     ]
-    patience = [draw.random() if draw.random() < 0.33 else None for _ in bodies]
+    patience = [draw.random() / 2 if draw.random() < 0.33 else None for _ in bodies]
 
     async def crowd(port: int) -> list[bytes | None]:
         return list(await asyncio.gather(*(ask(port, *pair) for pair in zip(bodies, patience, strict=True))))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+import kernel_sets
 import torch
 import transformers
 
 from orcaserve.core.config import Dtype
 from orcaserve.model.config import read_config
 from orcaserve.model.decoder import Decoder, compute_dtype
+from orcaserve.ops.kernels import Kernels
 from orcaserve.ops.layout import Layout
 
 torch.set_num_threads(1)
@@ -21,7 +23,6 @@ transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 VOCAB = 97
-BLOCK_SIZE = 4
 _SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -171,16 +172,21 @@ class Bench:
 
     def __init__(self, stages: Sequence[Decoder], num_blocks: int = 64, seed: int = 0) -> None:
         self.stages = stages
+        self.block_size = max(4, stages[0].kernels.block_multiple)
         self.free = list(range(num_blocks))
         random.Random(seed).shuffle(self.free)
         self.tables: dict[int, list[int]] = {}
         self.computed: dict[int, int] = {}
-        shape = (num_blocks, BLOCK_SIZE, stages[0].num_kv_heads, stages[0].head_dim)
-        # What no request has written is NaN, so that reading it shows.
         self.kv = [
-            [tuple(torch.full(shape, float("nan"), dtype=stage.dtype) for _ in "kv") for _ in range(stage.num_layers)]
+            [
+                stage.kernels.kv_cache(num_blocks, self.block_size, stage.num_kv_heads, stage.head_dim, stage.dtype)
+                for _ in range(stage.num_layers)
+            ]
             for stage in stages
         ]
+        # What no request has written is NaN, so that reading it shows.
+        for cache in chain(*self.kv):
+            kernel_sets.fill_cache(cache, float("nan"))
 
     def step(self, rows: Iterable[tuple[int, Sequence[int]]]) -> list[torch.Tensor]:
         """One iteration: (request, its next tokens) of each row -> logits [n, V] of each row."""
@@ -189,20 +195,22 @@ class Bench:
         for request, tokens in rows:
             start = self.computed.setdefault(request, 0)
             table = self.tables.setdefault(request, [])
-            while len(table) * BLOCK_SIZE < start + len(tokens):
+            while len(table) * self.block_size < start + len(tokens):
                 table.append(self.free.pop())
             parts.append((start, len(tokens), list(table)))
             self.computed[request] = start + len(tokens)
-        layout = Layout.build(parts, BLOCK_SIZE)
+        layout = Layout.build(parts, self.block_size)
         x = torch.tensor([token for _, tokens in rows for token in tokens])
         for stage, kv in zip(self.stages, self.kv, strict=True):
             x = stage.forward(x, layout, kv)
         return list(self.stages[-1].logits(x).split([len(tokens) for _, tokens in rows]))
 
 
-def load(folder: Path, dtype: Dtype = "float32", cuts: Sequence[int] = ()) -> list[Decoder]:
+def load(
+    folder: Path, dtype: Dtype = "float32", cuts: Sequence[int] = (), kernels: Kernels | None = None
+) -> list[Decoder]:
     """Our decoder of a checkpoint, in stages cut at the given layers."""
     config = read_config(folder)
     borders = [0, *cuts, config.num_layers]
     wanted = compute_dtype(config, dtype)
-    return [Decoder.load(config, folder, wanted, a, b) for a, b in pairwise(borders)]
+    return [Decoder.load(config, folder, wanted, a, b, kernels=kernels) for a, b in pairwise(borders)]

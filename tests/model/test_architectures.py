@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import kernel_sets
 import pytest
 import torch
 from checkpoints import CASES, VOCAB, Bench, expected_logits, load, make_model
@@ -26,14 +27,19 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return folder, model, random.Random(seed)
 
 
+@pytest.fixture(params=kernel_sets.TWIN_AND_BEST)
+def kernels(request: pytest.FixtureRequest):
+    return kernel_sets.make(request.param)
+
+
 def prompt(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(VOCAB) for _ in range(length)]
 
 
-def test_prompt_matches_transformers(checkpoint) -> None:
+def test_prompt_matches_transformers(checkpoint, kernels) -> None:
     folder, model, rng = checkpoint
     tokens = prompt(rng, LENGTH)
-    (found,) = Bench(load(folder)).step([(0, tokens)])
+    (found,) = Bench(load(folder, kernels=kernels)).step([(0, tokens)])
     wanted = expected_logits(model, tokens)
     assert found.dtype == torch.float32 and found.shape == (LENGTH, VOCAB)
     assert wanted.std() > 0.1  # else agreement would say nothing
@@ -41,10 +47,10 @@ def test_prompt_matches_transformers(checkpoint) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bits_do_not_depend_on_batch_or_chunks(checkpoint, dtype) -> None:
+def test_bits_do_not_depend_on_batch_or_chunks(checkpoint, kernels, dtype) -> None:
     """Requests that join, leave and are chunked at random get the bits that each of them gets alone and whole."""
     folder, _, rng = checkpoint
-    stages = load(folder, dtype)
+    stages = load(folder, dtype, kernels=kernels)
     prompts = {i: prompt(rng, length) for i, length in enumerate([LENGTH, 17, 33, 1, 9])}
     alone = {i: Bench(stages).step([(i, tokens)])[0] for i, tokens in prompts.items()}
     bench, found, left = Bench(stages, seed=rng.randrange(99)), {i: [] for i in prompts}, dict(prompts)
@@ -61,11 +67,11 @@ def test_bits_do_not_depend_on_batch_or_chunks(checkpoint, dtype) -> None:
         assert torch.equal(torch.cat(parts), alone[i]), f"request {i}"
 
 
-def test_stages_add_up(checkpoint) -> None:
+def test_stages_add_up(checkpoint, kernels) -> None:
     folder, _, rng = checkpoint
     tokens = prompt(rng, 11)
-    (whole,) = Bench(load(folder)).step([(0, tokens)])
-    (staged,) = Bench(load(folder, cuts=[1, 2])).step([(0, tokens)])
+    (whole,) = Bench(load(folder, kernels=kernels)).step([(0, tokens)])
+    (staged,) = Bench(load(folder, cuts=[1, 2], kernels=kernels)).step([(0, tokens)])
     assert torch.equal(whole, staged)
 
 

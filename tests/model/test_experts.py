@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import random
 
+import kernel_sets
 import pytest
 import torch
 from checkpoints import make_model  # noqa: F401 - sets torch's threads as the other tests have them
 
-from orcaserve.model.layers import Experts, GatedMLP
-from orcaserve.ops.activation import ACTIVATIONS
-from orcaserve.ops.linear import Linear
+from orcaserve.model.layers import DenseMLP, Experts
+from orcaserve.ops.kernels import Kernels
+
+TWIN = kernel_sets.make("torch")
 
 
-def make_experts(router: torch.Tensor, per_token: int, normalise: bool, generator: torch.Generator) -> Experts:
-    def linear(out: int, size: int) -> Linear:
-        return Linear(torch.randn(out, size, generator=generator).to(router.dtype))
+def make_experts(
+    router: torch.Tensor, per_token: int, normalise: bool, generator: torch.Generator, kernels: Kernels = TWIN
+) -> Experts:
+    def weight(out: int, size: int) -> torch.Tensor:
+        return torch.randn(out, size, generator=generator).to(router.dtype)
 
     hidden = router.shape[1]
     experts = tuple(
-        GatedMLP(linear(12, hidden), linear(12, hidden), linear(hidden, 12), ACTIVATIONS["silu"]) for _ in router
+        DenseMLP(
+            kernels.gated(weight(12, hidden), weight(12, hidden), None, None, "silu"),
+            kernels.linear([weight(hidden, 12)], [None], cut=True),
+        )
+        for _ in router
     )
-    return Experts(Linear(router), experts, per_token, normalise)
+    return Experts(kernels.linear([router], [None]), experts, per_token, normalise)
 
 
 def test_router_ties_go_to_the_lower_index() -> None:
@@ -35,11 +43,13 @@ def test_router_ties_go_to_the_lower_index() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalise", [True, False])
-def test_rows_do_not_depend_on_each_other(dtype: torch.dtype, normalise: bool) -> None:
+@pytest.mark.parametrize("kernels", kernel_sets.TWIN_AND_BEST)
+def test_rows_do_not_depend_on_each_other(dtype: torch.dtype, normalise: bool, kernels: str) -> None:
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")
     generator = torch.Generator().manual_seed(seed)
-    experts = make_experts(torch.randn(7, 24, generator=generator).to(dtype), 3, normalise, generator)
+    router = torch.randn(7, 24, generator=generator).to(dtype)
+    experts = make_experts(router, 3, normalise, generator, kernel_sets.make(kernels))
     x = torch.randn(90, 24, generator=generator).to(dtype)
     together = experts(x)
     for i in (0, 1, 31, 32, 89):

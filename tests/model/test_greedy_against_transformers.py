@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import kernel_sets
 import pytest
 import torch
 from checkpoints import CASES, VOCAB, expected_logits, expected_tokens, make_model
@@ -24,7 +25,6 @@ from orcaserve.model.load import load_model
 from orcaserve.worker.worker import Worker
 
 TOKENS = 64
-BLOCK_SIZE = 4
 GREEDY = SamplingParams(temperature=0.0, max_tokens=TOKENS)
 TIE = 1e-5  # of two logits that close, rounding decides which is the greatest
 
@@ -76,18 +76,21 @@ def check_greedy(model: Any, prompt: list[int], found: list[int]) -> None:
     assert short.max() <= TIE, f"token {int(short.argmax())} is not transformers' choice"
 
 
+@pytest.mark.parametrize("kernels", kernel_sets.TWIN_AND_BEST)
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_greedy_tokens(tmp_path: Path, name: str) -> None:
+def test_greedy_tokens(tmp_path: Path, name: str, kernels: str) -> None:
     seed = random.randrange(1 << 30)
     print(f"{name}: seed {seed}")
     rng = random.Random(seed)
     model = make_model(*CASES[name], seed)
     model.save_pretrained(tmp_path)
 
-    shared = [rng.randrange(VOCAB) for _ in range(18)]
-    prompts = {
-        i: shared[: rng.randint(9, 18)] + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 12))] for i in range(6)
-    }
+    block_size = 4 if kernels == "torch" else 16
+    shared = [rng.randrange(VOCAB) for _ in range(block_size + 10)]
+    prompts = {}
+    for i in range(6):
+        own = [rng.randrange(VOCAB) for _ in range(rng.randint(1, 12))]
+        prompts[i] = shared[: rng.randint(block_size + 1, block_size + 10)] + own
     prompts[6] = list(prompts[0])  # once more, when its blocks are in the prefix cache
     commands: dict[int, list[Command]] = {}
     for i, prompt in prompts.items():
@@ -97,10 +100,13 @@ def test_greedy_tokens(tmp_path: Path, name: str) -> None:
         commands.setdefault(rng.randint(0, 9) if i < 6 else 40, []).append(Submit(new))
     commands.setdefault(25, []).append(Abort(5))
 
-    config = SchedulerConfig(policy=DEFAULT, max_batch_size=5, max_batch_tokens=7, num_blocks=56, block_size=BLOCK_SIZE)
-    decoder = load_model(tmp_path, backend="native")
+    num_blocks = 224 // block_size
+    config = SchedulerConfig(
+        policy=DEFAULT, max_batch_size=5, max_batch_tokens=7, num_blocks=num_blocks, block_size=block_size
+    )
+    decoder = load_model(tmp_path, backend="native", kernels=kernel_sets.make(kernels))
     scheduler = Scheduler(config)
-    executor = Watched(LocalExecutor(Worker(decoder, num_blocks=config.num_blocks, block_size=BLOCK_SIZE)))
+    executor = Watched(LocalExecutor(Worker(decoder, num_blocks=config.num_blocks, block_size=block_size)))
     inbox, outbox = Script(commands), Collected()
     loop = EngineLoop(scheduler, executor, inbox, outbox, clock=lambda: 0.0)
     while inbox.commands or scheduler.requests:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from orcaserve.ops.activation import ACTIVATIONS
-from orcaserve.ops.linear import Linear, embedding
+from orcaserve.ops.linear import TileLinear, embedding
 from orcaserve.ops.norm import layer_norm, rms_norm
 from orcaserve.ops.rotary import Rotary
 
@@ -44,7 +44,7 @@ def test_linear(threads, dtype, k, n):
     weight = torch.randn(n, k, generator=generator).to(dtype)
     bias = torch.randn(n, generator=generator).to(dtype)
     stored = weight.t().contiguous().t()  # as GPT-2's files have it
-    for linear in (Linear(weight), Linear(weight, bias), Linear(stored, bias)):
+    for linear in (TileLinear(weight), TileLinear(weight, bias), TileLinear(stored, bias)):
         assert linear.weight is weight or linear.weight is stored
         assert_rows_keep_their_bits(linear, x)
         expected = functional.linear(x.double(), weight.double(), None if linear.bias is None else bias.double())

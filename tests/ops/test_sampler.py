@@ -3,16 +3,40 @@
 import math
 import random
 
+import kernel_sets
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orcaserve.core.request import SamplingParams
+from orcaserve.ops import sampler
 from orcaserve.ops.noise import HIGHEST, LOWEST, gumbel
-from orcaserve.ops.sampler import NOT_A_NUMBER, NOTHING_LEFT, SamplingState, prompt_logprobs, sample
+from orcaserve.ops.sampler import NOT_A_NUMBER, NOTHING_LEFT, SamplingState
 
 torch.set_num_threads(1)
+
+
+def sample(logits, states):
+    """By every kernel set: they draw the same tokens, and their log-probabilities differ by rounding only."""
+    found = [sampler.sample(logits, states, kernel_sets.make(name, 2)) for name in kernel_sets.EVERY]
+    for other in found[1:]:
+        assert all(a == b if isinstance(a, str) else alike(a[1], b[1]) for a, b in zip(found[0], other, strict=True))
+        assert [a[0] for a in found[0]] == [b[0] for b in other]
+    return found[-1]
+
+
+def prompt_logprobs(logits, next_ids, top):
+    found = [sampler.prompt_logprobs(logits, next_ids, top, kernel_sets.make(name, 2)) for name in kernel_sets.EVERY]
+    for other in found[1:]:
+        assert isinstance(other, str) or all(alike(a, b) for a, b in zip(found[0], other, strict=True))
+    return found[-1]
+
+
+def alike(a, b):
+    if a is None or b is None:
+        return a is b
+    return a.token_id == b.token_id and a.rank == b.rank and math.isclose(a.logprob, b.logprob, abs_tol=1e-5)
 
 
 def state(params=None, *, seed=1, choice=0, prompt=(0,), generated=(), end=(), **options):

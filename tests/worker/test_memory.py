@@ -4,7 +4,7 @@ import pytest
 
 from orcaserve.core.config import ModelError
 from orcaserve.worker.machine import available_memory, cpu_name, usable_cpus
-from orcaserve.worker.memory import activation_bytes, kv_bytes_per_token, make_budget
+from orcaserve.worker.memory import activation_bytes, make_budget
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -67,7 +67,6 @@ def test_what_cannot_be_is_said_with_both_numbers(options, words):
 
 
 def test_sizes():
-    assert kv_bytes_per_token(28, 8, 128, 2) == 114688
     assert activation_bytes(512, 1024, 3072, 2048, 151936) < 300 * MIB
 
 

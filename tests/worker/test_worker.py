@@ -2,6 +2,7 @@
 
 import random
 
+import kernel_sets
 import msgspec
 import pytest
 import torch
@@ -46,8 +47,9 @@ def checkpoints(tmp_path_factory):
     return folders
 
 
-def load(checkpoints, name, dtype):
-    return Decoder.load(read_config(checkpoints[name]), checkpoints[name], dtype)
+def load(checkpoints, name, dtype, kernels="torch", threads=1):
+    config = read_config(checkpoints[name])
+    return Decoder.load(config, checkpoints[name], dtype, kernels=kernel_sets.make(kernels, threads))
 
 
 def draw_request(rng, id):
@@ -140,6 +142,7 @@ def solo(model, new, block_size=16):
     return life.answers[new.id]
 
 
+@pytest.mark.parametrize("kernels", kernel_sets.TWIN_AND_BEST)
 @pytest.mark.parametrize(
     ("name", "dtype", "threads"),
     [
@@ -149,12 +152,12 @@ def solo(model, new, block_size=16):
         ("qwen3", torch.bfloat16, 2),
     ],
 )
-def test_in_the_crowd_as_alone(checkpoints, name, dtype, threads):
+def test_in_the_crowd_as_alone(checkpoints, name, dtype, threads, kernels):
     seed = random.randrange(10**6)
     print("seed", seed)
     rng = random.Random(seed)
-    model = load(checkpoints, name, dtype)
-    block_size = rng.choice([1, 3, 16])
+    model = load(checkpoints, name, dtype, kernels, threads)
+    block_size = rng.choice([1, 3, 16]) if kernels == "torch" else rng.choice([16, 48])
     num_blocks = 16 * 220 // block_size
     life = Life(Worker(model, num_blocks=num_blocks, block_size=block_size), num_blocks, block_size, rng)
     waiting = [draw_request(rng, id) for id in range(10)]
@@ -173,6 +176,7 @@ def test_in_the_crowd_as_alone(checkpoints, name, dtype, threads):
         assert len(life.free) == num_blocks
     finally:
         torch.set_num_threads(1)
+    model = load(checkpoints, name, dtype, kernels)  # alone and on one thread
     for id, new in life.requests.items():
         alone = solo(model, new)
         assert life.answers[id] == alone, (seed, id)
@@ -189,25 +193,28 @@ def request(id, token_ids, **params):
     return NewRequest(id=id, token_ids=tuple(token_ids), num_prompt=len(token_ids), max_tokens=3, params=params)
 
 
-def test_rows_that_make_no_sense_fail_alone(checkpoints):
-    model = load(checkpoints, "llama", torch.float32)
-    worker = Worker(model, num_blocks=20, block_size=4)
-    new = [request(id, [id, 2, 3, 4, 5]) for id in range(1, 6)] + [request(6, [1, 2, 3, 4, VOCAB])]
+@pytest.mark.parametrize("kernels", kernel_sets.TWIN_AND_BEST)
+def test_rows_that_make_no_sense_fail_alone(checkpoints, kernels):
+    model = load(checkpoints, "llama", torch.float32, kernels)
+    size = max(4, model.kernels.block_multiple)
+    worker = Worker(model, num_blocks=20, block_size=size)
+    n = size + 1  # tokens of a request: they need two blocks
+    new = [request(id, [id, *range(2, n + 1)]) for id in range(1, 6)] + [request(6, [*range(1, n), VOCAB])]
     rows = (
         row(99, 1, [0]),  # never described
-        row(2, 9, [1, 2, 3]),  # more tokens than there are
-        row(3, 5, [4]),  # more tokens than its blocks hold
-        row(1, 5, [10, 11]),  # nothing wrong
-        row(4, 5, [5, 400]),  # a block that does not exist
+        row(2, n + 4, [1, 2, 3]),  # more tokens than there are
+        row(3, n, [4]),  # more tokens than its blocks hold
+        row(1, n, [10, 11]),  # nothing wrong
+        row(4, n, [5, 400]),  # a block that does not exist
         row(5, 3, [6, 7]),  # samples before its last token
-        row(6, 5, [8, 9]),  # a token beyond the vocabulary
+        row(6, n, [8, 9]),  # a token beyond the vocabulary
     )
     results = worker.run(Batch(1, rows, tuple(new))).rows
     assert [got.id for got in results] == [99, 2, 3, 1, 4, 5, 6]
     assert [got.error for got in results] == [FAILED] * 3 + [None] + [FAILED] * 3
-    alone = Worker(model, num_blocks=20, block_size=4).run(Batch(1, (row(1, 5, [0, 1]),), (new[0],))).rows[0]
+    alone = Worker(model, num_blocks=20, block_size=size).run(Batch(1, (row(1, n, [0, 1]),), (new[0],))).rows[0]
     assert results[3] == alone
-    after = Batch(2, (row(7, 5, [12, 13]),), (msgspec.structs.replace(new[0], id=7),), (99, 1, 2, 3, 4, 5, 6))
+    after = Batch(2, (row(7, n, [12, 13]),), (msgspec.structs.replace(new[0], id=7),), (99, 1, 2, 3, 4, 5, 6))
     assert msgspec.structs.replace(worker.run(after).rows[0], id=1) == alone
 
 
@@ -216,6 +223,7 @@ def test_nan_fails_its_own_request(checkpoints):
     model = load(checkpoints, "llama", torch.float32)
 
     class Poisoned:
+        vocab_size, kernels = VOCAB, model.kernels
         dtype, num_layers, num_kv_heads, head_dim = torch.float32, model.num_layers, model.num_kv_heads, model.head_dim
         logits = staticmethod(model.logits)
 
@@ -231,15 +239,16 @@ def test_nan_fails_its_own_request(checkpoints):
     assert results[1] == alone
 
 
-def test_nan_left_in_a_block_harms_nobody_after(checkpoints):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", kernel_sets.EVERY)
+def test_nan_left_in_a_block_harms_nobody_after(checkpoints, kernels, dtype):
     """A block that a failed request filled with NaN is given to another, which reads only what it wrote itself."""
-    model = load(checkpoints, "llama", torch.float32)
+    model = load(checkpoints, "llama", dtype, kernels)
     worker = Worker(model, num_blocks=4, block_size=16)
     new = request(1, range(2, 19))
     clean = worker.run(Batch(1, (row(1, 17, [0, 1]),), (new,))).rows[0]
-    for k_cache, v_cache in worker._kv:
-        k_cache.fill_(torch.nan)
-        v_cache.fill_(torch.nan)
+    for cache in worker._kv:
+        kernel_sets.fill_cache(cache, torch.nan)
     assert worker.run(Batch(2, (row(1, 17, [3, 2]),), (new,), (1,))).rows[0] == clean
 
 

@@ -19,6 +19,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     depth: batches in flight (pipeline stages; 1 on one device).
     threads: compute threads; None: as many as the process may use.
     backend: "native" (our decoder), "transformers" (the optional backend), "auto" (native where there is one).
+    kernels: "auto" (the best native kernels that the machine runs), "torch" (operators of torch), or the name of an
+        instruction set.
     check: verify the scheduler's invariants after every step.
     """
 
@@ -33,6 +35,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     depth: int = 1
     threads: int | None = None
     backend: Literal["auto", "native", "transformers"] = "auto"
+    kernels: str = "auto"
     check: bool = False
 
 

@@ -14,11 +14,13 @@ from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.policy import POLICIES
 from orcaserve.executors.local import LocalExecutor
 from orcaserve.model.load import load_model
+from orcaserve.ops.kernels import Kernels
+from orcaserve.ops.native_kernels import NativeKernels, instruction_sets
+from orcaserve.ops.torch_kernels import TorchKernels
 from orcaserve.worker.machine import available_memory, cpu_name, usable_cpus
-from orcaserve.worker.memory import activation_bytes, kv_bytes_per_token, make_budget
+from orcaserve.worker.memory import activation_bytes, make_budget
 from orcaserve.worker.worker import Worker
 
-KERNELS = "torch-1"  # changes whenever an op's bits do
 _WHOLE_PROMPT = 4096  # tokens that the activations' budget allows for where a policy does not cut prompts
 
 Progress = Callable[[str, int, int], None]
@@ -34,20 +36,20 @@ def build(options: EngineOptions, progress: Progress | None = None) -> tuple[Loc
     if policy is None:
         raise ModelError(f"there is no policy {options.policy}; there are {', '.join(POLICIES)}")
     threads = options.threads or usable_cpus()
-    torch.set_num_threads(threads)
     available = available_memory()
     _check_files(Path(options.model), available)
+    kernels = make_kernels(options.kernels, threads)
 
     model = load_model(
         options.model,
         options.dtype,
         options.backend,
         None if progress is None else lambda done, total: progress("weights", done, total),
+        kernels,
     )
     loaded = time.monotonic()
 
     config = model.config
-    per_token = kv_bytes_per_token(model.num_layers, model.num_kv_heads, model.head_dim, model.dtype.itemsize)
     step_tokens = max(options.max_batch_tokens, options.max_batch_size)
     if not policy.chunked:
         step_tokens = max(step_tokens, min(_WHOLE_PROMPT, config.max_positions))
@@ -61,7 +63,8 @@ def build(options: EngineOptions, progress: Progress | None = None) -> tuple[Loc
             config.num_heads * config.head_dim,
             config.vocab_size,
         ),
-        bytes_per_token=per_token,
+        bytes_per_token=model.num_layers
+        * model.kernels.kv_bytes_per_token(model.num_kv_heads, model.head_dim, model.dtype),
         block_size=options.block_size,
         max_batch_size=options.max_batch_size,
         model_len=config.max_positions,
@@ -77,7 +80,7 @@ def build(options: EngineOptions, progress: Progress | None = None) -> tuple[Loc
         max_model_len=budget.max_model_len,
         block_size=options.block_size,
         num_blocks=budget.num_blocks,
-        profile=numerics_profile(dtype, type(model).__name__),
+        profile=numerics_profile(model.kernels.name, dtype, type(model).__name__),
         deterministic=model.deterministic,
         threads=threads,
         budget=budget.lines,
@@ -86,10 +89,23 @@ def build(options: EngineOptions, progress: Progress | None = None) -> tuple[Loc
     return LocalExecutor(worker), info
 
 
-def numerics_profile(dtype: str, backend: str) -> str:
+def make_kernels(wish: str, threads: int) -> Kernels:
+    """ "auto": the best native kernels that run here, torch's operators where there are none; "torch"; or a name."""
+    known = instruction_sets()
+    if wish == "torch" or (wish == "auto" and not known):
+        torch.set_num_threads(threads)
+        return TorchKernels()
+    if wish != "auto" and wish not in known:
+        raise ModelError(f"this machine has no kernels for {wish}; there are {', '.join([*known, 'torch'])}")
+    # What torch still does is small, and its threads would only stand in the way of ours.
+    torch.set_num_threads(1)
+    return NativeKernels(threads, None if wish == "auto" else wish)
+
+
+def numerics_profile(kernels: str, dtype: str, backend: str) -> str:
     """Short hash of all that decides bits beside the model's files and the request; residual and KV have the dtype."""
     parts = (
-        KERNELS,
+        kernels,
         backend,
         dtype,
         torch.__version__,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,30 +10,18 @@ import torch
 
 from orcaserve.core.config import Dtype, ModelError
 from orcaserve.model.config import ModelConfig
-from orcaserve.model.layers import (
-    Attention,
-    Experts,
-    FusedGatedMLP,
-    GatedMLP,
-    Layer,
-    LayerNorm,
-    Part,
-    PerHead,
-    PlainMLP,
-    RMSNorm,
-    Separate,
-    Stacked,
-)
+from orcaserve.model.layers import MLP, Attention, DenseMLP, Experts, Layer, Part
 from orcaserve.model.plan import TensorSpec, plan
 from orcaserve.model.rope import Rope
 from orcaserve.model.weights import Progress, Weights
 from orcaserve.ops.activation import ACTIVATIONS
+from orcaserve.ops.kernels import Kernels, KVCache, Linear
 from orcaserve.ops.layout import Layout
-from orcaserve.ops.linear import Linear, embedding
+from orcaserve.ops.linear import embedding
 from orcaserve.ops.rotary import Rotary
+from orcaserve.ops.torch_kernels import TorchKernels
 
 Tensor = torch.Tensor
-KV = tuple[Tensor, Tensor]
 
 
 def compute_dtype(config: ModelConfig, wish: Dtype) -> torch.dtype:
@@ -47,14 +35,14 @@ def compute_dtype(config: ModelConfig, wish: Dtype) -> torch.dtype:
 class Embedding:
     """int64 token ids and positions [M] -> [M, H]. rows_before: rows of the table of positions before position 0."""
 
-    tokens: Tensor
+    tokens: Callable[[Tensor], Tensor]
     positions: Tensor | None
     rows_before: int
     project: Linear | None
     scale: float | None
 
     def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        x = embedding(token_ids, self.tokens)
+        x = self.tokens(token_ids)
         if self.scale is not None:
             x = x * torch.tensor(self.scale, dtype=x.dtype)  # rounded as the model was trained
         if self.project is not None:
@@ -78,7 +66,7 @@ class Head:
             hidden = self.norm(hidden)
         if self.project is not None:
             hidden = self.project(hidden)
-        logits = self.matrix(hidden).float()
+        logits = self.matrix(hidden)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
@@ -88,7 +76,7 @@ class Decoder:
     Immutable once loaded; the caches it writes to belong to the worker.
 
     config: of the whole model. dtype: of weights, activations and caches. num_layers: of this stage.
-    num_kv_heads, head_dim: of a cache [num_blocks, block_size, num_kv_heads, head_dim].
+    num_kv_heads, head_dim: of its caches. kernels: what it computes with.
     weight_bytes: memory that this stage's weights take. deterministic: a row's bits depend on its request alone.
     """
 
@@ -98,6 +86,7 @@ class Decoder:
         self,
         config: ModelConfig,
         dtype: torch.dtype,
+        kernels: Kernels,
         embed: Embedding | None,
         layers: Sequence[Layer],
         head: Head | None,
@@ -106,9 +95,11 @@ class Decoder:
         self.config = config
         self.dtype = dtype
         self.num_layers = len(layers)
+        self.vocab_size = config.vocab_size
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
         self.weight_bytes = weight_bytes
+        self.kernels = kernels
         self._embed = embed
         self._layers = tuple(layers)
         self._head = head
@@ -122,34 +113,38 @@ class Decoder:
         first: int = 0,
         last: int | None = None,
         progress: Progress | None = None,
+        kernels: Kernels | None = None,
     ) -> Decoder:
         """The stage of layers [first, last) with the weights of a checkpoint's folder.
 
+        kernels: what it is computed with; None: torch's operators.
         progress: called with (bytes loaded, bytes in all). Raises ModelError if the files do not hold this model.
         """
         last = config.num_layers if last is None else last
         if config.activation not in ACTIVATIONS:
             raise ModelError(f"{Path(folder).name}: the activation {config.activation} is not supported")
+        kernels = TorchKernels() if kernels is None else kernels
         needed = plan(config, first, last)
         with torch.inference_mode(), Weights(folder, needed, dtype, progress) as weights:
+            parts = _Parts(config, kernels, weights)
             tokens = weights.take_optional("embed.weight")
-            embed = _embed(config, weights, tokens) if first == 0 and tokens is not None else None
-            ropes: dict[Rope, Rotary] = {}
-            layers = [_layer(config, i, weights, ropes) for i in range(first, last)]
-            head = _head(config, weights, tokens) if last == config.num_layers else None
-        return cls(config, dtype, embed, layers, head, stage_bytes(needed, dtype))
+            head = parts.head(tokens) if last == config.num_layers else None
+            embed = parts.embed(tokens, head) if first == 0 and tokens is not None else None
+            del tokens
+            layers = [parts.layer(i) for i in range(first, last)]
+        return cls(config, dtype, kernels, embed, layers, head, stage_bytes(needed, dtype))
 
     @torch.inference_mode()
-    def forward(self, x: Tensor, layout: Layout, kv: Sequence[KV]) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, kv: Sequence[KVCache]) -> Tensor:
         """Runs one iteration of ΣL tokens and gives their hidden values [ΣL, H] behind the stage's last layer.
 
         x: int64 token ids [ΣL] in the first stage, else the hidden values [ΣL, H] of the stage before.
-        kv: the pair of caches of each layer of the stage.
+        kv: the cache of each layer of the stage.
         """
         if self._embed is not None:
             x = self._embed(x, layout.positions)
-        for layer, (k_cache, v_cache) in zip(self._layers, kv, strict=True):
-            x = layer(x, layout, k_cache, v_cache)
+        for layer, cache in zip(self._layers, kv, strict=True):
+            x = layer(x, layout, cache)
         return x
 
     @torch.inference_mode()
@@ -165,91 +160,134 @@ def stage_bytes(needed: dict[str, TensorSpec], dtype: torch.dtype) -> int:
     return sum(spec.num_values for spec in needed.values()) * dtype.itemsize
 
 
-def _embed(config: ModelConfig, weights: Weights, tokens: Tensor) -> Embedding:
-    return Embedding(
-        tokens=tokens,
-        positions=weights.take_optional("positions.weight"),
-        rows_before=config.row.learned_positions or 0,
-        project=_linear("project_in", weights) if "project_in.weight" in weights else None,
-        scale=config.hidden_size**0.5 if config.row.scaled_embedding else None,
-    )
+class _Parts:
+    """Builds the parts of a stage while its weights are open, each from the tensors that it takes."""
 
+    def __init__(self, config: ModelConfig, kernels: Kernels, weights: Weights) -> None:
+        self._config = config
+        self._kernels = kernels
+        self._weights = weights
+        self._ropes: dict[Rope, Rotary] = {}  # one table of sines for all layers that rotate alike
 
-def _head(config: ModelConfig, weights: Weights, tokens: Tensor | None) -> Head:
-    matrix = tokens if config.tied and tokens is not None else weights.take("head.weight")
-    return Head(
-        norm=_norm(config, "final_norm", weights),
-        project=_linear("project_out", weights) if "project_out.weight" in weights else None,
-        matrix=Linear(matrix, None),
-        softcap=config.final_softcap,
-    )
+    def embed(self, tokens: Tensor, head: Head | None) -> Embedding:
+        config, weights = self._config, self._weights
+        # A tied embedding reads the rows of the output matrix: there is one copy of it, in whatever layout.
+        tied = head is not None and config.tied
+        return Embedding(
+            tokens=head.matrix.rows if tied and head is not None else lambda ids: embedding(ids, tokens),
+            positions=weights.take_optional("positions.weight"),
+            rows_before=config.row.learned_positions or 0,
+            project=self._linear("project_in") if "project_in.weight" in weights else None,
+            scale=config.hidden_size**0.5 if config.row.scaled_embedding else None,
+        )
 
+    def head(self, tokens: Tensor | None) -> Head:
+        config, weights = self._config, self._weights
+        matrix = tokens if config.tied and tokens is not None else weights.take("head.weight")
+        return Head(
+            norm=self._norm("final_norm"),
+            project=self._linear("project_out") if "project_out.weight" in weights else None,
+            matrix=self._kernels.linear([matrix], [None], wide=True),
+            softcap=config.final_softcap,
+        )
 
-def _layer(config: ModelConfig, i: int, weights: Weights, ropes: dict[Rope, Rotary]) -> Layer:
-    act = ACTIVATIONS[config.activation]
-    attention_norm, mlp_norm = _norm(config, f"{i}.attention_norm", weights), _norm(config, f"{i}.mlp_norm", weights)
-    if attention_norm is None or mlp_norm is None:
-        raise ValueError(f"the row of {config.architecture} lacks a norm")
-    return Layer(
-        block=config.block,
-        attention=_attention(config, i, weights, ropes),
-        mlp=_experts(config, i, weights, act) if config.layers[i].sparse else _mlp(config, i, weights, act),
-        attention_norm=attention_norm,
-        mlp_norm=mlp_norm,
-        attention_out_norm=_norm(config, f"{i}.attention_out_norm", weights),
-        mlp_out_norm=_norm(config, f"{i}.mlp_out_norm", weights),
-    )
+    def layer(self, i: int) -> Layer:
+        config = self._config
+        attention_norm, mlp_norm = self._norm(f"{i}.attention_norm"), self._norm(f"{i}.mlp_norm")
+        if attention_norm is None or mlp_norm is None:
+            raise ValueError(f"the row of {config.architecture} lacks a norm")
+        return Layer(
+            block=config.block,
+            attention=self._attention(i),
+            mlp=self._experts(i) if config.layers[i].sparse else self._mlp(i),
+            attention_norm=attention_norm,
+            mlp_norm=mlp_norm,
+            attention_out_norm=self._norm(f"{i}.attention_out_norm"),
+            mlp_out_norm=self._norm(f"{i}.mlp_out_norm"),
+        )
 
+    def _attention(self, i: int) -> Attention:
+        config, weights = self._config, self._weights
+        rope = config.layers[i].rope
+        if rope is not None and rope not in self._ropes:
+            self._ropes[rope] = Rotary(torch.tensor(rope.inv_freq, dtype=torch.float32), rope.scaling, rope.dim)
+        return Attention(
+            kernels=self._kernels,
+            qkv=self._qkv(i),
+            heads=self._kernels.heads(
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                weights.take_optional(f"{i}.q_norm.weight"),
+                weights.take_optional(f"{i}.k_norm.weight"),
+                config.norm_eps,
+                config.row.norm == "rms_plus_one",
+                None if rope is None else self._ropes[rope],
+            ),
+            out=self._linear(f"{i}.o", cut=True),
+            scale=config.attention_scale,
+            window=config.layers[i].window,
+            softcap=config.attention_softcap,
+        )
 
-def _attention(config: ModelConfig, i: int, weights: Weights, ropes: dict[Rope, Rotary]) -> Attention:
-    project: Separate | Stacked | PerHead
-    if config.row.qkv == "separate":
-        q, k, v = (_linear(f"{i}.{role}", weights) for role in "qkv")
-        project = Separate(q, k, v, config.head_dim)
-    elif config.row.qkv == "stacked":
-        project = Stacked(_linear(f"{i}.qkv", weights), config.num_heads, config.num_kv_heads, config.head_dim)
-    else:
-        project = PerHead(_linear(f"{i}.qkv", weights), config.head_dim)
-    rope = config.layers[i].rope
-    if rope is not None and rope not in ropes:  # one table of sines for all layers that rotate alike
-        ropes[rope] = Rotary(torch.tensor(rope.inv_freq, dtype=torch.float32), rope.scaling, rope.dim)
-    return Attention(
-        project=project,
-        q_norm=_norm(config, f"{i}.q_norm", weights),
-        k_norm=_norm(config, f"{i}.k_norm", weights),
-        rotary=None if rope is None else ropes[rope],
-        out=_linear(f"{i}.o", weights),
-        scale=config.attention_scale,
-        window=config.layers[i].window,
-        softcap=config.attention_softcap,
-    )
+    def _qkv(self, i: int) -> Linear:
+        """One map to q, k and v below each other, however the checkpoint keeps them."""
+        config = self._config
+        if config.row.qkv == "separate":
+            both = [self._take(f"{i}.{role}") for role in "qkv"]
+            return self._kernels.linear([weight for weight, _ in both], [bias for _, bias in both])
+        weight, bias = self._take(f"{i}.qkv")
+        if config.row.qkv == "stacked":
+            return self._kernels.linear([weight], [bias])
+        # q, k and v side by side for every head
+        weights = [part.flatten(0, 1) for part in weight.unflatten(0, (-1, 3, config.head_dim)).unbind(1)]
+        biases = (
+            [None] * 3
+            if bias is None
+            else [part.flatten() for part in bias.unflatten(0, (-1, 3, config.head_dim)).unbind(1)]
+        )
+        return self._kernels.linear(weights, biases)
 
+    def _mlp(self, i: int) -> MLP:
+        config = self._config
+        if config.row.mlp == "plain":
+            weight, bias = self._take(f"{i}.up")
+            return DenseMLP(
+                self._kernels.linear([weight], [bias], activation=config.activation),
+                self._linear(f"{i}.down", cut=True),
+            )
+        if config.row.mlp == "gated_fused":
+            weight, bias = self._take(f"{i}.gate_up")
+            gate, up = weight.chunk(2)
+            gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+        else:
+            (gate, gate_bias), (up, up_bias) = self._take(f"{i}.gate"), self._take(f"{i}.up")
+        inner = self._kernels.gated(gate, up, gate_bias, up_bias, config.activation)
+        return DenseMLP(inner, self._linear(f"{i}.down", cut=True))
 
-def _mlp(config: ModelConfig, i: int, weights: Weights, act: Part) -> Part:
-    if config.row.mlp == "gated_fused":
-        return FusedGatedMLP(_linear(f"{i}.gate_up", weights), _linear(f"{i}.down", weights), act)
-    if config.row.mlp == "gated":
-        return GatedMLP(_linear(f"{i}.gate", weights), _linear(f"{i}.up", weights), _linear(f"{i}.down", weights), act)
-    return PlainMLP(_linear(f"{i}.up", weights), _linear(f"{i}.down", weights), act)
+    def _experts(self, i: int) -> Experts:
+        config = self._config
+        experts = []
+        for e in range(config.num_experts):
+            (gate, gate_bias), (up, up_bias) = (self._take(f"{i}.expert_{part}.{e}") for part in ("gate", "up"))
+            inner = self._kernels.gated(gate, up, gate_bias, up_bias, config.activation)
+            experts.append(DenseMLP(inner, self._linear(f"{i}.expert_down.{e}", cut=True)))
+        router = self._linear(f"{i}.router")
+        return Experts(router, tuple(experts), config.experts_per_token, config.normalise_experts)
 
+    def _norm(self, key: str) -> Part | None:
+        """The norm of a key, None if the plan has none."""
+        config, weights = self._config, self._weights
+        weight = weights.take_optional(f"{key}.weight")
+        if weight is None:
+            return None
+        if config.row.norm == "layer":
+            return self._kernels.layer_norm(weight, weights.take(f"{key}.bias"), config.norm_eps)
+        return self._kernels.rms_norm(weight, config.norm_eps, plus_one=config.row.norm == "rms_plus_one")
 
-def _experts(config: ModelConfig, i: int, weights: Weights, act: Part) -> Experts:
-    experts = []
-    for e in range(config.num_experts):
-        gate, up, down = (_linear(f"{i}.expert_{part}.{e}", weights) for part in ("gate", "up", "down"))
-        experts.append(GatedMLP(gate, up, down, act))
-    return Experts(_linear(f"{i}.router", weights), tuple(experts), config.experts_per_token, config.normalise_experts)
+    def _linear(self, key: str, *, cut: bool = False) -> Linear:
+        weight, bias = self._take(key)
+        return self._kernels.linear([weight], [bias], cut=cut)
 
-
-def _norm(config: ModelConfig, key: str, weights: Weights) -> RMSNorm | LayerNorm | None:
-    """The norm of a key, None if the plan has none."""
-    weight = weights.take_optional(f"{key}.weight")
-    if weight is None:
-        return None
-    if config.row.norm == "layer":
-        return LayerNorm(weight, weights.take(f"{key}.bias"), config.norm_eps)
-    return RMSNorm(weight, config.norm_eps, plus_one=config.row.norm == "rms_plus_one")
-
-
-def _linear(key: str, weights: Weights) -> Linear:
-    return Linear(weights.take(f"{key}.weight"), weights.take_optional(f"{key}.bias"))
+    def _take(self, key: str) -> tuple[Tensor, Tensor | None]:
+        return self._weights.take(f"{key}.weight"), self._weights.take_optional(f"{key}.bias")

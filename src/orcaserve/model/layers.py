@@ -11,135 +11,41 @@ from dataclasses import dataclass
 import torch
 
 from orcaserve.model.architectures import Block
-from orcaserve.ops.attention import attention, store_kv
+from orcaserve.ops.kernels import Heads, Kernels, KVCache, Linear, Part
 from orcaserve.ops.layout import Layout
-from orcaserve.ops.linear import Linear
-from orcaserve.ops.norm import layer_norm, rms_norm
-from orcaserve.ops.rotary import Rotary
 
 Tensor = torch.Tensor
-Part = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class RMSNorm:
-    weight: Tensor
-    eps: float
-    plus_one: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps, plus_one=self.plus_one)
-
-
-@dataclass(frozen=True)
-class LayerNorm:
-    weight: Tensor
-    bias: Tensor
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-
-@dataclass(frozen=True)
-class Separate:
-    """q, k and v by three matrices: [M, H] -> [M, heads, d], [M, kv_heads, d] twice."""
-
-    q: Linear
-    k: Linear
-    v: Linear
-    head_dim: int
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.q, self.k, self.v))
-        return q, k, v
-
-
-@dataclass(frozen=True)
-class Stacked:
-    """The same by one matrix, whose rows are those of q, then k, then v."""
-
-    qkv: Linear
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rows = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, k, v = rows.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return q, k, v
-
-
-@dataclass(frozen=True)
-class PerHead:
-    """The same by one matrix, whose rows are those of q, k and v of head 0, then of head 1 and so on."""
-
-    qkv: Linear
-    head_dim: int
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, 3, self.head_dim)).unbind(2)
-        return q, k, v
+Inner = Callable[[Tensor], Tensor]
+MLP = Callable[[Tensor, Tensor | None], Tensor]  # (x, residual) -> their sum, if there is a residual
 
 
 @dataclass(frozen=True)
 class Attention:
     """Writes this iteration's keys and values to the cache, attends over what the cache then holds."""
 
-    project: Separate | Stacked | PerHead
-    q_norm: Part | None
-    k_norm: Part | None
-    rotary: Rotary | None
+    kernels: Kernels
+    qkv: Linear
+    heads: Heads
     out: Linear
     scale: float
     window: int | None
     softcap: float | None
 
-    def __call__(self, x: Tensor, layout: Layout, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        q, k, v = self.project(x)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = _each_head(self.q_norm, q), _each_head(self.k_norm, k)
-        if self.rotary is not None:
-            q, k = self.rotary.rotate(q, layout.positions), self.rotary.rotate(k, layout.positions)
-        store_kv(k, v, k_cache, v_cache, layout.slots)
-        mixed = attention(q, k_cache, v_cache, layout, scale=self.scale, window=self.window, softcap=self.softcap)
-        return self.out(mixed.flatten(1))
-
-
-def _each_head(norm: Part, x: Tensor) -> Tensor:
-    return norm(x.flatten(0, 1)).view(x.shape)
+    def __call__(self, x: Tensor, layout: Layout, cache: KVCache, residual: Tensor | None = None) -> Tensor:
+        q = self.heads(self.qkv(x), layout, cache)
+        mixed = self.kernels.attention(q, cache, layout, scale=self.scale, window=self.window, softcap=self.softcap)
+        return self.out(mixed, residual)
 
 
 @dataclass(frozen=True)
-class PlainMLP:
-    up: Linear
+class DenseMLP:
+    """inner: activation(up(x)), or activation(gate(x)) * up(x)."""
+
+    inner: Inner
     down: Linear
-    activation: Part
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
-
-
-@dataclass(frozen=True)
-class GatedMLP:
-    gate: Linear
-    up: Linear
-    down: Linear
-    activation: Part
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate(x)) * self.up(x))
-
-
-@dataclass(frozen=True)
-class FusedGatedMLP:
-    gate_up: Linear
-    down: Linear
-    activation: Part
-
-    def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(self.activation(gate) * up)
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.down(self.inner(x), residual)
 
 
 @dataclass(frozen=True)
@@ -151,17 +57,17 @@ class Experts:
     """
 
     router: Linear
-    experts: tuple[GatedMLP, ...]
+    experts: tuple[DenseMLP, ...]
     per_token: int
     normalise: bool
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         shares, chosen = self.route(x)
         mixed = torch.zeros(x.shape, dtype=torch.float32)
         for e in torch.unique(chosen).tolist():
             rows, place = torch.where(chosen == e)
             mixed[rows] += shares[rows, place, None] * self.experts[e](x[rows]).float()
-        return mixed.to(x.dtype)
+        return (mixed if residual is None else mixed + residual).to(x.dtype)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Shares float32[M, per_token] and indices int64[M, per_token] of each row's experts, likeliest first."""
@@ -183,19 +89,24 @@ class Layer:
 
     block: Block
     attention: Attention
-    mlp: Part
+    mlp: MLP
     attention_norm: Part
     mlp_norm: Part
     attention_out_norm: Part | None
     mlp_out_norm: Part | None
 
-    def __call__(self, x: Tensor, layout: Layout, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, layout: Layout, cache: KVCache) -> Tensor:
         if self.block == "post":
-            x = self.attention_norm(x + self.attention(x, layout, k_cache, v_cache))
-            return self.mlp_norm(x + self.mlp(x))
-        mixed = self.attention(self.attention_norm(x), layout, k_cache, v_cache)
+            x = self.attention_norm(self.attention(x, layout, cache, x))
+            return self.mlp_norm(self.mlp(x, x))
+        normed = self.attention_norm(x)
         if self.block == "parallel":
-            return self.mlp(self.mlp_norm(x)) + mixed + x
-        x = x + (mixed if self.attention_out_norm is None else self.attention_out_norm(mixed))
-        changed = self.mlp(self.mlp_norm(x))
-        return x + (changed if self.mlp_out_norm is None else self.mlp_out_norm(changed))
+            return self.mlp(self.mlp_norm(x), self.attention(normed, layout, cache, x))
+        if self.attention_out_norm is None:
+            x = self.attention(normed, layout, cache, x)
+        else:
+            x = x + self.attention_out_norm(self.attention(normed, layout, cache))
+        normed = self.mlp_norm(x)
+        if self.mlp_out_norm is None:
+            return self.mlp(normed, x)
+        return x + self.mlp_out_norm(self.mlp(normed, None))

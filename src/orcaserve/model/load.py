@@ -12,6 +12,7 @@ from orcaserve.core.config import Dtype, ModelError
 from orcaserve.model.config import find_row, read_config, read_raw_config
 from orcaserve.model.decoder import Decoder, compute_dtype
 from orcaserve.model.weights import Progress
+from orcaserve.ops.kernels import Kernels
 
 if TYPE_CHECKING:
     from orcaserve.model.transformers_backend import TransformersDecoder
@@ -22,16 +23,18 @@ def load_model(
     dtype: Dtype = "auto",
     backend: Literal["auto", "native", "transformers"] = "auto",
     progress: Progress | None = None,
+    kernels: Kernels | None = None,
 ) -> Decoder | TransformersDecoder:
     """Loads a whole model. Raises ModelError, in one line, if it cannot be served.
 
     backend: "auto" is our decoder for the architectures in the table, and transformers for others if it is installed.
+    kernels: what our decoder computes with; None: torch's operators.
     """
     native = backend == "native" or (backend == "auto" and find_row(read_raw_config(Path(folder))) is not None)
     installed = find_spec("transformers") is not None
     if native or (backend == "auto" and not installed):
         config = read_config(folder)
-        return Decoder.load(config, folder, compute_dtype(config, dtype), progress=progress)
+        return Decoder.load(config, folder, compute_dtype(config, dtype), progress=progress, kernels=kernels)
     if not installed:
         raise ModelError("the transformers backend needs the extra: pip install 'orcaserve[transformers]'")
     from orcaserve.model.transformers_backend import TransformersDecoder  # an optional dependency

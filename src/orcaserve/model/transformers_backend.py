@@ -24,9 +24,9 @@ from orcaserve.model.config import Generation, read_generation, read_raw_config
 from orcaserve.model.weights import Progress, Weights
 from orcaserve.ops.attention import attention, store_kv
 from orcaserve.ops.layout import Layout
+from orcaserve.ops.torch_kernels import TorchCache, TorchKernels
 
 Tensor = torch.Tensor
-KV = tuple[Tensor, Tensor]
 
 _NAME = "orcaserve"  # ours, among transformers' attention implementations
 _TRIAL = (13, 9)  # tokens of the two requests of the trial
@@ -52,16 +52,16 @@ class _Iteration:
     """What an attention layer needs to know of the iteration."""
 
     layout: Layout
-    kv: Sequence[KV]
+    kv: Sequence[TorchCache]
     windows: Sequence[int | None]
 
     def attend(
         self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cap: float | None
     ) -> Tensor:
-        k_cache, v_cache = self.kv[i]
-        store_kv(k, v, k_cache, v_cache, self.layout.slots)
+        cache = self.kv[i]
+        store_kv(k, v, cache.k, cache.v, self.layout.slots)
         seen = self.windows[i] if window is None else window
-        return attention(q, k_cache, v_cache, self.layout, scale=scale, window=seen, softcap=cap)
+        return attention(q, cache.k, cache.v, self.layout, scale=scale, window=seen, softcap=cap)
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ class TransformersDecoder:
     """
 
     deterministic = False
+    kernels = TorchKernels()
 
     def __init__(
         self, model: Any, seat: _Seat, config: TransformersConfig, dtype: torch.dtype, windows: Sequence[int | None]
@@ -134,6 +135,7 @@ class TransformersDecoder:
         self.config = config
         self.dtype = dtype
         self.num_layers = config.num_layers
+        self.vocab_size = config.vocab_size
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
         self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -222,8 +224,8 @@ class TransformersDecoder:
         return decoder
 
     @torch.inference_mode()
-    def forward(self, x: Tensor, layout: Layout, kv: Sequence[KV]) -> Tensor:
-        """int64 token ids [ΣL] -> hidden values [ΣL, H]; kv: the pair of caches of each layer."""
+    def forward(self, x: Tensor, layout: Layout, kv: Sequence[TorchCache]) -> Tensor:
+        """int64 token ids [ΣL] -> hidden values [ΣL, H]; kv: the cache of each layer."""
         self._seat.iteration = _Iteration(layout, kv, self._windows)
         try:
             out = self._body(input_ids=x[None], position_ids=layout.positions[None], use_cache=False)
@@ -242,9 +244,9 @@ class TransformersDecoder:
         generator = torch.Generator().manual_seed(0)
         prompts = [torch.randint(self.config.vocab_size, (n,), generator=generator) for n in _TRIAL]
         block_size, blocks = 4, [[6, 1, 7, 3], [0, 5, 2]]
-        shape = (8, block_size, self.num_kv_heads, self.head_dim)
         kv = [
-            (torch.zeros(shape, dtype=self.dtype), torch.zeros(shape, dtype=self.dtype)) for _ in range(self.num_layers)
+            self.kernels.kv_cache(8, block_size, self.num_kv_heads, self.head_dim, self.dtype)
+            for _ in range(self.num_layers)
         ]
         found: list[list[Tensor]] = [[], []]
         for spans in [((0, 6), (0, 2)), ((6, 1), (2, 7)), ((7, 6), (9, 0))]:

@@ -66,6 +66,11 @@ class Layout:
     def num_tokens(self) -> int:
         return int(self.positions.shape[0])
 
+    @property
+    def last_position(self) -> int:
+        """The greatest position; -1 if there is none."""
+        return max((row.end for row in self.rows), default=0) - 1
+
     def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """make(), computed once per key: index tensors that every layer of the iteration shares."""
         if key not in self._memo:

@@ -10,33 +10,41 @@ from torch import Tensor
 from torch.nn import functional
 
 TILE = 32
+_NARROWEST = 16  # outputs: with fewer, a row's bits were seen to depend on its place in the tile
 
 
-class Linear:
+class TileLinear:
     """x @ weightᵀ + bias, in the dtype of the weight.
 
     weight: [N, K], kept as given (a mapped file stays mapped; there is no second copy). bias: [N] or None.
     """
 
-    __slots__ = ("bias", "weight")
+    __slots__ = ("_padded", "bias", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = weight
         self.bias = bias
+        self._padded = weight, bias
+        if (missing := _NARROWEST - weight.shape[0]) > 0:
+            wide = None if bias is None else functional.pad(bias, (0, missing))
+            self._padded = functional.pad(weight, (0, 0, 0, missing)), wide
 
     def __call__(self, x: Tensor) -> Tensor:
         """[M, K] -> [M, N]; any M, zero included."""
-        rows = x.shape[0]
+        rows, n = x.shape[0], self.weight.shape[0]
         if rows == TILE:
-            return functional.linear(x, self.weight, self.bias)
-        out = x.new_empty((rows, self.weight.shape[0]))
+            return self._tile(x)
+        out = x.new_empty((rows, n))
         for first in range(0, rows, TILE):
             tile = x[first : first + TILE]
             used = tile.shape[0]
             if used < TILE:
                 tile = functional.pad(tile, (0, 0, 0, TILE - used))
-            out[first : first + used] = functional.linear(tile, self.weight, self.bias)[:used]
+            out[first : first + used] = self._tile(tile)[:used]
         return out
+
+    def _tile(self, x: Tensor) -> Tensor:
+        return functional.linear(x, *self._padded)[:, : self.weight.shape[0]]
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:

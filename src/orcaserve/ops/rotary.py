@@ -47,12 +47,15 @@ class Rotary:
             out[..., self.rotary_dim :] = x[..., self.rotary_dim :]
         return out
 
+    def angles(self, last: int) -> Tensor:
+        """float32 [positions, 2, rotary_dim / 2] of cosines and sines, up to position `last` at least."""
+        if last >= self._table.shape[0]:
+            self._grow(last + 1)
+        return self._table
+
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine, float32 [M, 1, rotary_dim / 2] each."""
-        needed = int(positions.max()) + 1 if positions.numel() else 0
-        if needed > self._table.shape[0]:
-            self._grow(needed)
-        both = self._table.index_select(0, positions)
+        both = self.angles(int(positions.max()) if positions.numel() else -1).index_select(0, positions)
         return both[:, 0:1], both[:, 1:2]
 
     def _grow(self, needed: int) -> None:

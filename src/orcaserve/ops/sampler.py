@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from orcaserve.core.request import SamplingParams, TokenLogprobs
+from orcaserve.ops.kernels import Kernels
 from orcaserve.ops.noise import HIGHEST, LOWEST, gumbel
+from orcaserve.ops.vocabulary import ordered_sum
 
-_SPAN = 1024  # vocabulary entries per partial sum
 _COLDEST = 1e-30  # a positive temperature that float32 would round to 0 is taken as this one
 _FEW = 2048  # most likely tokens to look at before a whole vocabulary is sorted for top_p
 
@@ -40,20 +40,20 @@ class SamplingState:
     end_token_ids: tuple[int, ...] = ()
 
 
-def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | str]:
+def sample(logits: Tensor, states: Sequence[SamplingState], kernels: Kernels) -> list[Sampled | str]:
     """One outcome per row of float32 [R, V]: the token, with log-probabilities if asked for, or why the row failed."""
     if not states:
         return []
-    peaks = logits.amax(-1)
-    sound = peaks.isfinite().tolist()
-    tokens = [_draw(logits[i], state) if sound[i] else NOT_A_NUMBER for i, state in enumerate(states)]
+    peaks, likeliest = kernels.peaks(logits)
+    sound, greedy = peaks.isfinite().tolist(), likeliest.tolist()
+    tokens = [_draw(logits[i], state, greedy[i]) if sound[i] else NOT_A_NUMBER for i, state in enumerate(states)]
     asking = [
         i for i, (state, token) in enumerate(zip(states, tokens, strict=True))
         if state.params.logprobs is not None and not isinstance(token, str)
     ]  # fmt: skip
     reported: dict[int, TokenLogprobs] = {}
     if asking:
-        logprobs = _log_softmax(logits[asking], peaks[asking])
+        logprobs = _log_softmax(logits[asking], peaks[asking], kernels)
         for row, i in zip(logprobs, asking, strict=True):
             token = tokens[i]
             if isinstance(token, int):
@@ -61,26 +61,22 @@ def sample(logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | st
     return [token if isinstance(token, str) else (token, reported.get(i)) for i, token in enumerate(tokens)]
 
 
-def prompt_logprobs(logits: Tensor, next_ids: Sequence[int], top: int) -> tuple[TokenLogprobs, ...] | str:
+def prompt_logprobs(
+    logits: Tensor, next_ids: Sequence[int], top: int, kernels: Kernels
+) -> tuple[TokenLogprobs, ...] | str:
     """What each row of float32 [n, V] said of the token that follows it, or why the rows failed."""
     if not next_ids:
         return ()
-    peaks = logits.amax(-1)
+    peaks, _ = kernels.peaks(logits)
     if not bool(peaks.isfinite().all()):
         return NOT_A_NUMBER
-    return tuple(_report(row, token, top) for row, token in zip(_log_softmax(logits, peaks), next_ids, strict=True))
+    logprobs = _log_softmax(logits, peaks, kernels)
+    return tuple(_report(row, token, top) for row, token in zip(logprobs, next_ids, strict=True))
 
 
-def _log_softmax(logits: Tensor, peaks: Tensor) -> Tensor:
+def _log_softmax(logits: Tensor, peaks: Tensor, kernels: Kernels) -> Tensor:
     """float32 [R, V]; peaks [R] are the rows' greatest logits."""
-    shifted = logits - peaks[:, None]
-    return shifted - _ordered_sum(shifted.exp()).log()[:, None].float()
-
-
-def _ordered_sum(rows: Tensor) -> Tensor:
-    """Sums of float32 [R, n] as float64 [R], in an order that depends on n alone."""
-    padded = functional.pad(rows, (0, -rows.shape[1] % _SPAN))
-    return padded.view(rows.shape[0], -1, _SPAN).sum(-1).double().cumsum(-1)[:, -1]
+    return (logits - peaks[:, None]) - kernels.masses(logits, peaks).log()[:, None].float()
 
 
 def _report(logprobs: Tensor, token: int, top: int) -> TokenLogprobs:
@@ -99,10 +95,12 @@ def _likeliest(values: Tensor, k: int) -> Tensor:
     return ids[values[ids].sort(descending=True, stable=True).indices[:k]]
 
 
-def _draw(logits: Tensor, state: SamplingState) -> int | str:
-    """The token drawn from float32 [V], which is left as it is."""
+def _draw(logits: Tensor, state: SamplingState, greedy: int) -> int | str:
+    """The token drawn from float32 [V], which is left as it is; `greedy` is the likeliest."""
     params = state.params
     scores = _adjusted(logits, state)
+    if scores is logits and params.temperature == 0.0:
+        return greedy
     peak = scores.amax()
     if not bool(peak.isfinite()):
         return NOTHING_LEFT
@@ -156,7 +154,7 @@ def _allowed(scaled: Tensor, params: SamplingParams) -> Tensor:
 
 def _nucleus(scaled: Tensor, top_p: float) -> Tensor:
     """int64 ids of the fewest likeliest tokens whose share of the mass reaches top_p, likeliest first."""
-    wanted = top_p * float(_ordered_sum(scaled.exp()[None]))
+    wanted = top_p * float(ordered_sum(scaled.exp()[None]))
     few = _likeliest(scaled, _FEW)
     found = _reaching(scaled[few], few, wanted)
     if found.shape[0] < few.shape[0]:

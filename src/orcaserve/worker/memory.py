@@ -19,10 +19,6 @@ class Budget:
     lines: tuple[BudgetLine, ...]
 
 
-def kv_bytes_per_token(num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
-    return 2 * num_layers * num_kv_heads * head_dim * itemsize
-
-
 def activation_bytes(num_tokens: int, hidden_size: int, intermediate_size: int, attention_size: int, vocab: int) -> int:
     """An upper estimate for iterations of num_tokens: float32 temporaries of the widest layer, and 32 rows of logits.
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult
 from orcaserve.core.request import NewRequest, TokenLogprobs
+from orcaserve.ops.kernels import Kernels, KVCache
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.sampler import SamplingState, prompt_logprobs, sample
 
@@ -25,6 +26,10 @@ class Model(Protocol):
     """What a worker needs of a decoder: a row of `forward` and `logits` depends on its own request alone."""
 
     @property
+    def vocab_size(self) -> int: ...
+    @property
+    def kernels(self) -> Kernels: ...
+    @property
     def dtype(self) -> torch.dtype: ...
     @property
     def num_layers(self) -> int: ...
@@ -33,7 +38,7 @@ class Model(Protocol):
     @property
     def head_dim(self) -> int: ...
 
-    def forward(self, x: Tensor, layout: Layout, kv: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, kv: Sequence[KVCache]) -> Tensor:
         """Token ids int64 [ΣL] -> hidden values [ΣL, H]; writes the keys and values of these tokens."""
         ...
 
@@ -47,12 +52,11 @@ class Worker:
 
     def __init__(self, model: Model, *, num_blocks: int, block_size: int) -> None:
         self._model = model
+        self._limits = _Limits(model.vocab_size, num_blocks)
         self._block_size = block_size
         self._requests: dict[int, _Request] = {}
-        shape = (num_blocks, block_size, model.num_kv_heads, model.head_dim)
-        # left as it comes: nothing reads a slot before its own request has written it
         self._kv = [
-            (torch.empty(shape, dtype=model.dtype), torch.empty(shape, dtype=model.dtype))
+            model.kernels.kv_cache(num_blocks, block_size, model.num_kv_heads, model.head_dim, model.dtype)
             for _ in range(model.num_layers)
         ]
 
@@ -62,7 +66,7 @@ class Worker:
         for id in batch.freed:
             self._requests.pop(id, None)
         for new in batch.new:
-            self._requests[new.id] = _Request(new)
+            self._requests[new.id] = _Request(new, self._limits)
         jobs, results = [], {}
         for row in batch.rows:
             job = self._take_in(row)
@@ -79,11 +83,14 @@ class Worker:
         if request is None:
             _log.error("row for request %d, which was never described", row.id)
             return None
-        request.token_ids.extend(row.token_ids)
-        request.append_blocks(row.new_blocks)
+        request.take(row.token_ids, row.new_blocks)
         end, known = row.start + row.num_tokens, len(request.token_ids)
         if not 0 <= row.start < end <= known or (row.samples and end != known):
             _log.error("row %s of a request with %d tokens", row, known)
+            return None
+        # Kernels trust what they are given: a token or a block that does not exist must not reach them.
+        if not request.sound:
+            _log.error("row %s of a request with tokens or blocks that do not exist", row)
             return None
         return _Job(row, request)
 
@@ -131,7 +138,7 @@ class Worker:
         for first in range(0, len(asking), _LOGIT_ROWS):
             some = asking[first : first + _LOGIT_ROWS]
             logits = self._model.logits(hidden[[last for _, last in some]])
-            outcomes = sample(logits, [job.request.sampling_state() for job, _ in some])
+            outcomes = sample(logits, [job.request.sampling_state() for job, _ in some], self._model.kernels)
             sampled |= {job.row.id: outcome for (job, _), outcome in zip(some, outcomes, strict=True)}
         return sampled
 
@@ -145,30 +152,44 @@ class Worker:
         for first in range(0, len(following), _LOGIT_ROWS):
             some = following[first : first + _LOGIT_ROWS]
             logits = self._model.logits(hidden[first : first + len(some)])
-            found = prompt_logprobs(logits, some, new.params.prompt_logprobs)
+            found = prompt_logprobs(logits, some, new.params.prompt_logprobs, self._model.kernels)
             if isinstance(found, str):
                 return found
             scores += found
         return scores
 
 
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Token ids lie in [0, vocab_size), blocks in [0, num_blocks)."""
+
+    vocab_size: int
+    num_blocks: int
+
+
 class _Request:
-    """What the worker knows of a request."""
+    """What the worker knows of a request. sound: all of its tokens and blocks exist."""
 
-    __slots__ = ("_blocks", "_num_blocks", "new", "token_ids")
+    __slots__ = ("_blocks", "_limits", "_num_blocks", "new", "sound", "token_ids")
 
-    def __init__(self, new: NewRequest) -> None:
+    def __init__(self, new: NewRequest, limits: _Limits) -> None:
         self.new = new
-        self.token_ids = list(new.token_ids)
+        self.token_ids: list[int] = []
+        self.sound = True
+        self._limits = limits
         self._blocks = torch.empty(16, dtype=torch.int64)
         self._num_blocks = 0
+        self.take(new.token_ids, ())
 
     @property
     def blocks(self) -> Tensor:
         """The block table, int64."""
         return self._blocks[: self._num_blocks]
 
-    def append_blocks(self, blocks: Sequence[int]) -> None:
+    def take(self, token_ids: Sequence[int], blocks: Sequence[int]) -> None:
+        """Takes in tokens and blocks that follow those it has."""
+        self.token_ids.extend(token_ids)
+        self.sound &= _within(token_ids, self._limits.vocab_size) and _within(blocks, self._limits.num_blocks)
         if not blocks:
             return
         have, need = self._num_blocks, self._num_blocks + len(blocks)
@@ -196,3 +217,7 @@ class _Job:
     @property
     def token_ids(self) -> list[int]:
         return self.request.token_ids[self.row.start : self.end]
+
+
+def _within(ids: Sequence[int], end: int) -> bool:
+    return not ids or (min(ids) >= 0 and max(ids) < end)

@@ -1,0 +1,127 @@
+// What the kernels are asked for, and the table of them that every instruction set fills in.
+//
+// All matrices are row-major; T is bfloat16 or float32, one for a whole model. Weights and caches are laid out as
+// described here, the same in every instruction set, so that packing is done once and read by all.
+//
+// Packed weights [N, K]: blocks of 64 columns, each [K / PAIR][64][PAIR], with PAIR = 2 for bfloat16 and 1 for float32;
+// columns and values past the end are zero. A gated pair has 32 columns of the gate and 32 of the other in each block.
+//
+// KV caches: groups of 16 slots (slot = block * block_size + offset, block_size a multiple of 16), for every group and
+// head: keys as [d / PAIR][16][PAIR], values as [16 / PAIR][D][PAIR], where D is d rounded up to 16.
+#pragma once
+
+#include <cstdint>
+
+#include "pool.hpp"
+
+namespace orca {
+
+enum class Dtype : int { f32, bf16 };
+enum class Activation : int { none, silu, gelu, gelu_tanh, gelu_quick, relu, relu2, tanh, sigmoid };
+
+constexpr std::int64_t kBlock = 64;   // columns of a block of packed weights
+constexpr std::int64_t kGroup = 16;   // slots of a group of the caches
+constexpr std::int64_t kSpan = 128;   // positions that attention reduces at once
+
+struct Pack {
+    const void* weight;  // [rows, k], values one row apart every `row_stride`, one column apart every `column_stride`
+    std::int64_t rows, k, row_stride, column_stride;
+    void* packed;
+    std::int64_t first;  // row r goes to column column_of(first + r)
+    int half;            // 0: plain columns; 1, 2: the first or second of a gated pair
+};
+
+struct Gemm {
+    const void* a;  // [m, k]
+    std::int64_t m, k, a_stride;
+    const void* packed;
+    std::int64_t n;       // columns of the result; of each of the pair, if gated
+    const float* bias;    // in the order of packed columns, or null
+    const void* residual;  // [m, n], added last, or null
+    void* out;            // [m, n] of T, or of float32 if `wide`
+    std::int64_t out_stride;
+    int segments;  // K is cut into as many equal parts, whose sums are added as a balanced tree; 1 or a power of two
+    Activation activation;  // of the result; of the gate, if gated
+    bool gated, wide;
+};
+
+struct Gather {
+    const std::int64_t* ids;
+    std::int64_t m, k;
+    const void* packed;
+    void* out;  // [m, k]
+};
+
+struct Norm {
+    const void* x;  // [m, h], rows `stride` apart
+    std::int64_t m, h, stride;
+    const float* weight;  // or null
+    const float* bias;    // or null
+    float eps;
+    bool centred;  // layer norm; else rms norm
+    void* out;     // [m, h]
+};
+
+// Splits the rows of a QKV product into heads, norms and rotates them, stores keys and values, gives queries.
+struct Heads {
+    const void* qkv;  // [m, (heads + 2 * kv_heads) * d]
+    std::int64_t m;
+    int heads, kv_heads, d;
+    const float* q_norm;  // [d] or null
+    const float* k_norm;
+    float eps;
+    const float* angles;  // [positions][2][rotary / 2] cosines and sines, or null
+    int rotary;           // dimensions that turn
+    bool interleaved;
+    const std::int64_t* positions;
+    const std::int64_t* slots;
+    void* q;  // [m, heads * d]
+    void* k_cache;
+    void* v_cache;
+};
+
+// A run of queries of one request: positions [start, start + count), whose first stands at row `first` of the batch.
+struct Tile {
+    std::int32_t first, count, start, table;  // table: where its block table begins
+};
+
+struct Attention {
+    const void* q;  // [m, heads * d]
+    const void* k_cache;
+    const void* v_cache;
+    const Tile* tiles;
+    std::int64_t num_tiles;
+    const std::int32_t* tables;
+    std::int32_t block_size;
+    int heads, kv_heads, d;
+    float scale;
+    std::int32_t window;  // a query at p sees positions > p - window; 0: all
+    float softcap;        // scores become softcap * tanh(score / softcap); 0: as they are
+    void* out;            // [m, heads * d]
+};
+
+// Over each row of logits [rows, vocab].
+struct Vocabulary {
+    const float* logits;
+    std::int64_t rows, vocab;
+    float* peaks;       // the greatest of each row; NaN if the row has one
+    std::int64_t* ids;  // the lowest id that has it
+    double* masses;     // sums of e ** (logit - peak)
+};
+
+struct Kernels {
+    const char* name;
+    bool (*supported)();
+    void (*pack)(Pool&, Dtype, const Pack&);
+    void (*gemm)(Pool&, Dtype, const Gemm&);
+    void (*gather)(Pool&, Dtype, const Gather&);
+    void (*norm)(Pool&, Dtype, const Norm&);
+    void (*heads)(Pool&, Dtype, const Heads&);
+    void (*attention)(Pool&, Dtype, const Attention&);
+    void (*peaks)(Pool&, const Vocabulary&);
+    void (*masses)(Pool&, const Vocabulary&);
+};
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace orca

@@ -1,0 +1,140 @@
+// What is done to a row alone: norms, activations, and the way from a QKV product to heads and caches.
+#pragma once
+
+#include "gemm.hpp"
+
+namespace orca {
+namespace ORCA_ISA {
+
+// Rows that one piece of work takes, so that it is worth handing out.
+inline std::int64_t rows_at_once(std::int64_t values) { return std::max<std::int64_t>(1, 16384 / std::max<std::int64_t>(1, values)); }
+
+// Calls work(first, end) for pieces of [0, m).
+template <class Work>
+void by_rows(Pool& pool, std::int64_t m, std::int64_t values, const Work& work) {
+    const std::int64_t at_once = rows_at_once(values);
+    pool.run(static_cast<std::uint32_t>(ceil_div(m, at_once)), [&](std::uint32_t item, int) {
+        work(item * at_once, std::min<std::int64_t>(m, (item + 1) * at_once));
+    });
+}
+
+template <class T>
+float sum_of_squares(const T* x, std::int64_t n, float mean) {
+    Vec squares = zero();
+    const Vec centre = set1(mean);
+    for (std::int64_t i = 0; i < n; i += 16) {
+        const Vec off = first(static_cast<int>(std::min<std::int64_t>(16, n - i)), load_some(x + i, n - i) - centre, zero());
+        squares = fma(off, off, squares);
+    }
+    return sum(squares);
+}
+
+template <class T>
+float total(const T* x, std::int64_t n) {
+    Vec out = zero();
+    for (std::int64_t i = 0; i < n; i += 16) out = out + load_some(x + i, n - i);
+    return sum(out);
+}
+
+inline float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
+
+template <class T>
+void norm(Pool& pool, const Norm& g) {
+    by_rows(pool, g.m, g.h, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row) {
+            const T* x = static_cast<const T*>(g.x) + row * g.stride;
+            T* out = static_cast<T*>(g.out) + row * g.h;
+            const float mean = g.centred ? total(x, g.h) / static_cast<float>(g.h) : 0.0f;
+            const Vec centre = set1(mean);
+            const Vec factor = set1(inverse_root(sum_of_squares(x, g.h, mean) / static_cast<float>(g.h) + g.eps));
+            for (std::int64_t i = 0; i < g.h; i += 16) {
+                const std::int64_t left = g.h - i;
+                Vec y = (load_some(x + i, left) - centre) * factor;
+                if (g.weight != nullptr) y = y * load_some(g.weight + i, left);
+                if (g.bias != nullptr) y = y + load_some(g.bias + i, left);
+                store_some(out + i, y, left);
+            }
+        }
+    });
+}
+
+// Norms and rotates one head; x: float32 [d], in place, with room for 16 values more.
+inline void turn(const Heads& g, float* x, const float* norm, const float* angles) {
+    if (norm != nullptr) {
+        const Vec factor = set1(inverse_root(sum_of_squares(x, g.d, 0.0f) / static_cast<float>(g.d) + g.eps));
+        for (int i = 0; i < g.d; i += 16) store_some(x + i, load_some(x + i, g.d - i) * factor * load_some(norm + i, g.d - i), g.d - i);
+    }
+    if (angles == nullptr) return;
+    const int half = g.rotary / 2;
+    const float* cosines = angles;
+    const float* sines = angles + half;
+    if (g.interleaved) {
+        for (int i = 0; i < half; ++i) {
+            const float a = x[2 * i], b = x[2 * i + 1];
+            x[2 * i] = a * cosines[i] - b * sines[i];
+            x[2 * i + 1] = b * cosines[i] + a * sines[i];
+        }
+        return;
+    }
+    for (int i = 0; i < half; i += 16) {
+        const int left = half - i;
+        const Vec a = load_some(x + i, left), b = load_some(x + half + i, left);
+        const Vec c = load_some(cosines + i, left), s = load_some(sines + i, left);
+        store_some(x + i, a * c - b * s, left);
+        store_some(x + half + i, b * c + a * s, left);
+    }
+}
+
+template <class T>
+void store_key(const Heads& g, const T* x, std::int64_t slot, int head) {
+    constexpr int P = Type<T>::PAIR;
+    const std::int64_t padded = ceil_div(g.d, P);
+    T* to = static_cast<T*>(g.k_cache) + (slot / kGroup * g.kv_heads + head) * padded * kGroup * P + slot % kGroup * P;
+    for (int i = 0; i < g.d; i += P) std::memcpy(to + i * kGroup, x + i, P * sizeof(T));
+}
+
+// The other value of a pair becomes zero when its first is written (what lies there may be a stranger's NaN), unless
+// the other is `followed` by: then both are written in this call, by whichever thread.
+template <class T>
+void store_value(const Heads& g, const T* x, std::int64_t slot, bool followed, int head) {
+    constexpr int P = Type<T>::PAIR;
+    const std::int64_t padded = ceil_div(g.d, 16) * 16, offset = slot % kGroup;
+    T* to = static_cast<T*>(g.v_cache) + ((slot / kGroup * g.kv_heads + head) * kGroup + offset / P * P) * padded;
+    for (int i = 0; i < g.d; ++i) to[i * P + offset % P] = x[i];
+    if (offset % P == 0 && !followed) {
+        for (int other = 1; other < P; ++other)
+            for (int i = 0; i < g.d; ++i) to[i * P + other] = 0;
+    }
+}
+
+template <class T>
+void heads(Pool& pool, const Heads& g) {
+    const int all = g.heads + 2 * g.kv_heads;
+    by_rows(pool, g.m, static_cast<std::int64_t>(all) * g.d, [&](std::int64_t begin, std::int64_t end) {
+        float wide[1024 + 16];
+        T narrow_[1024 + 16];
+        for (std::int64_t row = begin; row < end; ++row) {
+            const T* x = static_cast<const T*>(g.qkv) + row * all * g.d;
+            const float* angles = g.angles == nullptr ? nullptr : g.angles + g.positions[row] * g.rotary;
+            for (int head = 0; head < all; ++head, x += g.d) {
+                if (head >= g.heads + g.kv_heads) {
+                    const bool followed = row + 1 < g.m && g.slots[row + 1] == g.slots[row] + 1;
+                    store_value(g, x, g.slots[row], followed, head - g.heads - g.kv_heads);
+                    continue;
+                }
+                for (int i = 0; i < g.d; i += 16) store(wide + i, load_some(x + i, g.d - i));
+                turn(g, wide, head < g.heads ? g.q_norm : g.k_norm, angles);
+                if (head < g.heads) {
+                    T* q = static_cast<T*>(g.q) + (row * g.heads + head) * g.d;
+                    for (int i = 0; i < g.d; i += 16) store_some(q + i, load(wide + i), g.d - i);
+                } else {
+                    for (int i = 0; i < g.d; i += 16) Type<T>::store16(narrow_ + i, load(wide + i));
+                    store_key(g, narrow_, g.slots[row], head - g.heads);
+                }
+            }
+        }
+    });
+}
+
+}  // namespace ORCA_ISA
+}  // namespace orca

@@ -1,0 +1,340 @@
+// Sixteen floats at a time, in the instruction set that this translation unit is compiled for.
+//
+// Everything here works lane by lane, and products are fused exactly where `fma` is written (contraction is off), so a
+// value's bits never depend on the lane or the loop that it is computed in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace orca {
+namespace ORCA_ISA {
+
+using bf16 = std::uint16_t;
+
+inline float widen(bf16 x) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(x) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+#if defined(__AVX512F__)
+
+struct Vec {
+    __m512 v;
+};
+inline Vec zero() { return {_mm512_setzero_ps()}; }
+inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// a where x >= y, else b
+inline Vec where_ge(Vec x, Vec y, Vec a, Vec b) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_GE_OQ), b.v, a.v)};
+}
+// a in the lanes [0, n), else b
+inline Vec first(int n, Vec a, Vec b) {
+    const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);
+    return {_mm512_mask_blend_ps(mask, b.v, a.v)};
+}
+// 2**n for whole n in [-126, 127]
+inline Vec power_of_two(Vec n) {
+    const __m512i i = _mm512_cvtps_epi32(n.v);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(127)), 23))};
+}
+inline Vec load_bf16(const bf16* p) {
+    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+#if defined(__AVX512BF16__)
+inline void store_bf16(bf16* p, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+#else
+inline void store_bf16(bf16* p, Vec a) {
+    const __m512i bits = _mm512_castps_si512(a.v);
+    const __m512i odd = _mm512_and_epi32(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+    const __m512i out = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+}
+#endif
+
+#elif defined(__AVX2__)
+
+struct Vec {
+    __m256 a, b;
+};
+inline Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Vec set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, Vec x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+inline Vec operator+(Vec x, Vec y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+inline Vec operator-(Vec x, Vec y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+inline Vec operator*(Vec x, Vec y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+inline Vec operator/(Vec x, Vec y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline Vec fma(Vec x, Vec y, Vec z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+inline Vec max(Vec x, Vec y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Vec min(Vec x, Vec y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+inline Vec round(Vec x) {
+    constexpr int how = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.a, how), _mm256_round_ps(x.b, how)};
+}
+inline Vec where_ge(Vec x, Vec y, Vec a, Vec b) {
+    return {_mm256_blendv_ps(b.a, a.a, _mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ)),
+            _mm256_blendv_ps(b.b, a.b, _mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ))};
+}
+inline Vec first(int n, Vec x, Vec y) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane);
+    const __m256i high = _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), lane);
+    return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(low)),
+            _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(high))};
+}
+inline __m256 power_of_two_half(__m256 n) {
+    const __m256i i = _mm256_cvtps_epi32(n);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(i, _mm256_set1_epi32(127)), 23));
+}
+inline Vec power_of_two(Vec n) { return {power_of_two_half(n.a), power_of_two_half(n.b)}; }
+inline __m256 load_bf16_half(const bf16* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline Vec load_bf16(const bf16* p) { return {load_bf16_half(p), load_bf16_half(p + 8)}; }
+inline __m256i round_bf16_half(__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256 nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return _mm256_castps_si256(_mm256_blendv_ps(_mm256_castsi256_ps(_mm256_srli_epi32(up, 16)),
+                                                _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc0)), nan));
+}
+inline void store_bf16(bf16* p, Vec x) {
+    const __m256i both = _mm256_packus_epi32(round_bf16_half(x.a), round_bf16_half(x.b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(both, 0xd8));
+}
+
+#else
+
+typedef float floats16 __attribute__((vector_size(64)));
+typedef std::int32_t ints16 __attribute__((vector_size(64)));
+typedef std::uint32_t words16 __attribute__((vector_size(64)));
+
+struct Vec {
+    floats16 v;
+};
+inline Vec zero() { return {floats16{}}; }
+inline Vec set1(float x) { return {floats16{} + x}; }
+inline Vec load(const float* p) {
+    Vec out;
+    std::memcpy(&out.v, p, 64);
+    return out;
+}
+inline void store(float* p, Vec a) { std::memcpy(p, &a.v, 64); }
+inline Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec operator-(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec operator*(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec operator/(Vec a, Vec b) { return {a.v / b.v}; }
+// Not fused: two roundings, the same on every machine of this path.
+inline Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
+inline floats16 pick(ints16 mask, floats16 a, floats16 b) {
+    return (floats16)(((words16)mask & (words16)a) | (~(words16)mask & (words16)b));
+}
+inline Vec max(Vec a, Vec b) { return {pick(a.v > b.v, a.v, b.v)}; }
+inline Vec min(Vec a, Vec b) { return {pick(a.v < b.v, a.v, b.v)}; }
+inline Vec round(Vec a) {
+    const floats16 shift = floats16{} + 12582912.0f;  // 1.5 * 2**23: what is added to it is rounded to a whole number
+    return {(a.v + shift) - shift};
+}
+inline Vec where_ge(Vec x, Vec y, Vec a, Vec b) { return {pick(x.v >= y.v, a.v, b.v)}; }
+inline Vec first(int n, Vec a, Vec b) {
+    const ints16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return {pick(lane < n, a.v, b.v)};
+}
+inline Vec power_of_two(Vec n) {
+    const ints16 i = __builtin_convertvector(n.v, ints16);
+    return {(floats16)((i + 127) << 23)};
+}
+inline Vec load_bf16(const bf16* p) {
+    words16 bits;
+    for (int i = 0; i < 16; ++i) bits[i] = static_cast<std::uint32_t>(p[i]) << 16;
+    return {(floats16)bits};
+}
+inline void store_bf16(bf16* p, Vec a) {
+    const words16 bits = (words16)a.v;
+    const words16 up = (bits + (((bits >> 16) & 1u) + 0x7fffu)) >> 16;
+    const ints16 nan = a.v != a.v;
+    const words16 out = ((words16)nan & 0x7fc0u) | (~(words16)nan & up);
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<bf16>(out[i]);
+}
+
+#endif
+
+inline bf16 narrow(float x) {
+    bf16 out[16];
+    store_bf16(out, set1(x));
+    return out[0];
+}
+
+// One type's way through memory: T is how a value is stored, PAIR how many of them one step of a product takes.
+//
+// `Step` is what a product reads in one step: an operand broadcast to all lanes, and one of sixteen lanes of PAIR values.
+template <class T>
+struct Type;
+
+template <>
+struct Type<float> {
+    static constexpr int PAIR = 1;
+    using One = Vec;
+    static One broadcast(const float* p) { return set1(*p); }
+    static Vec multiply(One a, const float* b, Vec c) { return fma(a, load(b), c); }
+    static Vec load16(const float* p) { return load(p); }
+    static void store16(float* p, Vec a) { store(p, a); }
+    static float from(float x) { return x; }
+    static float to(float x) { return x; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Type<bf16> {
+    static constexpr int PAIR = 2;
+    struct One {
+        __m512bh v;
+    };
+    static One broadcast(const bf16* p) {
+        std::int32_t both;
+        std::memcpy(&both, p, 4);
+        return {(__m512bh)_mm512_set1_epi32(both)};
+    }
+    static Vec multiply(One a, const bf16* b, Vec c) {
+        return {_mm512_dpbf16_ps(c.v, a.v, (__m512bh)_mm512_loadu_si512(b))};
+    }
+#else
+template <>
+struct Type<bf16> {
+    static constexpr int PAIR = 2;
+    struct One {
+        Vec even, odd;
+    };
+    static One broadcast(const bf16* p) { return {set1(widen(p[0])), set1(widen(p[1]))}; }
+#if defined(__AVX512F__)
+    static Vec multiply(One a, const bf16* b, Vec c) {
+        const __m512i both = _mm512_loadu_si512(b);
+        const Vec even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
+        const Vec odd = {_mm512_castsi512_ps(_mm512_and_epi32(both, _mm512_set1_epi32(0xffff0000)))};
+        return fma(a.odd, odd, fma(a.even, even, c));
+    }
+#elif defined(__AVX2__)
+    static Vec multiply(One a, const bf16* b, Vec c) {
+        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 16));
+        const __m256i upper = _mm256_set1_epi32(static_cast<std::int32_t>(0xffff0000));
+        const Vec even = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
+                          _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
+        const Vec odd = {_mm256_castsi256_ps(_mm256_and_si256(low, upper)),
+                         _mm256_castsi256_ps(_mm256_and_si256(high, upper))};
+        return fma(a.odd, odd, fma(a.even, even, c));
+    }
+#else
+    static Vec multiply(One a, const bf16* b, Vec c) {
+        words16 both;
+        std::memcpy(&both, b, 64);
+        const Vec even = {(floats16)(both << 16)};
+        const Vec odd = {(floats16)(both & 0xffff0000u)};
+        return fma(a.odd, odd, fma(a.even, even, c));
+    }
+#endif
+#endif
+    static Vec load16(const bf16* p) { return load_bf16(p); }
+    static void store16(bf16* p, Vec a) { store_bf16(p, a); }
+    static bf16 from(float x) { return narrow(x); }
+    static float to(bf16 x) { return widen(x); }
+};
+
+// How many vectors side by side a product's register tile has: the accumulators must fit the registers.
+#if defined(__AVX512F__)
+constexpr int WIDE = 4;
+#else
+constexpr int WIDE = 1;
+#endif
+
+// --- functions of one variable ---
+
+// Sum and maximum over the lanes, in one fixed order.
+inline float sum(Vec a) {
+    float x[16];
+    store(x, a);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) x[i] += x[i + half];
+    return x[0];
+}
+inline float largest(Vec a) {
+    float x[16];
+    store(x, a);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+    return x[0];
+}
+
+// e**x to about one unit in the last place; 0 below -87.3, +inf is not reached (x is cut at 88.3).
+inline Vec exp(Vec x) {
+    const Vec lowest = set1(-87.33654f);
+    const Vec inside = min(max(x, lowest), set1(88.3f));
+    const Vec n = round(inside * set1(1.44269504f));
+    Vec r = fma(n, set1(-0.693359375f), inside);
+    r = fma(n, set1(2.12194440e-4f), r);
+    Vec p = set1(1.9875691500e-4f);
+    p = fma(p, r, set1(1.3981999507e-3f));
+    p = fma(p, r, set1(8.3334519073e-3f));
+    p = fma(p, r, set1(4.1665795894e-2f));
+    p = fma(p, r, set1(1.6666665459e-1f));
+    p = fma(p, r, set1(5.0000001201e-1f));
+    p = fma(p, r * r, r + set1(1.0f));
+    const Vec out = p * power_of_two(n);
+    // NaN must come out as NaN, and it compares as nothing: the last choice keeps it.
+    return where_ge(x, lowest, out, where_ge(lowest, x, zero(), x));
+}
+inline Vec tanh(Vec x) {
+    // The odd series near zero, where the difference from one would lose its digits.
+    const Vec square = x * x;
+    Vec p = set1(-5.70498872745e-3f);
+    p = fma(p, square, set1(2.06390887954e-2f));
+    p = fma(p, square, set1(-5.37397155531e-2f));
+    p = fma(p, square, set1(1.33314422036e-1f));
+    p = fma(p, square, set1(-3.33332819422e-1f));
+    const Vec near = fma(p * square, x, x);
+    const Vec far = set1(1.0f) - set1(2.0f) / (exp(x + x) + set1(1.0f));
+    return where_ge(square, set1(0.625f * 0.625f), far, near);
+}
+// Abramowitz and Stegun 7.1.26: at most 1.5e-7 off.
+inline Vec erf(Vec x) {
+    const Vec size = max(x, zero() - x);
+    const Vec t = set1(1.0f) / fma(set1(0.3275911f), size, set1(1.0f));
+    Vec p = set1(1.061405429f);
+    p = fma(p, t, set1(-1.453152027f));
+    p = fma(p, t, set1(1.421413741f));
+    p = fma(p, t, set1(-0.284496736f));
+    p = fma(p, t, set1(0.254829592f));
+    const Vec out = set1(1.0f) - p * t * exp(zero() - x * x);
+    return where_ge(x, zero(), out, zero() - out);
+}
+inline Vec sigmoid(Vec x) { return set1(1.0f) / (set1(1.0f) + exp(zero() - x)); }
+
+}  // namespace ORCA_ISA
+}  // namespace orca

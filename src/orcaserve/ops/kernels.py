@@ -1,0 +1,125 @@
+"""`Kernels`: what a model is computed with. One protocol; torch's operators and the native kernels both fill it.
+
+Whatever a method builds gives a row bits that depend on that row alone, and attention's on the row's own request.
+Activations are [M, H], all tokens of an iteration below each other, contiguous, in the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from orcaserve.ops.layout import Layout
+from orcaserve.ops.rotary import Rotary
+
+Part = Callable[[Tensor], Tensor]
+
+
+class Linear(Protocol):
+    """[M, K] -> [M, N]; with a residual [M, N] their sum, rounded once."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` (int64 [M]) of the weight: the embedding, where it is tied to the output matrix."""
+        ...
+
+
+class KVCache(Protocol):
+    """Keys and values of one layer, in a layout that only its kernels know. The worker owns it."""
+
+
+class Heads(Protocol):
+    """A QKV product [M, (heads + 2 * kv heads) * d] -> queries [M, heads * d], normed and rotated; stores the rest."""
+
+    def __call__(self, qkv: Tensor, layout: Layout, cache: KVCache) -> Tensor: ...
+
+
+class Kernels(Protocol):
+    """Builds the parts of a model. Immutable, but for the memory it works in.
+
+    name: goes into the numerics profile; it changes whenever bits may.
+    block_multiple: a block of the KV cache has a multiple of so many tokens.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def block_multiple(self) -> int: ...
+
+    def linear(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        *,
+        activation: str | None = None,
+        cut: bool = False,
+        wide: bool = False,
+    ) -> Linear:
+        """weights: [N_i, K], whose outputs stand side by side. biases: [N_i] or None.
+
+        cut: K is summed as a balanced tree over eight segments, so that tensor parallelism gives the same bits.
+        wide: the result is float32.
+        """
+        ...
+
+    def gated(
+        self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
+    ) -> Part:
+        """x -> activation(gate(x)) * up(x); weights [N, K]."""
+        ...
+
+    def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part: ...
+
+    def layer_norm(self, weight: Tensor, bias: Tensor, eps: float) -> Part: ...
+
+    def heads(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        plus_one: bool,
+        rotary: Rotary | None,
+    ) -> Heads:
+        """q_norm, k_norm: weights [d] of RMS norms over each head, with `eps` and `plus_one` as in `rms_norm`."""
+        ...
+
+    def attention(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        layout: Layout,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """[M, heads * d] -> the same: every token against the cached keys and values of its request up to itself.
+
+        window: a query at p sees positions > p - window. softcap: scores become softcap * tanh(score / softcap).
+        """
+        ...
+
+    def kv_cache(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> KVCache:
+        """One layer's cache. Its memory is taken when it is written to."""
+        ...
+
+    def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Of one layer."""
+        ...
+
+    def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The greatest of each row of float32 [R, V] (NaN if the row has one), and the lowest id that has it, int64."""
+        ...
+
+    def masses(self, logits: Tensor, peaks: Tensor) -> Tensor:
+        """float64 [R]: the sums of e ** (logit - peak) over each row of float32 [R, V], in one order."""
+        ...

@@ -1,0 +1,141 @@
+"""`TorchKernels`: the slow twin of the native kernels, of torch's operators; for tests and for want of a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orcaserve.ops.activation import ACTIVATIONS
+from orcaserve.ops.attention import attention, store_kv
+from orcaserve.ops.kernels import Part
+from orcaserve.ops.layout import Layout
+from orcaserve.ops.linear import TileLinear, embedding
+from orcaserve.ops.norm import layer_norm, rms_norm
+from orcaserve.ops.rotary import Rotary
+from orcaserve.ops.vocabulary import masses, peaks
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TorchCache:
+    """k, v: [num_blocks, block_size, kv heads, d]."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TorchLinear:
+    parts: tuple[TileLinear, ...]
+    activation: Part | None
+    wide: bool
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        out = self.parts[0](x) if len(self.parts) == 1 else torch.cat([part(x) for part in self.parts], dim=1)
+        if self.activation is not None:
+            out = self.activation(out)
+        if residual is not None:
+            out = out + residual
+        return out.float() if self.wide else out
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.parts[0].weight)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TorchHeads:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    q_norm: Part | None
+    k_norm: Part | None
+    rotary: Rotary | None
+
+    def __call__(self, qkv: Tensor, layout: Layout, cache: TorchCache) -> Tensor:
+        rows = qkv.unflatten(-1, (-1, self.head_dim))
+        q, k, v = rows.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        q, k = self._place(q, self.q_norm, layout), self._place(k, self.k_norm, layout)
+        store_kv(k, v, cache.k, cache.v, layout.slots)
+        return q.flatten(1)
+
+    def _place(self, x: Tensor, norm: Part | None, layout: Layout) -> Tensor:
+        if norm is not None:
+            x = norm(x.flatten(0, 1)).view(x.shape)
+        return x if self.rotary is None else self.rotary.rotate(x, layout.positions)
+
+
+class TorchKernels:
+    """`Kernels` of torch's operators on tiles of fixed shapes."""
+
+    name = "torch-2"
+    block_multiple = 1
+
+    def linear(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        *,
+        activation: str | None = None,
+        cut: bool = False,
+        wide: bool = False,
+    ) -> TorchLinear:
+        parts = tuple(TileLinear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        return TorchLinear(parts, None if activation is None else ACTIVATIONS[activation], wide)
+
+    def gated(
+        self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
+    ) -> Part:
+        first, second = TileLinear(gate, gate_bias), TileLinear(up, up_bias)
+        act = ACTIVATIONS[activation]
+        return lambda x: act(first(x)) * second(x)
+
+    def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part:
+        return lambda x: rms_norm(x, weight, eps, plus_one=plus_one)
+
+    def layer_norm(self, weight: Tensor, bias: Tensor, eps: float) -> Part:
+        return lambda x: layer_norm(x, weight, bias, eps)
+
+    def heads(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        plus_one: bool,
+        rotary: Rotary | None,
+    ) -> TorchHeads:
+        norms = [None if w is None else self.rms_norm(w, eps, plus_one=plus_one) for w in (q_norm, k_norm)]
+        return TorchHeads(num_heads, num_kv_heads, head_dim, *norms, rotary)
+
+    def attention(
+        self,
+        q: Tensor,
+        cache: TorchCache,
+        layout: Layout,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        by_head = q.unflatten(-1, (-1, cache.k.shape[3]))
+        return attention(by_head, cache.k, cache.v, layout, scale=scale, window=window, softcap=softcap).flatten(1)
+
+    def kv_cache(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> TorchCache:
+        shape = (num_blocks, block_size, num_kv_heads, head_dim)
+        # left as it comes: nothing reads a slot before its own request has written it
+        return TorchCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+
+    def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return 2 * num_kv_heads * head_dim * dtype.itemsize
+
+    def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return peaks(logits)
+
+    def masses(self, logits: Tensor, peaks: Tensor) -> Tensor:
+        return masses(logits, peaks)

@@ -1,0 +1,35 @@
+"""The kernels that this machine runs, for tests that hold for every one of them."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from orcaserve.ops.kernels import Kernels
+from orcaserve.ops.native_kernels import NativeCache, NativeKernels, instruction_sets
+from orcaserve.ops.torch_kernels import TorchKernels
+
+EVERY = ["torch", *instruction_sets()]
+BEST = instruction_sets()[:1]
+TWIN_AND_BEST = ["torch", *BEST]
+NEEDS_NATIVE = pytest.mark.skipif(not BEST, reason="installed without native kernels")
+
+
+@cache
+def make(name: str, threads: int = 1) -> Kernels:
+    return TorchKernels() if name == "torch" else NativeKernels(threads, name)
+
+
+def fill_cache(layer: Any, value: float) -> None:
+    """Writes a value into every slot of a layer's KV cache, as rubbish that a request must never read."""
+    if not isinstance(layer, NativeCache):
+        layer.k.fill_(value)
+        layer.v.fill_(value)
+        return
+    for buffer in (layer.k, layer.v):
+        raw = (ctypes.c_char * buffer.nbytes).from_address(buffer.address)
+        torch.frombuffer(raw, dtype=layer.dtype).fill_(value)

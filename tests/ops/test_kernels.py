@@ -1,0 +1,235 @@
+"""Every kernel set computes what float64 computes, and gives a row the same bits in whatever company."""
+
+import random
+
+import kernel_sets
+import pytest
+import torch
+from torch.nn import functional
+
+from orcaserve.ops.attention import split_attention, store_kv
+from orcaserve.ops.layout import Layout
+from orcaserve.ops.rotary import Rotary
+from orcaserve.ops.torch_kernels import TorchCache
+
+DTYPES = [torch.float32, torch.bfloat16]
+every_set = pytest.mark.parametrize("name", kernel_sets.EVERY)
+both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, scale: float = 1.0) -> None:
+    """Within what rounding to the dtype of `found` allows."""
+    tolerance = 1e-5 if found.dtype == torch.float32 else 8e-3
+    torch.testing.assert_close(found.double(), wanted.double(), atol=tolerance * scale, rtol=tolerance)
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def company(rows: int, seed: int) -> list[list[int]]:
+    chance = random.Random(seed)
+    return [list(range(m)) for m in (1, 2, 5, 6, 7, 13, 49, 97)] + [chance.sample(range(rows), m) for m in (1, 8, 60)]
+
+
+@every_set
+@both_dtypes
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("k", "sizes"), [(64, [48]), (1024, [96, 200, 5]), (37, [130]), (3072, [64]), (16, [1])])
+@pytest.mark.parametrize("cut", [False, True])
+def test_linear(name, dtype, threads, k, sizes, cut):
+    kernels = kernel_sets.make(name, threads)
+    x = draw(k, 200, k, dtype=dtype)
+    weights = [draw(i, n, k, dtype=dtype) / k**0.5 for i, n in enumerate(sizes)]
+    biases = [None, *(draw(i, n, dtype=dtype) for i, n in enumerate(sizes[1:]))]
+    weights[-1] = weights[-1].t().contiguous().t()  # as GPT-2's files have it
+    residual = draw(9, 200, sum(sizes), dtype=dtype)
+    linear = kernels.linear(weights, biases, cut=cut)
+    wide = kernels.linear(weights, biases, cut=cut, wide=True)
+    wanted = torch.cat(
+        [functional.linear(x.double(), w.double(), None if b is None else b.double())
+         for w, b in zip(weights, biases, strict=True)], dim=1
+    )  # fmt: skip
+    whole, summed, logits = linear(x), linear(x, residual), wide(x)
+    assert whole.dtype == dtype and logits.dtype == torch.float32
+    close(whole, wanted, 4)
+    close(summed, wanted + residual.double(), 8)
+    torch.testing.assert_close(logits.double(), wanted, atol=1e-4 if name != "torch" else 0.05, rtol=1e-2)
+    for rows in company(200, k):
+        assert torch.equal(linear(x[rows]), whole[rows])
+        assert torch.equal(linear(x[rows], residual[rows]), summed[rows])
+        assert torch.equal(wide(x[rows]), logits[rows])
+    assert torch.equal(kernel_sets.make(name, 1).linear(weights, biases, cut=cut)(x), whole)
+    assert linear(x[:0]).shape == (0, sum(sizes))
+
+
+@every_set
+@both_dtypes
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_new", "quick_gelu", "relu", "relu2", "tanh", "sigmoid"])
+def test_gated_and_activated(name, dtype, activation):
+    kernels = kernel_sets.make(name)
+    references = {
+        "silu": functional.silu, "gelu": functional.gelu, "relu": functional.relu, "tanh": torch.tanh,
+        "gelu_new": lambda y: functional.gelu(y, approximate="tanh"), "sigmoid": torch.sigmoid,
+        "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y), "relu2": lambda y: functional.relu(y) ** 2,
+    }  # fmt: skip
+    n, k = 75, 48
+    x, gate, up = draw(1, 100, k, dtype=dtype), draw(2, n, k, dtype=dtype) / 4, draw(3, n, k, dtype=dtype) / 4
+    gate_bias, up_bias = draw(4, n, dtype=dtype), draw(5, n, dtype=dtype)
+    for first, second in ((None, None), (gate_bias, up_bias), (None, up_bias)):
+        gated = kernels.gated(gate, up, first, second, activation)
+        a, b = (
+            functional.linear(x.double(), w.double(), None if v is None else v.double())
+            for w, v in ((gate, first), (up, second))
+        )
+        whole = gated(x)
+        torch.testing.assert_close(
+            whole.double(), references[activation](a) * b, atol=2e-5 if dtype == torch.float32 else 0.06, rtol=2e-2
+        )
+        for rows in company(100, 3):
+            assert torch.equal(gated(x[rows]), whole[rows])
+    activated = kernels.linear([gate], [gate_bias], activation=activation)
+    a = references[activation](functional.linear(x.double(), gate.double(), gate_bias.double()))
+    torch.testing.assert_close(activated(x).double(), a, atol=1e-5 if dtype == torch.float32 else 0.03, rtol=2e-2)
+
+
+@every_set
+@both_dtypes
+def test_rows_of_a_tied_embedding(name, dtype):
+    weight = draw(1, 150, 37, dtype=dtype)
+    ids = torch.tensor([3, 3, 149, 0, 64, 63])
+    assert torch.equal(kernel_sets.make(name).linear([weight], [None], wide=True).rows(ids), weight[ids])
+
+
+@every_set
+@both_dtypes
+@pytest.mark.parametrize("h", [37, 64, 1024])
+def test_norms(name, dtype, h):
+    kernels = kernel_sets.make(name, 2)
+    x = draw(1, 100, h, dtype=dtype) * 3 + 1
+    weight, bias = draw(2, h, dtype=dtype), draw(3, h, dtype=dtype)
+    wide = x.double()
+    rms = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    layer = functional.layer_norm(wide, (h,), weight.double(), bias.double(), 1e-5)
+    for norm, wanted in (
+        (kernels.rms_norm(weight, 1e-6, plus_one=False), rms * weight.double()),
+        (kernels.rms_norm(weight, 1e-6, plus_one=True), rms * (1 + weight.double())),
+        (kernels.layer_norm(weight, bias, 1e-5), layer),
+    ):
+        whole = norm(x)
+        close(whole, wanted, 4)
+        for rows in company(100, h):
+            assert torch.equal(norm(x[rows]), whole[rows])
+
+
+class World:
+    """Requests with their QKV products, block tables drawn at random, and caches full of NaN."""
+
+    def __init__(self, name, seed, *, heads, kv_heads, d, lengths, dtype, norms=False, rotary=None, threads=1):
+        self.random = random.Random(seed)
+        self.kernels = kernel_sets.make(name, threads)
+        self.block_size = self.kernels.block_multiple * self.random.choice([1, 2, 16])
+        self.heads, self.kv_heads, self.d, self.dtype, self.lengths = heads, kv_heads, d, dtype, lengths
+        self.qkv = [draw(seed + r, n, (heads + 2 * kv_heads) * d, dtype=dtype) for r, n in enumerate(lengths)]
+        self.norms = [draw(seed + i, d, dtype=dtype) if norms else None for i in (1, 2)]
+        self.rotary = rotary
+        self.part = self.kernels.heads(heads, kv_heads, d, *self.norms, 1e-6, False, rotary)
+        self.num_blocks = 2 + sum(-(-n // self.block_size) for n in lengths)
+
+    def fresh(self):
+        self.cache = self.kernels.kv_cache(self.num_blocks, self.block_size, self.kv_heads, self.d, self.dtype)
+        kernel_sets.fill_cache(self.cache, float("nan"))
+        free = self.random.sample(range(self.num_blocks), self.num_blocks)
+        self.tables = [[free.pop() for _ in range(-(-n // self.block_size))] for n in self.lengths]
+
+    def step(self, parts, **options):
+        """parts: (request, start, num_tokens); gives each one's output."""
+        layout = Layout.build([(start, n, self.tables[r]) for r, start, n in parts], self.block_size)
+        qkv = torch.cat([self.qkv[r][start : start + n] for r, start, n in parts])
+        q = self.part(qkv, layout, self.cache)
+        out = self.kernels.attention(q, self.cache, layout, scale=self.d**-0.5, **options)
+        return out.split([n for _, _, n in parts])
+
+    def run_ragged(self, most, **options):
+        """All requests to their ends, in chunks of random size (ones included), in batches of random members."""
+        done = [0] * len(self.lengths)
+        outs = [[] for _ in self.lengths]
+        while any(d < n for d, n in zip(done, self.lengths, strict=True)):
+            parts = []
+            for r in self.random.sample(range(len(done)), len(done)):
+                left = self.lengths[r] - done[r]
+                if left and self.random.random() < 0.7:
+                    parts.append((r, done[r], min(left, self.random.choice([1, 1, self.random.randint(1, most)]))))
+            if parts:
+                for (r, _, n), out in zip(parts, self.step(parts, **options), strict=True):
+                    outs[r].append(out)
+                    done[r] += n
+        return [torch.cat(out) for out in outs]
+
+    def by_definition(self, **options):
+        """The same in float32, request by request, by the twin's parts."""
+        outs = []
+        for r, n in enumerate(self.lengths):
+            blocks = -(-n // 16)
+            layout = Layout.build([(0, n, list(range(blocks)))], 16)
+            cache = TorchCache(*(torch.zeros(blocks, 16, self.kv_heads, self.d) for _ in "kv"))
+            wide = [None if norm is None else norm.float() for norm in self.norms]
+            twin = kernel_sets.make("torch")
+            part = twin.heads(self.heads, self.kv_heads, self.d, *wide, 1e-6, False, self.rotary)
+            q = part(self.qkv[r].float(), layout, cache)
+            k, v = cache.k.flatten(0, 1)[:n].clone(), cache.v.flatten(0, 1)[:n].clone()
+            # what attention reads back is what was stored, in the dtype of the cache
+            store_kv(k.to(self.dtype).float(), v.to(self.dtype).float(), cache.k, cache.v, layout.slots)
+            q = q.to(self.dtype).float().unflatten(1, (-1, self.d))
+            outs.append(split_attention(q, cache.k, cache.v, layout, scale=self.d**-0.5, **options).flatten(1))
+        return outs
+
+
+def frequencies(dim: int) -> torch.Tensor:
+    return 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+
+
+@every_set
+@both_dtypes
+@pytest.mark.parametrize(
+    ("threads", "heads", "kv_heads", "d", "rotary_dim", "norms", "options"),
+    [
+        (1, 4, 2, 64, 64, False, {}),
+        (2, 16, 8, 128, 128, True, {}),
+        (1, 8, 1, 16, 8, True, {"window": 100}),
+        (1, 6, 2, 32, 0, False, {"window": 17, "softcap": 5.0}),
+        (1, 3, 3, 80, 32, False, {"softcap": 2.0}),
+        (1, 20, 1, 8, 8, False, {}),
+        (1, 64, 1, 12, 12, True, {}),
+        (2, 8, 4, 64, 64, False, {"window": 100}),
+    ],
+)
+def test_attention(name, threads, dtype, heads, kv_heads, d, rotary_dim, norms, options):
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    lengths = [300, 1, 129, 64, 140, 20]
+    rotary = Rotary(frequencies(rotary_dim), interleaved=heads == 8) if rotary_dim else None
+    shape = {"heads": heads, "kv_heads": kv_heads, "d": d, "lengths": lengths, "dtype": dtype}
+    world = World(name, seed, **shape, norms=norms, rotary=rotary, threads=threads)
+    alone = []
+    for r, n in enumerate(lengths):
+        world.fresh()
+        alone += world.step([(r, 0, n)], **options)
+    for found, wanted in zip(alone, world.by_definition(**options), strict=True):
+        tolerance = 2e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(found.float(), wanted, atol=tolerance, rtol=tolerance)
+    world.fresh()
+    decoded = torch.cat([world.step([(4, p, 1)], **options)[0] for p in range(lengths[4])])
+    assert torch.equal(decoded, alone[4])
+    for most in (20, 200):
+        world.fresh()
+        for r, out in enumerate(world.run_ragged(most, **options)):
+            assert torch.equal(out, alone[r]), (seed, most, r)
+
+
+@pytest.mark.parametrize("name", kernel_sets.EVERY[1:])
+def test_native_kernels_take_whole_groups_of_slots(name):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        kernel_sets.make(name).kv_cache(4, 12, 1, 16, torch.float32)
+    with pytest.raises(ValueError, match="dimensions"):
+        kernel_sets.make(name).heads(1, 1, 7, None, None, 1e-6, False, None)
