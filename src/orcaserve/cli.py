@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -238,6 +239,67 @@ def models() -> None:
 
     for name, note in local_models():
         click.echo(f"{name:40} {note}")
+
+
+@main.group()
+def bench() -> None:
+    """Measure servers that are running."""
+
+
+@bench.command()
+@click.option("--server", "servers", multiple=True, required=True, metavar="NAME=URL[#MODEL]", help="Once for each.")
+@click.option("--works", default="decode,trace,poisson", show_default=True, help="Also one by one: decode-4.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--requests", type=click.IntRange(1), default=32, show_default=True, help="Of trace and poisson.")
+@click.option(
+    "--rate",
+    "rates",
+    type=click.FloatRange(0, min_open=True),
+    multiple=True,
+    default=(0.63, 1.26),
+    show_default=True,
+    help="Of poisson, in requests a second.",
+)
+@click.option("--vocab", type=click.IntRange(200), default=151936, show_default=True, help="Token ids lie below it.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--concurrency", "limits", multiple=True, metavar="NAME=16", help="For servers that need a limit.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for report.md, .json and .png.")
+def compare(
+    servers: tuple[str, ...],
+    works: str,
+    rounds: int,
+    requests: int,
+    rates: tuple[float, ...],
+    vocab: int,
+    seed: int,
+    limits: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    """Give running OpenAI-compatible servers the same works in turn; the first is the one to compare with.
+
+    decode: 1, 4 and 16 requests at once, 32 tokens in, 128 out. trace: requests as in Orca's paper, all at once.
+    poisson: such requests at random times, so many a second (--rate, may be given several times).
+    """
+    from rich.console import Console
+
+    from orcaserve.bench import report, workloads
+    from orcaserve.bench.client import BenchError, servers_from
+    from orcaserve.bench.compare import Plan, run
+
+    try:
+        named, names = servers_from(servers, limits), workloads.names(works.split(","), rates)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    plan = Plan(named, tuple(names), rounds=rounds, requests=requests, vocab=vocab, seed=seed)
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        found = run(plan, out, Console(stderr=True))
+    except (BenchError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    report.show(found, Console())
+    if report.problems(found):
+        raise click.ClickException("the comparison is flawed; the lines above say where")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,305 @@
+"""A streaming client of any OpenAI-compatible server: sends a work's requests when they are due, notes what came when.
+
+While a work runs, what arrives is only kept with its time; it is read when the last stream has ended. The client shares
+its cores with the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Any, Literal
+
+import httpx
+import msgspec
+
+from orcaserve.bench.workloads import Item, Work
+
+# How the tokens of a reply were counted: by the ids in its chunks; as one a chunk, and the server's usage agrees; by
+# usage, which does not agree with what was seen in the chunks; as one a chunk without any usage to check it.
+Counted = Literal["ids", "chunks", "usage", "guess"]
+_HINTS = {
+    400: "if a token id is out of range, give a lower --vocab",
+    401: "servers are compared without an API key",
+    404: "if the model's name is wrong, give NAME=URL#MODEL",
+    422: "its completions may not take token ids",
+    429: "its queue is full: try --concurrency NAME=16",
+    503: "wait until the server is ready",
+}
+
+
+class BenchError(Exception):
+    """What is wrong and what to do about it, in one line."""
+
+
+class Server(msgspec.Struct, frozen=True):
+    """A running server. model: None until it has been asked. concurrency: requests in flight at most, if limited."""
+
+    name: str
+    url: str
+    model: str | None = None
+    version: str | None = None
+    concurrency: int | None = None
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened to one request, in seconds after its work began.
+
+    due: when it arrived; `sent` is later only if the client's own limit held it back. token_times: one per token.
+    max_tokens, prompt_tokens: what it asked for; seen_prompt_tokens: what the server says it read, cached_tokens: how
+    many of them it already knew.
+    """
+
+    due: float
+    sent: float
+    token_times: tuple[float, ...] = ()
+    max_tokens: int
+    prompt_tokens: int
+    seen_prompt_tokens: int | None = None
+    cached_tokens: int = 0
+    counted: Counted = "guess"
+    error: str | None = None
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.token_times)
+
+    @property
+    def first(self) -> float:
+        return self.token_times[0]
+
+    @property
+    def last(self) -> float:
+        return self.token_times[-1]
+
+
+def servers_from(texts: Sequence[str], limits: Sequence[str] = ()) -> tuple[Server, ...]:
+    """Servers as they are written: NAME=URL or NAME=URL#MODEL, with or without /v1, and limits as NAME=16.
+
+    ValueError says what is wrong.
+    """
+    servers: dict[str, Server] = {}
+    for text in texts:
+        match = re.fullmatch(r"([\w.+-]+)=(https?://[^/#\s][^#\s]*?)(?:/v1)?/*(?:#(.+))?", text)
+        if match is None:
+            raise ValueError(f"{text!r} is not NAME=URL or NAME=URL#MODEL, as in ours=http://127.0.0.1:8000")
+        name, url, model = match.groups()
+        if name in servers:
+            raise ValueError(f"two servers are called {name!r}")
+        try:
+            is_url = (httpx.URL(url).port or 80) < 1 << 16
+        except httpx.InvalidURL:
+            is_url = False
+        if not is_url:
+            raise ValueError(f"{url} is not a URL, as http://127.0.0.1:8000 is")
+        if any((server.url, server.model) == (url, model) for server in servers.values()):
+            raise ValueError(
+                f"{name} is a server that is there already; it would know the prompts from its prefix cache"
+            )
+        servers[name] = Server(name, url, model)
+    for text in limits:
+        name, _, limit = text.partition("=")
+        if name not in servers or not re.fullmatch("[1-9][0-9]{0,5}", limit):
+            raise ValueError(f"{text!r} is not NAME=16 with the name of a server")
+        servers[name] = msgspec.structs.replace(servers[name], concurrency=int(limit))
+    return tuple(servers.values())
+
+
+async def asked(server: Server) -> Server:
+    """The server with its model and version filled in. BenchError if nobody answers."""
+    async with _client(server) as client:
+        version = model = None
+        try:
+            if server.model is None:
+                response = await client.get("/v1/models", timeout=30)
+                if response.status_code != 200:
+                    raise BenchError(f"{server.name}: {_refusal(response.status_code, response.content)}")
+                model = str(response.json()["data"][0]["id"])
+            response = await client.get("/version", timeout=30)
+            if response.status_code == 200:
+                version = str(response.json()["version"])
+        except httpx.HTTPError as error:
+            raise BenchError(f"{server.name}: {_broken(error, server.url)}") from None
+        except (ValueError, LookupError, TypeError):
+            if server.model is None and model is None:
+                raise BenchError(
+                    f"{server.name}: {server.url} lists no model at /v1/models; if it is an OpenAI-compatible server, "
+                    f"name the model: {server.name}={server.url}#MODEL"
+                ) from None
+    return msgspec.structs.replace(server, model=server.model or model, version=version)
+
+
+async def run(server: Server, work: Work, on_reply: Callable[[], None] = lambda: None) -> list[Record]:
+    """Sends the work's requests, each when it is due, never waiting for replies but at the server's own limit.
+
+    A request that fails has a record with its error; the others go on.
+    """
+    limit: AbstractAsyncContextManager[Any] = nullcontext()
+    if server.concurrency is not None:
+        limit = asyncio.Semaphore(server.concurrency)
+    async with _client(server) as client:
+        start = time.perf_counter()
+
+        async def one(item: Item) -> tuple[float, list[tuple[float, bytes]], str | None]:
+            await asyncio.sleep(max(0.0, start + item.at - time.perf_counter()))
+            async with limit:
+                sent = time.perf_counter() - start
+                arrived: list[tuple[float, bytes]] = []
+                error = await _send(
+                    client, server, item, lambda data: arrived.append((time.perf_counter() - start, data))
+                )
+            on_reply()
+            return sent, arrived, error
+
+        replies = await asyncio.gather(*(one(item) for item in work.items))
+    return [read(item, sent, arrived, error) for item, (sent, arrived, error) in zip(work.items, replies, strict=True)]
+
+
+async def _send(client: httpx.AsyncClient, server: Server, item: Item, take: Callable[[bytes], None]) -> str | None:
+    """Streams one reply into `take`; what went wrong, if something did."""
+    body = {
+        "model": server.model,
+        "prompt": item.prompt_ids,
+        "max_tokens": item.max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "return_token_ids": True,
+    }
+    try:
+        async with client.stream("POST", "/v1/completions", content=msgspec.json.encode(body)) as response:
+            if response.status_code != 200:
+                return _refusal(response.status_code, await response.aread())
+            async for data in response.aiter_raw():
+                take(data)
+    except httpx.HTTPError as error:
+        return _broken(error, server.url)
+    return None
+
+
+def read(item: Item, sent: float, arrived: Sequence[tuple[float, bytes]], error: str | None = None) -> Record:
+    """The record of a reply, of which these bytes came at these times, however they were cut into pieces.
+
+    A server may hold back text that ends within a character, and may send several tokens in one chunk. `usage` says how
+    many there were; if the chunks tell another number, their times are spread evenly over the tokens.
+    """
+    times: list[float] = []
+    counted: Counted = "guess"
+    usage: _Usage | None = None
+    rest = b""
+    for now, data in (*arrived, *((now, b"\n") for now, _ in arrived[-1:])):  # a last line may lack its end
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+                continue
+            try:
+                chunk = _decode(line[5:])
+            except msgspec.MsgspecError as problem:
+                error = error or _one_line("the server sent an event that is no completion", str(problem))
+                continue
+            if chunk.error is not None:
+                said = f"the server gave up after {len(times)} tokens: {_message(chunk.error)}"
+                error = error or _one_line(said, "look at its own log")
+            usage = chunk.usage or usage
+            for choice in chunk.choices or ():
+                if choice.token_ids is not None:
+                    counted = "ids"
+                    times += [now] * len(choice.token_ids)
+                elif choice.text:
+                    times.append(now)
+    if usage is None:
+        if not times and error is None:
+            error = "the stream ended without a token; look at the server's own log"
+    elif usage.completion_tokens != len(times):
+        counted = "usage"
+        times = _spread(times or [arrived[-1][0]], usage.completion_tokens)
+    elif counted == "guess":
+        counted = "chunks"
+    return Record(
+        due=item.at,
+        sent=round(sent, 6),
+        token_times=tuple(round(time, 6) for time in times),
+        max_tokens=item.max_tokens,
+        prompt_tokens=len(item.prompt_ids),
+        seen_prompt_tokens=None if usage is None else usage.prompt_tokens,
+        cached_tokens=0 if usage is None else usage.cached_tokens,
+        counted=counted,
+        error=error,
+    )
+
+
+def _spread(times: list[float], count: int) -> list[float]:
+    """`count` times evenly out of these, the first and the last among them."""
+    return [times[i * (len(times) - 1) // max(1, count - 1)] for i in range(count)]
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int
+    prompt_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+
+    @property
+    def cached_tokens(self) -> int:
+        return (self.prompt_tokens_details and self.prompt_tokens_details.cached_tokens) or 0
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    token_ids: list[int] | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
+_decode = msgspec.json.Decoder(_Chunk).decode
+
+
+def _client(server: Server) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=server.url,
+        headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
+        # Servers drop idle connections after some five seconds; a request must not meet one that is just being dropped.
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2),
+        timeout=httpx.Timeout(30, read=600, pool=None),
+        verify=server.url.startswith("https"),  # reading the certificates takes longer than a request
+        trust_env=False,
+    )
+
+
+def _refusal(status: int, body: bytes) -> str:
+    try:
+        message = _message(msgspec.json.decode(body))
+    except msgspec.MsgspecError:
+        message = body.decode(errors="replace")
+    return _one_line(f"HTTP {status}: {message}", _HINTS.get(status, "the server's own log may say more"))
+
+
+def _message(error: Any) -> str:
+    """The words in an error of any server's shape."""
+    while isinstance(error, dict):
+        error = next((error[key] for key in ("error", "message", "detail") if key in error), str(error))
+    return str(error)
+
+
+def _broken(error: httpx.HTTPError, url: str) -> str:
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return f"nobody answers at {url}; is the server running there?"
+    if isinstance(error, httpx.TimeoutException):
+        return "it has stopped answering; is the server stuck?"
+    return _one_line(f"the server cut the connection ({error})", "look at its own log")
+
+
+def _one_line(message: str, hint: str) -> str:
+    message = " ".join(message.split())
+    return f"{message[:300]}{'…' * (len(message) > 300)} ({hint})"

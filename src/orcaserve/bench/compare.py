@@ -1,0 +1,122 @@
+"""Gives several running servers the same works in turn, round by round, and reports what each took."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from orcaserve.bench import client, report, workloads
+from orcaserve.bench.client import BenchError, Server
+from orcaserve.bench.measures import FIGURES, figures
+from orcaserve.bench.report import Machine, Report, Run, Workload
+from orcaserve.bench.workloads import Item, Work
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What to compare. works: their names; requests: how many a trace or Poisson work has."""
+
+    servers: tuple[Server, ...]
+    works: tuple[str, ...]
+    rounds: int = 3
+    requests: int = 32
+    vocab: int = 151936
+    seed: int = 0
+
+    def work(self, name: str, round: int) -> Work:
+        return workloads.make(name, vocab=self.vocab, seed=self.seed, round=round, requests=self.requests)
+
+
+def run(plan: Plan, out: Path | None, terminal: Console) -> Report:
+    """`compare` on the quickest event loop there is: what the client computes, it takes from the server."""
+    try:
+        import uvloop
+    except ImportError:  # there is none for Windows
+        return asyncio.run(compare(plan, out, terminal))
+    return uvloop.run(compare(plan, out, terminal))
+
+
+async def compare(plan: Plan, out: Path | None, terminal: Console) -> Report:
+    """Runs the plan. The report so far is written into `out` after every round, with the works themselves.
+
+    Raises BenchError if a server cannot do even a small request; later failures are part of the report.
+    """
+    machine, date = Machine.this(), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    servers = [await _usable(server, plan) for server in plan.servers]
+    works = [Workload.of(plan.work(name, 1)) for name in plan.works]
+    runs: list[Run] = []
+    found = Report(date, machine, plan.seed, plan.vocab, servers, works, runs)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=terminal, refresh_per_second=2, transient=True) as progress:
+        task = progress.add_task("")
+
+        def watch(round: int, work: Work, server: Server) -> Callable[[], None]:
+            title = f"round {round} of {plan.rounds}, {work.name}, {server.name}"
+            progress.reset(task, total=len(work.items), description=title)
+            return lambda: progress.advance(task)
+
+        for round in range(1, plan.rounds + 1):
+            async for run in _round(plan, servers, round, watch):
+                runs.append(run)
+                terminal.print(_said(run, works), markup=False, highlight=False, soft_wrap=True)
+            if out is not None:
+                _write(found, plan, round, out)
+    return found
+
+
+async def _usable(server: Server, plan: Plan) -> Server:
+    server = await client.asked(server)
+    [record] = await client.run(server, _warm_up(plan))
+    if record.error or not record.token_times:
+        raise BenchError(f"{server.name}: {record.error or 'it delivers no tokens'}")
+    return server
+
+
+async def _round(
+    plan: Plan, servers: list[Server], round: int, watch: Callable[[int, Work, Server], Callable[[], None]]
+) -> AsyncIterator[Run]:
+    """Every work in turn by every server; who begins changes from round to round. One server works, the others idle."""
+    first = (round - 1) % len(servers)
+    for name in plan.works:
+        work = plan.work(name, round)
+        for server in servers[first:] + servers[:first]:
+            # Whoever has been idle for minutes has cold caches and sleeping threads, and no work should pay for it.
+            await client.run(server, _warm_up(plan))
+            on_reply = watch(round, work, server)
+            start, cpu = time.perf_counter(), time.process_time()
+            records = await client.run(server, work, on_reply)
+            share = (time.process_time() - cpu) / (time.perf_counter() - start)
+            yield Run(round, name, server.name, share, records)
+
+
+def _warm_up(plan: Plan) -> Work:
+    [item] = plan.work("decode-1", 0).items
+    return Work("warm-up", "decode", (Item(0.0, item.prompt_ids, 8),))
+
+
+def _said(run: Run, works: list[Workload]) -> str:
+    """A finished run in one line: its first figure."""
+    [kind] = [work.kind for work in works if work.name == run.work]
+    figure, value = FIGURES[kind][0], figures(kind, run.records)[0]
+    failed = sum(record.error is not None for record in run.records)
+    said = f"{failed} requests failed" if failed else f"{figure.name} {report.number(value)} {figure.unit}"
+    return f"round {run.round}  {run.work:14} {run.server:20} {said}"
+
+
+def _write(found: Report, plan: Plan, round: int, out: Path) -> None:
+    (out / "works").mkdir(parents=True, exist_ok=True)
+    for name in plan.works:
+        workloads.save(plan.work(name, round), out / "works" / f"{name}.round-{round}.jsonl")
+    try:
+        from orcaserve.bench.draw import draw
+    except ImportError:  # matplotlib is an extra
+        report.write(found, out)
+    else:
+        draw(found, out / "report.png")
+        report.write(found, out, "report.png")
