@@ -13,9 +13,11 @@ namespace ORCA_ISA {
 constexpr int kQueries = 48;  // query rows (positions * query heads of a kv head) that a tile should have
 constexpr int kGroups = static_cast<int>(kSpan / kGroup);
 
-// scores [R][kSpan] of R query rows against `count` groups of keys.
+// scores [R][kSpan] of R query rows against `count` groups of keys. What lies `ahead` of what it reads is fetched, unless
+// that is 0.
 template <class T, int R>
-void score(const T* const* queries, const T* const* keys, int count, int d, float scale, float* scores) {
+void score(const T* const* queries, const T* const* keys, int count, int d, float scale, std::int64_t ahead,
+           float* scores) {
     constexpr int P = Type<T>::PAIR;
     for (int group = 0; group < count; group += WIDE) {
         Vec sums[R][WIDE];
@@ -24,6 +26,8 @@ void score(const T* const* queries, const T* const* keys, int count, int d, floa
         for (int r = 0; r < R; ++r)
             for (int j = 0; j < WIDE; ++j) sums[r][j] = zero();
         for (int i = 0; i < d; i += P) {
+            if (ahead != 0)
+                for (int j = 0; j < WIDE; ++j) __builtin_prefetch(k[j] + i * kGroup + ahead, 0, 2);
             for (int r = 0; r < R; ++r) {
                 const auto one = Type<T>::broadcast(queries[r] + i);
                 for (int j = 0; j < WIDE; ++j) sums[r][j] = Type<T>::multiply(one, k[j] + i * kGroup, sums[r][j]);
@@ -38,7 +42,8 @@ void score(const T* const* queries, const T* const* keys, int count, int d, floa
 
 // out [R][padded] += shares [R][kSpan] times the values of the first `positions` positions; WIDE vectors at a time.
 template <class T, int R, int W>
-void gather_values(const T* shares, const T* const* values, int positions, int padded, int column, float* out) {
+void gather_values(const T* shares, const T* const* values, int positions, int padded, int column, std::int64_t ahead,
+                   float* out) {
     constexpr int P = Type<T>::PAIR;
     Vec sums[R][W];
     for (int r = 0; r < R; ++r)
@@ -48,6 +53,8 @@ void gather_values(const T* shares, const T* const* values, int positions, int p
         const T* v = values[group] + column * P;
         const T* share = shares + group * kGroup;
         for (int at = 0; at < end; at += P, v += padded * P, share += P) {
+            if (ahead != 0)
+                for (int j = 0; j < W; ++j) __builtin_prefetch(v + j * 16 * P + ahead, 0, 2);
             for (int r = 0; r < R; ++r) {
                 const auto one = Type<T>::broadcast(share + r * kSpan);
                 for (int j = 0; j < W; ++j) sums[r][j] = Type<T>::multiply(one, v + j * 16 * P, sums[r][j]);
@@ -59,20 +66,21 @@ void gather_values(const T* shares, const T* const* values, int positions, int p
 }
 
 template <class T, int R>
-void values_of(const T* shares, const T* const* values, int positions, int padded, float* out) {
+void values_of(const T* shares, const T* const* values, int positions, int padded, std::int64_t ahead, float* out) {
     int column = 0;
     for (; column + 16 * WIDE <= padded; column += 16 * WIDE) {
-        gather_values<T, R, WIDE>(shares, values, positions, padded, column, out);
+        gather_values<T, R, WIDE>(shares, values, positions, padded, column, ahead, out);
     }
-    for (; column < padded; column += 16) gather_values<T, R, 1>(shares, values, positions, padded, column, out);
+    for (; column < padded; column += 16) gather_values<T, R, 1>(shares, values, positions, padded, column, ahead, out);
 }
 
 // One tile of queries against one kv head, from its first span to its last.
 template <class T>
 class TileWork {
 public:
-    TileWork(const Attention& g, const Tile& tile, int head, void* scratch)
-        : g_(g), tile_(tile), head_(head), group_(g.heads / g.kv_heads), rows_(tile.count * group_),
+    // ahead: whether the next head follows
+    TileWork(const Attention& g, const Tile& tile, int head, bool ahead, void* scratch)
+        : g_(g), tile_(tile), head_(head), ahead_(ahead), group_(g.heads / g.kv_heads), rows_(tile.count * group_),
           padded_(static_cast<int>(ceil_div(g.d, 16) * 16)) {
         float* at = static_cast<float*>(scratch);
         scores_ = at;
@@ -108,6 +116,9 @@ public:
     }
 
 private:
+    // Of one head of one group.
+    std::int64_t key_size() const { return ceil_div(g_.d, Type<T>::PAIR) * Type<T>::PAIR * kGroup; }
+    std::int64_t value_size() const { return padded_ * kGroup; }
     int position(int r) const { return tile_.start + r / group_; }
     std::int64_t row_of(int r) const {
         return static_cast<std::int64_t>(tile_.first + r / group_) * g_.heads + head_ * group_ + r % group_;
@@ -132,15 +143,13 @@ private:
     }
 
     void find(int start, int groups, const T** keys, const T** values) const {
-        constexpr int P = Type<T>::PAIR;
-        const std::int64_t key_size = ceil_div(g_.d, P) * P * kGroup, value_size = padded_ * kGroup;
         const std::int32_t* table = g_.tables + tile_.table;
         for (int i = 0; i < groups; ++i) {
             const int at = start + i * static_cast<int>(kGroup);
             const std::int64_t slot = static_cast<std::int64_t>(table[at / g_.block_size]) * g_.block_size + at % g_.block_size;
             const std::int64_t place = slot / kGroup * g_.kv_heads + head_;
-            keys[i] = static_cast<const T*>(g_.k_cache) + place * key_size;
-            values[i] = static_cast<const T*>(g_.v_cache) + place * value_size;
+            keys[i] = static_cast<const T*>(g_.k_cache) + place * key_size();
+            values[i] = static_cast<const T*>(g_.v_cache) + place * value_size();
         }
     }
 
@@ -148,12 +157,14 @@ private:
     void rows_meet(int r0, int start, int positions, int groups, const T** keys, const T** values) {
         const T* queries[R];
         for (int r = 0; r < R; ++r) queries[r] = static_cast<const T*>(g_.q) + row_of(r0 + r) * g_.d;
-        score<T, R>(queries, keys, groups, g_.d, g_.scale, scores_);
+        // The next head's keys and values lie behind this one's, group by group.
+        const bool ahead = ahead_ && r0 == 0;
+        score<T, R>(queries, keys, groups, g_.d, g_.scale, ahead ? key_size() : 0, scores_);
         bool any = false;
         float peaks[R];
         for (int r = 0; r < R; ++r) any |= soften(r, position(r0 + r), start, groups, &peaks[r]);
         if (!any) return;
-        values_of<T, R>(shares_, values, positions, padded_, here_);
+        values_of<T, R>(shares_, values, positions, padded_, ahead ? value_size() : 0, here_);
         for (int r = 0; r < R; ++r) merge(r0 + r, peaks[r], mass_here_[r], here_ + r * padded_);
     }
 
@@ -209,7 +220,9 @@ private:
 
     const Attention& g_;
     const Tile& tile_;
-    int head_, group_, rows_, padded_;
+    int head_;
+    bool ahead_;
+    int group_, rows_, padded_;
     float* scores_;
     float* here_;
     float* sums_;
@@ -224,9 +237,15 @@ void attention(Pool& pool, const Attention& g) {
     int most = 0;
     for (std::int64_t i = 0; i < g.num_tiles; ++i) most = std::max(most, g.tiles[i].count);
     const std::size_t bytes = TileWork<T>::bytes(g, most);
-    // Heads of a tile follow each other: its queries are read once.
-    pool.run(static_cast<std::uint32_t>(g.num_tiles * g.kv_heads), [&](std::uint32_t item, int thread) {
-        TileWork<T>(g, g.tiles[item / g.kv_heads], static_cast<int>(item % g.kv_heads), pool.scratch(thread, bytes)).run();
+    // Neighbouring heads of a tile go to one thread where there is work enough: each fetches what the next one reads.
+    const std::int64_t most_heads = g.num_tiles * g.kv_heads / (pool.threads() * 4);
+    const int together = static_cast<int>(std::clamp<std::int64_t>(most_heads, 1, g.kv_heads));
+    const std::int64_t parts = ceil_div(g.kv_heads, together);
+    pool.run(static_cast<std::uint32_t>(g.num_tiles * parts), [&](std::uint32_t item, int thread) {
+        const int begin = static_cast<int>(item % parts) * together, end = std::min(g.kv_heads, begin + together);
+        for (int head = begin; head < end; ++head) {
+            TileWork<T>(g, g.tiles[item / parts], head, head + 1 < end, pool.scratch(thread, bytes)).run();
+        }
     });
 }
 

@@ -50,9 +50,17 @@ void store_some(T* p, Vec a, std::int64_t n) {
     std::copy(some, some + n, p);
 }
 
-// out [R][64] = a [steps][R][PAIR] times b [steps][64][PAIR]. Fetches `lines` cache lines a step from `next`.
+// What to bring into the cache while computing: `lines` cache lines in every 64 steps, from `next` on.
+struct Ahead {
+    const char* next;
+    int lines;
+    // What is left to bring after so many steps.
+    Ahead after(std::int64_t steps) const { return {next + steps * lines / 64 * 64, lines}; }
+};
+
+// out [R][64] = a [steps][R][PAIR] times b [steps][64][PAIR].
 template <class T, int R>
-void tile(const T* a, const T* b, std::int64_t steps, float* out, const char* next, int lines) {
+void tile(const T* a, const T* b, std::int64_t steps, float* out, Ahead ahead) {
     constexpr int P = Type<T>::PAIR;
     for (int column = 0; column < 4; column += WIDE) {
         Vec sums[R][WIDE];
@@ -60,9 +68,10 @@ void tile(const T* a, const T* b, std::int64_t steps, float* out, const char* ne
             for (int j = 0; j < WIDE; ++j) sums[r][j] = zero();
         const T* left = a;
         const T* right = b + column * 16 * P;
+        int due = 0;
         for (std::int64_t s = 0; s < steps; ++s, left += R * P, right += kBlock * P) {
             if (column == 0) {
-                for (int line = 0; line < lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+                for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
             }
             for (int r = 0; r < R; ++r) {
                 const auto one = Type<T>::broadcast(left + r * P);
@@ -76,13 +85,13 @@ void tile(const T* a, const T* b, std::int64_t steps, float* out, const char* ne
 
 // The same over all of K, as a balanced tree over its segments. sums: room for [5][R][64].
 template <class T, int R>
-void product(const T* a, const T* b, std::int64_t steps, int segments, float* sums, const char* next, int lines) {
+void product(const T* a, const T* b, std::int64_t steps, int segments, float* sums, Ahead ahead) {
     constexpr int P = Type<T>::PAIR;
     const std::int64_t part = steps / segments;
     int depth = 0;
     for (int segment = 0; segment < segments; ++segment) {
         const std::int64_t at = segment * part;
-        tile<T, R>(a + at * R * P, b + at * kBlock * P, part, sums + depth * R * kBlock, next + at * lines * 64, lines);
+        tile<T, R>(a + at * R * P, b + at * kBlock * P, part, sums + depth * R * kBlock, ahead.after(at));
         ++depth;
         for (int done = segment; done & 1; done >>= 1) {
             --depth;
@@ -94,15 +103,14 @@ void product(const T* a, const T* b, std::int64_t steps, int segments, float* su
 }
 
 template <class T>
-void product_of(int rows, const T* a, const T* b, std::int64_t steps, int segments, float* sums, const char* next,
-                int lines) {
+void product_of(int rows, const T* a, const T* b, std::int64_t steps, int segments, float* sums, Ahead ahead) {
     switch (rows) {
-        case 1: return product<T, 1>(a, b, steps, segments, sums, next, lines);
-        case 2: return product<T, 2>(a, b, steps, segments, sums, next, lines);
-        case 3: return product<T, 3>(a, b, steps, segments, sums, next, lines);
-        case 4: return product<T, 4>(a, b, steps, segments, sums, next, lines);
-        case 5: return product<T, 5>(a, b, steps, segments, sums, next, lines);
-        default: return product<T, 6>(a, b, steps, segments, sums, next, lines);
+        case 1: return product<T, 1>(a, b, steps, segments, sums, ahead);
+        case 2: return product<T, 2>(a, b, steps, segments, sums, ahead);
+        case 3: return product<T, 3>(a, b, steps, segments, sums, ahead);
+        case 4: return product<T, 4>(a, b, steps, segments, sums, ahead);
+        case 5: return product<T, 5>(a, b, steps, segments, sums, ahead);
+        default: return product<T, 6>(a, b, steps, segments, sums, ahead);
     }
 }
 
@@ -187,14 +195,15 @@ void gemm(Pool& pool, const Gemm& g) {
         float sums[5 * kRows * kBlock];
         const std::int64_t begin = chunk * kChunk, end = std::min(panels.count, begin + kChunk);
         // The block that this thread will most likely get next, fetched bit by bit while it computes this one.
-        const std::int64_t later = std::min(block + threads, blocks - 1);
-        const char* next = reinterpret_cast<const char*>(weights + later * block_size);
-        const int lines_a_step = kBlock * P * sizeof(T) / 64;
-        const int lines = g.m > kAhead ? 0 : static_cast<int>(ceil_div(lines_a_step, panels.count));
-        for (std::int64_t p = begin; p < end; ++p) {
-            const int share = p * lines < lines_a_step ? lines : 0;
-            product_of<T>(panels.rows(p), packed_a + panels.first(p) * steps * P, b, steps, g.segments, sums,
-                          next + p * lines * steps * 64, share);
+        const std::int64_t later = block + threads;
+        const char* next = later < blocks ? reinterpret_cast<const char*>(weights + later * block_size)
+                                          : static_cast<const char*>(g.then) + (later - blocks) * g.then_block;
+        const bool early = g.m <= kAhead && (later < blocks || g.then != nullptr);
+        // Spread over the panels, so that memory is never idle.
+        const int lines = early ? static_cast<int>(ceil_div(64 * (kBlock * P * sizeof(T) / 64), panels.count)) : 0;
+        Ahead ahead{next, lines};
+        for (std::int64_t p = begin; p < end; ++p, ahead = ahead.after(steps)) {
+            product_of<T>(panels.rows(p), packed_a + panels.first(p) * steps * P, b, steps, g.segments, sums, ahead);
             finish<T>(g, sums, panels.first(p), panels.rows(p), block);
         }
     });

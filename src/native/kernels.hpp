@@ -43,6 +43,8 @@ struct Gemm {
     int segments;  // K is cut into as many equal parts, whose sums are added as a balanced tree; 1 or a power of two
     Activation activation;  // of the result; of the gate, if gated
     bool gated, wide;
+    const void* then;  // packed weights that will most likely be read next: a hint, or null
+    std::int64_t then_block;  // bytes of one block of them
 };
 
 struct Gather {

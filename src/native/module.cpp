@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "kernels.hpp"
@@ -49,6 +50,8 @@ public:
         return static_cast<std::size_t>(blocks * kBlock * ceil_div(k, pair) * 4);
     }
 
+    std::int64_t block_bytes() const { return kBlock * ceil_div(k, dtype == Dtype::bf16 ? 2 : 1) * 4; }
+
     const Dtype dtype;
     const std::int64_t n, k;
     const bool gated;
@@ -78,10 +81,17 @@ public:
 
     void gemm(const Matrix& matrix, Address a, std::int64_t m, std::int64_t a_stride, Address bias, Address residual,
               Address out, std::int64_t out_stride, int segments, int activation, bool wide) {
+        // Layers follow each other in the same order every time: whose weights came after these last time come again.
+        const Weights weights{matrix.buffer.data(), matrix.block_bytes()};
+        after_[last_] = weights;
+        last_ = weights.data;
+        const auto found = after_.find(last_);
+        const Weights then = found == after_.end() ? Weights{} : found->second;
         kernels_->gemm(pool_, matrix.dtype,
                        {read<void>(a), m, matrix.k, a_stride, matrix.buffer.data(), matrix.n, read<float>(bias),
                         read<void>(residual), write<void>(out), out_stride, segments,
-                        static_cast<Activation>(activation), matrix.gated, wide});
+                        static_cast<Activation>(activation), matrix.gated, wide,
+                        then.data, then.block_bytes});
     }
 
     void gather(const Matrix& matrix, Address ids, std::int64_t m, Address out) {
@@ -124,6 +134,13 @@ public:
 private:
     const Kernels* kernels_ = nullptr;
     Pool pool_;
+    struct Weights {
+        const void* data = nullptr;
+        std::int64_t block_bytes = 0;
+    };
+    // Only fetched from, never read: weights that are gone cost a useless hint.
+    std::unordered_map<const void*, Weights> after_;
+    const void* last_ = nullptr;
 };
 
 }  // namespace

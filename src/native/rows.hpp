@@ -93,17 +93,30 @@ void store_key(const Heads& g, const T* x, std::int64_t slot, int head) {
     for (int i = 0; i < g.d; i += P) std::memcpy(to + i * kGroup, x + i, P * sizeof(T));
 }
 
-// The other value of a pair becomes zero when its first is written (what lies there may be a stranger's NaN), unless
-// the other is `followed` by: then both are written in this call, by whichever thread.
+// Writes a value, and what belongs beside it: a pair is always written by one row, the first of it in the iteration.
+// The second of a pair is zero as long as it has no value of its own: what lies there may be a stranger's NaN.
 template <class T>
-void store_value(const Heads& g, const T* x, std::int64_t slot, bool followed, int head) {
+void store_value(const Heads& g, const T* x, std::int64_t row, std::int64_t stride, int head) {
     constexpr int P = Type<T>::PAIR;
-    const std::int64_t padded = ceil_div(g.d, 16) * 16, offset = slot % kGroup;
+    const std::int64_t slot = g.slots[row], offset = slot % kGroup, padded = ceil_div(g.d, 16) * 16;
     T* to = static_cast<T*>(g.v_cache) + ((slot / kGroup * g.kv_heads + head) * kGroup + offset / P * P) * padded;
-    for (int i = 0; i < g.d; ++i) to[i * P + offset % P] = x[i];
-    if (offset % P == 0 && !followed) {
-        for (int other = 1; other < P; ++other)
-            for (int i = 0; i < g.d; ++i) to[i * P + other] = 0;
+    if constexpr (P == 1) {
+        std::copy(x, x + g.d, to);
+    } else if (offset % 2 == 0) {
+        const bool followed = row + 1 < g.m && g.slots[row + 1] == slot + 1;
+        const T* second = followed ? x + stride : x;
+        const std::uint32_t keep = followed ? 0xffff0000u : 0;
+        for (int i = 0; i < g.d; ++i) {
+            const std::uint32_t both = x[i] | (static_cast<std::uint32_t>(second[i]) << 16 & keep);
+            std::memcpy(to + 2 * i, &both, 4);
+        }
+    } else if (row == 0 || g.slots[row - 1] != slot - 1) {
+        for (int i = 0; i < g.d; ++i) {
+            std::uint32_t both;
+            std::memcpy(&both, to + 2 * i, 4);
+            both = (both & 0xffffu) | static_cast<std::uint32_t>(x[i]) << 16;
+            std::memcpy(to + 2 * i, &both, 4);
+        }
     }
 }
 
@@ -118,8 +131,7 @@ void heads(Pool& pool, const Heads& g) {
             const float* angles = g.angles == nullptr ? nullptr : g.angles + g.positions[row] * g.rotary;
             for (int head = 0; head < all; ++head, x += g.d) {
                 if (head >= g.heads + g.kv_heads) {
-                    const bool followed = row + 1 < g.m && g.slots[row + 1] == g.slots[row] + 1;
-                    store_value(g, x, g.slots[row], followed, head - g.heads - g.kv_heads);
+                    store_value(g, x, row, static_cast<std::int64_t>(all) * g.d, head - g.heads - g.kv_heads);
                     continue;
                 }
                 for (int i = 0; i < g.d; i += 16) store(wide + i, load_some(x + i, g.d - i));

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 
 from orcaserve.bench.report import Line, Report, number, summary
@@ -33,8 +34,8 @@ def draw(report: Report, path: Path) -> None:
         if (chosen := [line for line in lines if line.kind == kind and line.figure == figure])
     }
     widths = [max(2.6, len(chosen) * (0.35 + 0.5 * len(report.servers))) for chosen in panels.values()]
-    figure = Figure(figsize=(max(5.0, 0.8 + sum(widths) + 0.5 * len(widths)), 4.4), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(max(5.0, 0.8 + sum(widths) + 0.5 * len(widths)), 4.4), dpi=150, layout=layout)
     axes = figure.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
     for panel, (kind, chosen) in zip(axes, panels.items(), strict=True):
         _, title, group = PANELS[kind]
