@@ -4,13 +4,17 @@ BIN := $(VENV)/bin
 SERVE_ARGS ?=
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*)
 
-.PHONY: serve test lint clean
+.PHONY: serve test promise lint clean
 
 serve: $(VENV)/.serve
 	$(BIN)/orcaserve serve $(SERVE_ARGS)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest
+
+# The promise on a thousand requests of each kind; `make test` has a hundred.
+promise: $(VENV)/.test
+	$(BIN)/python -m pytest tests/e2e/test_promise.py --promised 1000 -s
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -19,9 +19,15 @@ TWIN_AND_BEST = ["torch", *BEST]
 NEEDS_NATIVE = pytest.mark.skipif(not BEST, reason="installed without native kernels")
 
 
+QUANTISED = [f"{isa} int8" for isa in instruction_sets()]
+
+
 @cache
 def make(name: str, threads: int = 1) -> Kernels:
-    return TorchKernels() if name == "torch" else NativeKernels(threads, name)
+    if name == "torch":
+        return TorchKernels()
+    isa, _, quantised = name.partition(" ")
+    return NativeKernels(threads, isa, quantised=bool(quantised))
 
 
 def fill_cache(layer: Any, value: float) -> None:

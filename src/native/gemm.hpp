@@ -10,6 +10,7 @@
 namespace orca {
 namespace ORCA_ISA {
 
+constexpr int kMostSegments = 64;
 constexpr int kRows = 6;                  // rows of a register tile
 constexpr std::int64_t kChunk = 16;       // panels that one piece of work takes
 constexpr std::int64_t kAhead = 8 * kRows;  // up to so many rows, memory is the limit and the next block is fetched early
@@ -58,6 +59,10 @@ struct Ahead {
     Ahead after(std::int64_t steps) const { return {next + steps * lines / 64 * 64, lines}; }
 };
 
+// Values that one step of a product takes from a row.
+template <class W>
+constexpr std::int64_t pair_of = 4 / sizeof(W);
+
 // out [R][64] = a [steps][R][PAIR] times b [steps][64][PAIR].
 template <class T, int R>
 void tile(const T* a, const T* b, std::int64_t steps, float* out, Ahead ahead) {
@@ -83,15 +88,64 @@ void tile(const T* a, const T* b, std::int64_t steps, float* out, Ahead ahead) {
     }
 }
 
-// The same over all of K, as a balanced tree over its segments. sums: room for [5][R][64].
-template <class T, int R>
-void product(const T* a, const T* b, std::int64_t steps, int segments, float* sums, Ahead ahead) {
-    constexpr int P = Type<T>::PAIR;
-    const std::int64_t part = steps / segments;
+// The same of bytes: sums [R][64] of a [steps][R][4], which stand 128 too high, times b [steps][64][4].
+template <int R>
+void tile_of_bytes(const std::uint8_t* a, const std::int8_t* b, std::int64_t steps, const float* row_scales,
+                   std::int64_t row_stride, const float* scales, const std::int32_t* above, float* out, Ahead ahead) {
+    for (int column = 0; column < 4; column += WIDE) {
+        Ints sums[R][WIDE];
+        for (int r = 0; r < R; ++r)
+            for (int j = 0; j < WIDE; ++j) sums[r][j] = no_ints();
+        const std::uint8_t* left = a;
+        const std::int8_t* right = b + column * 64;
+        int due = 0;
+        for (std::int64_t s = 0; s < steps; ++s, left += R * 4, right += kBlock * 4) {
+            if (column == 0) {
+                for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
+            }
+            for (int r = 0; r < R; ++r) {
+                const Four one = broadcast_four(left + r * 4);
+                for (int j = 0; j < WIDE; ++j) sums[r][j] = multiply_bytes(one, right + j * 64, sums[r][j]);
+            }
+        }
+        for (int j = 0; j < WIDE; ++j) {
+            const Ints off = load_ints(above + (column + j) * 16);
+            const Vec scale = load(scales + (column + j) * 16);
+            for (int r = 0; r < R; ++r) {
+                const Vec of_both = scale * set1(row_scales[r * row_stride]);
+                store(out + r * kBlock + (column + j) * 16, to_floats(sums[r][j] - off) * of_both);
+            }
+        }
+    }
+}
+
+// Packed activations: panels of up to six rows, [steps][rows][PAIR] each; of bytes with a scale per row and segment.
+template <class W>
+struct Left {
+    W* data;
+    float* scales;  // [m][segments], of bytes
+};
+
+// Six rows at most against one block, over all of K, as a balanced tree over its segments. sums: room for [5][R][64].
+template <class W, int R>
+void product(const Left<W>& a, std::int64_t row, const Packed& packed, std::int64_t block, std::int64_t padded,
+             std::int64_t steps, float* sums, Ahead ahead) {
+    constexpr std::int64_t P = pair_of<W>;
+    const std::int64_t part = steps / packed.segments;
+    const W* left = a.data + row * steps * P;
+    const char* right = static_cast<const char*>(packed.data) + block * steps * kBlock * P * sizeof(W);
     int depth = 0;
-    for (int segment = 0; segment < segments; ++segment) {
+    for (int segment = 0; segment < packed.segments; ++segment) {
         const std::int64_t at = segment * part;
-        tile<T, R>(a + at * R * P, b + at * kBlock * P, part, sums + depth * R * kBlock, ahead.after(at));
+        float* out = sums + depth * R * kBlock;
+        if constexpr (sizeof(W) == 1) {
+            tile_of_bytes<R>(left + at * R * P, reinterpret_cast<const std::int8_t*>(right) + at * kBlock * P, part,
+                             a.scales + row * packed.segments + segment, packed.segments,
+                             packed.scales + segment * padded + block * kBlock,
+                             packed.sums + segment * padded + block * kBlock, out, ahead.after(at));
+        } else {
+            tile<W, R>(left + at * R * P, reinterpret_cast<const W*>(right) + at * kBlock * P, part, out, ahead.after(at));
+        }
         ++depth;
         for (int done = segment; done & 1; done >>= 1) {
             --depth;
@@ -102,15 +156,16 @@ void product(const T* a, const T* b, std::int64_t steps, int segments, float* su
     }
 }
 
-template <class T>
-void product_of(int rows, const T* a, const T* b, std::int64_t steps, int segments, float* sums, Ahead ahead) {
+template <class W>
+void product_of(int rows, const Left<W>& a, std::int64_t row, const Packed& packed, std::int64_t block,
+                std::int64_t padded, std::int64_t steps, float* sums, Ahead ahead) {
     switch (rows) {
-        case 1: return product<T, 1>(a, b, steps, segments, sums, ahead);
-        case 2: return product<T, 2>(a, b, steps, segments, sums, ahead);
-        case 3: return product<T, 3>(a, b, steps, segments, sums, ahead);
-        case 4: return product<T, 4>(a, b, steps, segments, sums, ahead);
-        case 5: return product<T, 5>(a, b, steps, segments, sums, ahead);
-        default: return product<T, 6>(a, b, steps, segments, sums, ahead);
+        case 1: return product<W, 1>(a, row, packed, block, padded, steps, sums, ahead);
+        case 2: return product<W, 2>(a, row, packed, block, padded, steps, sums, ahead);
+        case 3: return product<W, 3>(a, row, packed, block, padded, steps, sums, ahead);
+        case 4: return product<W, 4>(a, row, packed, block, padded, steps, sums, ahead);
+        case 5: return product<W, 5>(a, row, packed, block, padded, steps, sums, ahead);
+        default: return product<W, 6>(a, row, packed, block, padded, steps, sums, ahead);
     }
 }
 
@@ -153,14 +208,14 @@ struct Panels {
     int rows(std::int64_t panel) const { return static_cast<int>(base + (panel < extra)); }
 };
 
-// Rows [first, first + rows) of a as a panel [steps][rows][PAIR].
+// Rows [first, first + rows) of a as a panel.
 template <class T>
-void make_panel(const Gemm& g, std::int64_t first, int rows, T* panel) {
-    constexpr std::int64_t P = Type<T>::PAIR;
-    const T* a = static_cast<const T*>(g.a) + first * g.a_stride;
+void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps, const Left<T>& left) {
+    constexpr std::int64_t P = pair_of<T>;
+    T* panel = left.data + first * steps * P;
     const std::int64_t whole = g.k / P;
     for (int r = 0; r < rows; ++r) {
-        const T* from = a + r * g.a_stride;
+        const T* from = static_cast<const T*>(g.a) + (first + r) * g.a_stride;
         T* to = panel + r * P;
         for (std::int64_t s = 0; s < whole; ++s, to += rows * P) std::memcpy(to, from + s * P, P * sizeof(T));
         if (whole * P < g.k) {
@@ -170,43 +225,93 @@ void make_panel(const Gemm& g, std::int64_t first, int rows, T* panel) {
     }
 }
 
+// The scale of a row's segment: NaN if one of its values is NaN or infinite, for bytes cannot say so.
 template <class T>
-void gemm(Pool& pool, const Gemm& g) {
-    constexpr std::int64_t P = Type<T>::PAIR;
+float row_scale(const T* x, std::int64_t n, float most) {
+    Vec strange = zero();
+    for (std::int64_t i = 0; i < n; i += 16) strange = strange + load_some(x + i, n - i) * zero();
+    return most / 127.0f + sum(strange);
+}
+
+// The same in bytes: a row's values in a segment by 127th parts of the greatest of them, and 128 up.
+template <class T>
+void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps, const Left<std::uint8_t>& left) {
+    std::uint8_t* panel = left.data + first * steps * 4;
+    const std::int64_t part = steps / g.packed.segments * 4;
+    for (int r = 0; r < rows; ++r) {
+        const T* row = static_cast<const T*>(g.a) + (first + r) * g.a_stride;
+        for (int segment = 0; segment < g.packed.segments; ++segment) {
+            const std::int64_t begin = segment * part, n = std::min(part, g.k - begin);
+            Vec greatest = zero();
+            for (std::int64_t i = 0; i < n; i += 16) {
+                const Vec x = load_some(row + begin + i, n - i);
+                greatest = max(greatest, max(x, zero() - x));
+            }
+            const float most = largest(greatest);
+            left.scales[(first + r) * g.packed.segments + segment] = row_scale(row + begin, n, most);
+            const Vec per_part = set1(most > 0.0f ? 127.0f / most : 0.0f);
+            for (std::int64_t i = 0; i < part; i += 16) {
+                float whole[16] = {};
+                if (i < n) store(whole, round(load_some(row + begin + i, n - i) * per_part));
+                std::uint8_t* to = panel + ((begin + i) / 4 * rows + r) * 4;
+                for (int j = 0; j < 16 && i + j < part; ++j) {
+                    const float value = i + j < n ? whole[j] : 0.0f;
+                    // A NaN compares as nothing and becomes zero; its row's scale says what it was.
+                    const int rounded = value > -128.0f && value < 128.0f ? static_cast<int>(value) : 0;
+                    to[j / 4 * rows * 4 + j % 4] = static_cast<std::uint8_t>(128 + rounded);
+                }
+            }
+        }
+    }
+}
+
+template <class T, class W>
+void gemm_of(Pool& pool, const Gemm& g) {
+    constexpr std::int64_t P = pair_of<W>;
     if (g.m == 0) return;
     const std::int64_t steps = ceil_div(g.k, P);
+    const std::int64_t blocks = ceil_div(g.n, g.gated ? kBlock / 2 : kBlock);
     const Panels panels(g.m);
-    T* packed_a = static_cast<T*>(pool.shared(g.m * steps * P * sizeof(T)));
+    const std::size_t panel_bytes = ceil_div(g.m * steps * P * sizeof(W), 64) * 64;
+    const std::size_t scale_bytes = sizeof(W) == 1 ? g.m * g.packed.segments * sizeof(float) : 0;
+    char* scratch = static_cast<char*>(pool.shared(panel_bytes + scale_bytes));
+    const Left<W> left{reinterpret_cast<W*>(scratch), reinterpret_cast<float*>(scratch + panel_bytes)};
     const std::int64_t at_once = std::max<std::int64_t>(1, 8192 / (steps * P));
-    pool.run(ceil_div(panels.count, at_once), [&](std::uint32_t item, int) {
+    pool.run(static_cast<std::uint32_t>(ceil_div(panels.count, at_once)), [&](std::uint32_t item, int) {
         const std::int64_t end = std::min<std::int64_t>(panels.count, (item + 1) * at_once);
         for (std::int64_t p = item * at_once; p < end; ++p) {
-            make_panel(g, panels.first(p), panels.rows(p), packed_a + panels.first(p) * steps * P);
+            make_panel<T>(g, panels.first(p), panels.rows(p), steps, left);
         }
     });
-    const std::int64_t blocks = ceil_div(g.n, g.gated ? kBlock / 2 : kBlock);
     const std::int64_t chunks = ceil_div(panels.count, kChunk);
-    const std::int64_t block_size = steps * kBlock * P;
-    const T* weights = static_cast<const T*>(g.packed);
+    const std::int64_t block_bytes = steps * kBlock * P * sizeof(W);
     const int threads = pool.threads();
     pool.run(static_cast<std::uint32_t>(blocks * chunks), [&](std::uint32_t item, int) {
         const std::int64_t block = item / chunks, chunk = item % chunks;
-        const T* b = weights + block * block_size;
-        float sums[5 * kRows * kBlock];
+        alignas(64) float sums[5 * kRows * kBlock];
         const std::int64_t begin = chunk * kChunk, end = std::min(panels.count, begin + kChunk);
         // The block that this thread will most likely get next, fetched bit by bit while it computes this one.
         const std::int64_t later = block + threads;
-        const char* next = later < blocks ? reinterpret_cast<const char*>(weights + later * block_size)
+        const char* next = later < blocks ? static_cast<const char*>(g.packed.data) + later * block_bytes
                                           : static_cast<const char*>(g.then) + (later - blocks) * g.then_block;
         const bool early = g.m <= kAhead && (later < blocks || g.then != nullptr);
         // Spread over the panels, so that memory is never idle.
-        const int lines = early ? static_cast<int>(ceil_div(64 * (kBlock * P * sizeof(T) / 64), panels.count)) : 0;
+        const int lines = early ? static_cast<int>(ceil_div(block_bytes / steps, panels.count)) : 0;
         Ahead ahead{next, lines};
         for (std::int64_t p = begin; p < end; ++p, ahead = ahead.after(steps)) {
-            product_of<T>(panels.rows(p), packed_a + panels.first(p) * steps * P, b, steps, g.segments, sums, ahead);
+            product_of<W>(panels.rows(p), left, panels.first(p), g.packed, block, blocks * kBlock, steps, sums, ahead);
             finish<T>(g, sums, panels.first(p), panels.rows(p), block);
         }
     });
+}
+
+template <class T>
+void gemm(Pool& pool, const Gemm& g) {
+    if (g.packed.format == Format::int8) {
+        gemm_of<T, std::uint8_t>(pool, g);
+    } else {
+        gemm_of<T, T>(pool, g);
+    }
 }
 
 inline std::int64_t column_of(std::int64_t row, int half) {
@@ -215,35 +320,79 @@ inline std::int64_t column_of(std::int64_t row, int half) {
     return row / width * kBlock + row % width + (half == 2 ? width : 0);
 }
 
+// Calls put(k, value) for every value of a row of the weight.
+template <class T, class Put>
+void each_value(const Pack& w, std::int64_t row, const Put& put) {
+    const T* from = static_cast<const T*>(w.weight) + row * w.row_stride;
+    for (std::int64_t k = 0; k < w.k; ++k) put(k, from[k * w.column_stride]);
+}
+
+template <class T>
+void pack_plain(const Pack& w, std::int64_t row) {
+    constexpr std::int64_t P = pair_of<T>;
+    const std::int64_t column = column_of(w.first + row, w.half), steps = ceil_div(w.k, P);
+    T* to = static_cast<T*>(w.packed.data) + column / kBlock * steps * kBlock * P + column % kBlock * P;
+    each_value<T>(w, row, [&](std::int64_t k, T value) { to[k / P * kBlock * P + k % P] = value; });
+}
+
+template <class T>
+void pack_bytes(const Pack& w, std::int64_t row) {
+    const std::int64_t column = column_of(w.first + row, w.half), steps = ceil_div(w.k, 4);
+    const std::int64_t padded = ceil_div(w.n, w.half > 0 ? kBlock / 2 : kBlock) * kBlock;
+    const std::int64_t part = steps / w.packed.segments * 4;
+    float greatest[kMostSegments] = {};
+    each_value<T>(w, row, [&](std::int64_t k, T value) {
+        const float size = __builtin_fabsf(Type<T>::to(value));
+        if (!(size <= greatest[k / part])) greatest[k / part] = size;
+    });
+    std::int32_t total[kMostSegments] = {};
+    std::int8_t* to = static_cast<std::int8_t*>(w.packed.data) + column / kBlock * steps * kBlock * 4 + column % kBlock * 4;
+    each_value<T>(w, row, [&](std::int64_t k, T value) {
+        const float most = greatest[k / part];
+        const int rounded = most > 0.0f ? static_cast<int>(__builtin_rintf(Type<T>::to(value) * (127.0f / most))) : 0;
+        to[k / 4 * kBlock * 4 + k % 4] = static_cast<std::int8_t>(rounded);
+        total[k / part] += rounded;
+    });
+    for (int segment = 0; segment < w.packed.segments; ++segment) {
+        w.packed.scales[segment * padded + column] = greatest[segment] / 127.0f;
+        w.packed.sums[segment * padded + column] = 128 * total[segment];
+    }
+}
+
 template <class T>
 void pack(Pool& pool, const Pack& w) {
-    constexpr std::int64_t P = Type<T>::PAIR;
-    const std::int64_t steps = ceil_div(w.k, P);
-    const T* weight = static_cast<const T*>(w.weight);
-    T* packed = static_cast<T*>(w.packed);
     pool.run(static_cast<std::uint32_t>(ceil_div(w.rows, 16)), [&](std::uint32_t item, int) {
         const std::int64_t end = std::min<std::int64_t>(w.rows, (item + 1) * 16);
         for (std::int64_t row = item * 16; row < end; ++row) {
-            const std::int64_t column = column_of(w.first + row, w.half);
-            T* to = packed + column / kBlock * steps * kBlock * P + column % kBlock * P;
-            const T* from = weight + row * w.row_stride;
-            for (std::int64_t k = 0; k < w.k; ++k) to[k / P * kBlock * P + k % P] = from[k * w.column_stride];
+            if (w.packed.format == Format::int8) {
+                pack_bytes<T>(w, row);
+            } else {
+                pack_plain<T>(w, row);
+            }
         }
     });
 }
 
 template <class T>
 void gather(Pool& pool, const Gather& g) {
-    constexpr std::int64_t P = Type<T>::PAIR;
-    const std::int64_t steps = ceil_div(g.k, P);
-    const T* packed = static_cast<const T*>(g.packed);
+    const bool bytes = g.packed.format == Format::int8;
+    const std::int64_t P = bytes ? 4 : pair_of<T>, steps = ceil_div(g.k, P);
+    const std::int64_t padded = ceil_div(g.n, kBlock) * kBlock, part = steps / g.packed.segments * P;
     pool.run(static_cast<std::uint32_t>(ceil_div(g.m, 16)), [&](std::uint32_t item, int) {
         const std::int64_t end = std::min<std::int64_t>(g.m, (item + 1) * 16);
         for (std::int64_t i = item * 16; i < end; ++i) {
             const std::int64_t column = g.ids[i];
-            const T* from = packed + column / kBlock * steps * kBlock * P + column % kBlock * P;
+            const std::int64_t first = column / kBlock * steps * kBlock * P + column % kBlock * P;
             T* to = static_cast<T*>(g.out) + i * g.k;
-            for (std::int64_t k = 0; k < g.k; ++k) to[k] = from[k / P * kBlock * P + k % P];
+            for (std::int64_t k = 0; k < g.k; ++k) {
+                const std::int64_t at = first + k / P * kBlock * P + k % P;
+                if (bytes) {
+                    const float scale = g.packed.scales[k / part * padded + column];
+                    to[k] = Type<T>::from(static_cast<float>(static_cast<const std::int8_t*>(g.packed.data)[at]) * scale);
+                } else {
+                    to[k] = static_cast<const T*>(g.packed.data)[at];
+                }
+            }
         }
     });
 }

@@ -5,6 +5,7 @@
 //
 // Packed weights [N, K]: blocks of 64 columns, each [K / PAIR][64][PAIR], with PAIR = 2 for bfloat16 and 1 for float32;
 // columns and values past the end are zero. A gated pair has 32 columns of the gate and 32 of the other in each block.
+// Weights of 8 bits have PAIR = 4; every column has a scale for each segment of K, and is symmetric about zero.
 //
 // KV caches: groups of 16 slots (slot = block * block_size + offset, block_size a multiple of 16), for every group and
 // head: keys as [d / PAIR][16][PAIR], values as [16 / PAIR][D][PAIR], where D is d rounded up to 16.
@@ -23,10 +24,23 @@ constexpr std::int64_t kBlock = 64;   // columns of a block of packed weights
 constexpr std::int64_t kGroup = 16;   // slots of a group of the caches
 constexpr std::int64_t kSpan = 128;   // positions that attention reduces at once
 
+// Weights in the dtype of the activations, or of 8 bits, whose activations are brought to 8 bits row by row.
+enum class Format : int { plain, int8 };
+
+// Packed weights as they lie in memory.
+struct Packed {
+    void* data;
+    float* scales;       // [segments][columns, padded], of 8 bits; else null
+    std::int32_t* sums;  // [segments][columns, padded]: 128 times the sum of a column
+    Format format;
+    int segments;  // K is cut into as many equal parts, whose sums are added as a balanced tree; 1 or a power of two
+};
+
 struct Pack {
     const void* weight;  // [rows, k], values one row apart every `row_stride`, one column apart every `column_stride`
     std::int64_t rows, k, row_stride, column_stride;
-    void* packed;
+    Packed packed;
+    std::int64_t n;  // columns of the whole; of each of the pair, if gated
     std::int64_t first;  // row r goes to column column_of(first + r)
     int half;            // 0: plain columns; 1, 2: the first or second of a gated pair
 };
@@ -34,13 +48,12 @@ struct Pack {
 struct Gemm {
     const void* a;  // [m, k]
     std::int64_t m, k, a_stride;
-    const void* packed;
+    Packed packed;
     std::int64_t n;       // columns of the result; of each of the pair, if gated
     const float* bias;    // in the order of packed columns, or null
     const void* residual;  // [m, n], added last, or null
     void* out;            // [m, n] of T, or of float32 if `wide`
     std::int64_t out_stride;
-    int segments;  // K is cut into as many equal parts, whose sums are added as a balanced tree; 1 or a power of two
     Activation activation;  // of the result; of the gate, if gated
     bool gated, wide;
     const void* then;  // packed weights that will most likely be read next: a hint, or null
@@ -49,8 +62,8 @@ struct Gemm {
 
 struct Gather {
     const std::int64_t* ids;
-    std::int64_t m, k;
-    const void* packed;
+    std::int64_t m, k, n;
+    Packed packed;
     void* out;  // [m, k]
 };
 

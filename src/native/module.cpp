@@ -41,21 +41,33 @@ T* write(Address address) { return reinterpret_cast<T*>(address); }
 // Packed weights of [n, k]; of two such matrices, if gated.
 class Matrix {
 public:
-    Matrix(Dtype dtype, std::int64_t n, std::int64_t k, bool gated)
-        : dtype(dtype), n(n), k(k), gated(gated), buffer(size(dtype, n, k, gated)) {}
-
-    static std::size_t size(Dtype dtype, std::int64_t n, std::int64_t k, bool gated) {
-        const std::int64_t pair = dtype == Dtype::bf16 ? 2 : 1;
-        const std::int64_t blocks = ceil_div(n, gated ? kBlock / 2 : kBlock);
-        return static_cast<std::size_t>(blocks * kBlock * ceil_div(k, pair) * 4);
+    Matrix(Dtype dtype, Format format, std::int64_t n, std::int64_t k, bool gated, int segments)
+        : dtype(dtype), n(n), k(k), gated(gated), format_(format), segments_(segments),
+          padded_(ceil_div(n, gated ? kBlock / 2 : kBlock) * kBlock), data_(padded_ / kBlock * block_bytes()),
+          scales_(format == Format::plain ? 0 : segments * padded_ * sizeof(float)),
+          sums_(format == Format::plain ? 0 : segments * padded_ * sizeof(std::int32_t)) {
+        if (segments < 1 || segments > 64 || (segments & (segments - 1)) != 0 || k % (segments * pair()) != 0) {
+            if (segments != 1) throw std::invalid_argument("K cannot be cut into so many segments");
+        }
     }
 
-    std::int64_t block_bytes() const { return kBlock * ceil_div(k, dtype == Dtype::bf16 ? 2 : 1) * 4; }
+    std::int64_t pair() const { return format_ == Format::int8 ? 4 : dtype == Dtype::bf16 ? 2 : 1; }
+    std::int64_t block_bytes() const { return kBlock * ceil_div(k, pair()) * 4; }
+    std::size_t bytes() const { return data_.bytes() + scales_.bytes() + sums_.bytes(); }
+    Packed packed() const {
+        return {data_.data(), static_cast<float*>(scales_.data()), static_cast<std::int32_t*>(sums_.data()), format_,
+                segments_};
+    }
 
     const Dtype dtype;
     const std::int64_t n, k;
     const bool gated;
-    const Buffer buffer;
+
+private:
+    const Format format_;
+    const int segments_;
+    const std::int64_t padded_;
+    const Buffer data_, scales_, sums_;
 };
 
 // The kernels of one instruction set on a pool of threads. Calls come from one thread at a time; others wait.
@@ -75,28 +87,28 @@ public:
               std::int64_t first, int half) {
         if (first < 0 || rows < 0 || first + rows > m.n || half < 0 || half > 2 || (half > 0) != m.gated)
             throw std::invalid_argument("these rows do not fit the matrix");
-        kernels_->pack(pool_, m.dtype, {read<void>(weight), rows, m.k, row_stride, column_stride, m.buffer.data(),
+        kernels_->pack(pool_, m.dtype, {read<void>(weight), rows, m.k, row_stride, column_stride, m.packed(), m.n,
                                         first, half});
     }
 
     void gemm(const Matrix& matrix, Address a, std::int64_t m, std::int64_t a_stride, Address bias, Address residual,
-              Address out, std::int64_t out_stride, int segments, int activation, bool wide) {
+              Address out, std::int64_t out_stride, int activation, bool wide) {
         // Layers follow each other in the same order every time: whose weights came after these last time come again.
-        const Weights weights{matrix.buffer.data(), matrix.block_bytes()};
+        const Weights weights{matrix.packed().data, matrix.block_bytes()};
         after_[last_] = weights;
         last_ = weights.data;
         const auto found = after_.find(last_);
         const Weights then = found == after_.end() ? Weights{} : found->second;
         kernels_->gemm(pool_, matrix.dtype,
-                       {read<void>(a), m, matrix.k, a_stride, matrix.buffer.data(), matrix.n, read<float>(bias),
-                        read<void>(residual), write<void>(out), out_stride, segments,
+                       {read<void>(a), m, matrix.k, a_stride, matrix.packed(), matrix.n, read<float>(bias),
+                        read<void>(residual), write<void>(out), out_stride,
                         static_cast<Activation>(activation), matrix.gated, wide,
                         then.data, then.block_bytes});
     }
 
     void gather(const Matrix& matrix, Address ids, std::int64_t m, Address out) {
         kernels_->gather(pool_, matrix.dtype,
-                         {read<std::int64_t>(ids), m, matrix.k, matrix.buffer.data(), write<void>(out)});
+                         {read<std::int64_t>(ids), m, matrix.k, matrix.n, matrix.packed(), write<void>(out)});
     }
 
     void norm(Dtype dtype, Address x, std::int64_t m, std::int64_t h, std::int64_t stride, Address weight, Address bias,
@@ -150,6 +162,7 @@ NB_MODULE(_native, m) {
     using namespace orca;
     const auto free = nb::call_guard<nb::gil_scoped_release>();
     nb::enum_<Dtype>(m, "Dtype").value("f32", Dtype::f32).value("bf16", Dtype::bf16);
+    nb::enum_<Format>(m, "Format").value("plain", Format::plain).value("int8", Format::int8);
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const Kernels* kernels : kAll)
@@ -161,10 +174,11 @@ NB_MODULE(_native, m) {
         .def_prop_ro("address", [](const Buffer& b) { return reinterpret_cast<Address>(b.data()); })
         .def_prop_ro("nbytes", &Buffer::bytes);
     nb::class_<Matrix>(m, "Matrix")
-        .def(nb::init<Dtype, std::int64_t, std::int64_t, bool>(), "dtype"_a, "n"_a, "k"_a, "gated"_a)
+        .def(nb::init<Dtype, Format, std::int64_t, std::int64_t, bool, int>(), "dtype"_a, "format"_a, "n"_a, "k"_a,
+             "gated"_a, "segments"_a)
         .def_ro("n", &Matrix::n)
         .def_ro("k", &Matrix::k)
-        .def_prop_ro("nbytes", [](const Matrix& w) { return w.buffer.bytes(); });
+        .def_prop_ro("nbytes", &Matrix::bytes);
     nb::class_<Engine>(m, "Engine")
         .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
         .def_prop_ro("isa", &Engine::isa)

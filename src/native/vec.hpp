@@ -267,6 +267,89 @@ struct Type<bf16> {
     static float to(bf16 x) { return widen(x); }
 };
 
+// --- products of bytes: sixteen sums of four products each; exact in whatever order ---
+
+#if defined(__AVX512F__)
+struct Ints {
+    __m512i v;
+};
+inline Ints no_ints() { return {_mm512_setzero_si512()}; }
+inline Vec to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Ints load_ints(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+struct Four {
+    __m512i v;
+};
+inline Four broadcast_four(const std::uint8_t* p) {
+    std::int32_t four;
+    std::memcpy(&four, p, 4);
+    return {_mm512_set1_epi32(four)};
+}
+inline Ints multiply_bytes(Four a, const std::int8_t* b, Ints c) {
+    const __m512i bytes = _mm512_loadu_si512(b);
+#if defined(__AVX512VNNI__)
+    return {_mm512_dpbusd_epi32(c.v, a.v, bytes)};
+#else
+    const __m512i low = _mm512_set1_epi32(0x00ff00ff);
+    const __m512i even = _mm512_madd_epi16(_mm512_and_si512(a.v, low), _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8));
+    const __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a.v, 8), _mm512_srai_epi16(bytes, 8));
+    return {_mm512_add_epi32(c.v, _mm512_add_epi32(even, odd))};
+#endif
+}
+#elif defined(__AVX2__)
+struct Ints {
+    __m256i a, b;
+};
+inline Ints no_ints() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Vec to_floats(Ints x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline Ints load_ints(const std::int32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+inline Ints operator-(Ints x, Ints y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+struct Four {
+    __m256i v;
+};
+inline Four broadcast_four(const std::uint8_t* p) {
+    std::int32_t four;
+    std::memcpy(&four, p, 4);
+    return {_mm256_set1_epi32(four)};
+}
+inline __m256i multiply_bytes_half(__m256i a, const std::int8_t* b, __m256i c) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+    const __m256i low = _mm256_set1_epi32(0x00ff00ff);
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, low), _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(bytes, 8));
+    return _mm256_add_epi32(c, _mm256_add_epi32(even, odd));
+}
+inline Ints multiply_bytes(Four a, const std::int8_t* b, Ints c) {
+    return {multiply_bytes_half(a.v, b, c.a), multiply_bytes_half(a.v, b + 32, c.b)};
+}
+#else
+struct Ints {
+    ints16 v;
+};
+inline Ints no_ints() { return {ints16{}}; }
+inline Vec to_floats(Ints a) { return {__builtin_convertvector(a.v, floats16)}; }
+inline Ints load_ints(const std::int32_t* p) {
+    Ints out;
+    std::memcpy(&out.v, p, 64);
+    return out;
+}
+inline Ints operator-(Ints a, Ints b) { return {a.v - b.v}; }
+struct Four {
+    std::int32_t at[4];
+};
+inline Four broadcast_four(const std::uint8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+inline Ints multiply_bytes(Four a, const std::int8_t* b, Ints c) {
+    for (int lane = 0; lane < 16; ++lane) {
+        const std::int8_t* of = b + lane * 4;
+        c.v[lane] += a.at[0] * of[0] + a.at[1] * of[1] + a.at[2] * of[2] + a.at[3] * of[3];
+    }
+    return c;
+}
+#endif
+
 // How many vectors side by side a product's register tile has: the accumulators must fit the registers.
 #if defined(__AVX512F__)
 constexpr int WIDE = 4;

@@ -49,6 +49,13 @@ def engine_options(command: Any) -> Any:
         click.option("--policy", type=click.Choice(sorted(POLICIES)), default="default", show_default=True),
         click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use."),
         click.option(
+            "--quantization",
+            type=click.Choice(["none", "int8"]),
+            default="none",
+            show_default=True,
+            help="Keep weights in 8 bits: half the memory traffic.",
+        ),
+        click.option(
             "--kernels", default="auto", show_default=True, help="auto, torch, or an instruction set: avx2, portable, …"
         ),
         click.option("--backend", type=click.Choice(["auto", "native", "transformers"]), default="auto"),

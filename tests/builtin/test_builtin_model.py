@@ -9,8 +9,10 @@ import random
 import re
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import kernel_sets
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,10 +20,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from orcaserve.builtin import MODEL_DIR, NAME
+from orcaserve.model.config import read_config
+from orcaserve.model.decoder import Decoder
+from orcaserve.ops.layout import Layout
+from orcaserve.ops.native_kernels import NativeKernels
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "builtin"))
 
-from tinyworld.dialogue import vocabulary
+from tinyworld.dialogue import documents, vocabulary
 from tinyworld.stories import KINDS, THING_NAMES, Wish, held_out, shuffle_wish, tell
 from tinyworld.words import BOYS, GIRLS, PLACES
 
@@ -236,3 +242,30 @@ def test_a_story_keeps_to_its_wish() -> None:
             assert noun is None or noun in story.text, (noun, story.text)
         assert "{" not in story.text and "[" not in story.text and "  " not in story.text
     assert tell(random.Random(1), Wish(kinds=("fox", "owl"))).hero.kind == "fox"
+
+
+@kernel_sets.NEEDS_NATIVE
+def test_eight_bits_say_almost_the_same(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Weights and activations of 8 bits, against the same decoder in bfloat16, on text from another seed."""
+    texts = list(islice(documents(31), 40))
+    logits = {}
+    for quantised in (False, True):
+        kernels = NativeKernels(1, quantised=quantised)
+        decoder = Decoder.load(read_config(MODEL_DIR), MODEL_DIR, torch.bfloat16, kernels=kernels)
+        logits[quantised] = [score(decoder, tokenizer.encode(text, add_special_tokens=False)[:500]) for text in texts]
+    full, eight = (torch.cat(logits[kind]).log_softmax(-1) for kind in (False, True))
+    divergence = (full.exp() * (full - eight)).sum(-1).mean()
+    agreed = (full.argmax(-1) == eight.argmax(-1)).float().mean()
+    print(f"KL divergence {divergence:.5f} nats, top-1 agreement {agreed:.4f} on {full.shape[0]} tokens")
+    assert divergence < 0.005 and agreed > 0.97
+
+
+def score(decoder: Decoder, ids: list[int]) -> torch.Tensor:
+    """float32 logits [n, V] behind each of the tokens."""
+    blocks = -(-len(ids) // 16)
+    cache = [
+        decoder.kernels.kv_cache(blocks, 16, decoder.num_kv_heads, decoder.head_dim, decoder.dtype)
+        for _ in range(decoder.num_layers)
+    ]
+    layout = Layout.build([(0, len(ids), list(range(blocks)))], 16)
+    return decoder.logits(decoder.forward(torch.tensor(ids), layout, cache))

@@ -63,6 +63,62 @@ def test_linear(name, dtype, threads, k, sizes, cut):
     assert linear(x[:0]).shape == (0, sum(sizes))
 
 
+def brought_to_bytes(x: torch.Tensor, segments: int) -> torch.Tensor:
+    """float64 of what 8 bits keep of each row's values, with a scale for each segment."""
+    parts = x.float().unflatten(1, (segments, -1))
+    most = parts.abs().amax(-1, keepdim=True)
+    per_part = torch.full_like(most, 127.0) / most  # (127.0 / most would be rounded twice)
+    whole = (parts * torch.where(most > 0, per_part, 0.0)).round()
+    return (whole.double() * (most / 127.0).double()).flatten(1)
+
+
+@pytest.mark.parametrize("name", kernel_sets.QUANTISED)
+@both_dtypes
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("k", "sizes", "cut", "segments"),
+    [
+        (64, [48], False, 1),
+        (1024, [96, 200, 5], False, 4),
+        (3072, [64], True, 8),
+        (38, [130], True, 1),
+        (80, [70], True, 4),
+    ],
+)
+def test_linear_of_bytes(name, dtype, threads, k, sizes, cut, segments):
+    """The integers are exact, so all that is left beside float64 on the very same bytes is the last rounding."""
+    kernels = kernel_sets.make(name, threads)
+    x = draw(k, 120, k, dtype=dtype) * torch.logspace(-3, 3, 120)[:, None].to(dtype)
+    x[7] = 0
+    weights = [draw(i, n, k, dtype=dtype) / k**0.5 for i, n in enumerate(sizes)]
+    biases = [None, *(draw(i, n, dtype=dtype) for i, n in enumerate(sizes[1:]))]
+    linear = kernels.linear(weights, biases, cut=cut, wide=True)
+    whole = linear(x)
+    kept = brought_to_bytes(x, segments)
+    wanted = torch.cat(
+        [kept @ brought_to_bytes(w, segments).T + (0 if b is None else b.double())
+         for w, b in zip(weights, biases, strict=True)], dim=1
+    )  # fmt: skip
+    error = (whole.double() - wanted).abs() / wanted.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    assert error.max() < 1e-5
+    for rows in company(120, k):
+        assert torch.equal(linear(x[[r % 120 for r in rows]]), whole[[r % 120 for r in rows]])
+    assert torch.equal(kernel_sets.make(name, 3).linear(weights, biases, cut=cut, wide=True)(x), whole)
+    gated = kernels.gated(weights[0], weights[0].flip(0), None, None, "silu")
+    first = linear(x)[:, : sizes[0]].double()
+    if not cut:
+        close(gated(x), functional.silu(first) * first.flip(1), 4)
+    ids = torch.tensor([0, sizes[0] - 1])
+    rows = kernels.linear(weights[:1], [None], cut=cut).rows(ids)
+    close(rows, brought_to_bytes(weights[0], segments)[ids], 2)
+    strange = x.clone()
+    strange[3, k // 2], strange[5, 0] = torch.nan, torch.inf
+    found = linear(strange)
+    assert not found[[3, 5]].isfinite().any()
+    others = [r for r in range(120) if r not in (3, 5)]
+    assert torch.equal(found[others], whole[others])
+
+
 @every_set
 @both_dtypes
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_new", "quick_gelu", "relu", "relu2", "tanh", "sigmoid"])

@@ -59,6 +59,8 @@ def test_the_profile_tells_dtypes_apart(folder):
         ({"kv_memory": 10}, "holds no block"),
         ({"max_model_len": 4096}, "128"),
         ({"policy": "none"}, "no policy none"),
+        ({"kernels": "torch", "quantization": "int8"}, "need the native kernels"),
+        ({"kernels": "sse9"}, "no kernels for sse9; there are .*torch"),
     ],
 )
 def test_what_cannot_be_served_ends_in_one_line(folder, options, words):

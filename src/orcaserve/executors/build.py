@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
+from orcaserve.core.config import EngineInfo, EngineOptions, ModelError, Quantization
 from orcaserve.core.policy import POLICIES
 from orcaserve.executors.local import LocalExecutor
 from orcaserve.model.load import load_model
@@ -38,7 +38,7 @@ def build(options: EngineOptions, progress: Progress | None = None) -> tuple[Loc
     threads = options.threads or usable_cpus()
     available = available_memory()
     _check_files(Path(options.model), available)
-    kernels = make_kernels(options.kernels, threads)
+    kernels = make_kernels(options.kernels, options.quantization, threads)
 
     model = load_model(
         options.model,
@@ -89,17 +89,19 @@ def build(options: EngineOptions, progress: Progress | None = None) -> tuple[Loc
     return LocalExecutor(worker), info
 
 
-def make_kernels(wish: str, threads: int) -> Kernels:
+def make_kernels(wish: str, quantization: Quantization, threads: int) -> Kernels:
     """ "auto": the best native kernels that run here, torch's operators where there are none; "torch"; or a name."""
     known = instruction_sets()
     if wish == "torch" or (wish == "auto" and not known):
+        if quantization != "none":
+            raise ModelError(f"{quantization} weights need the native kernels, which are not installed or not chosen")
         torch.set_num_threads(threads)
         return TorchKernels()
     if wish != "auto" and wish not in known:
         raise ModelError(f"this machine has no kernels for {wish}; there are {', '.join([*known, 'torch'])}")
     # What torch still does is small, and its threads would only stand in the way of ours.
     torch.set_num_threads(1)
-    return NativeKernels(threads, None if wish == "auto" else wish)
+    return NativeKernels(threads, None if wish == "auto" else wish, quantised=quantization == "int8")
 
 
 def numerics_profile(kernels: str, dtype: str, backend: str) -> str:

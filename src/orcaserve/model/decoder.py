@@ -132,7 +132,7 @@ class Decoder:
             embed = parts.embed(tokens, head) if first == 0 and tokens is not None else None
             del tokens
             layers = [parts.layer(i) for i in range(first, last)]
-        return cls(config, dtype, kernels, embed, layers, head, stage_bytes(needed, dtype))
+        return cls(config, dtype, kernels, embed, layers, head, _stage_bytes(config, needed, dtype, kernels))
 
     @torch.inference_mode()
     def forward(self, x: Tensor, layout: Layout, kv: Sequence[KVCache]) -> Tensor:
@@ -155,9 +155,16 @@ class Decoder:
         return self._head(hidden)
 
 
-def stage_bytes(needed: dict[str, TensorSpec], dtype: torch.dtype) -> int:
-    """Memory of the weights of a plan in a dtype, in bytes."""
-    return sum(spec.num_values for spec in needed.values()) * dtype.itemsize
+def _stage_bytes(config: ModelConfig, needed: dict[str, TensorSpec], dtype: torch.dtype, kernels: Kernels) -> int:
+    """Memory of the weights of a plan, in bytes."""
+    total = 0
+    for key, spec in needed.items():
+        looked_up = key == "positions.weight" or (key == "embed.weight" and not config.tied)
+        if len(spec.shape) == 2 and not looked_up and ".router." not in key:
+            total += kernels.weight_bytes(*spec.shape, dtype)
+        else:
+            total += spec.num_values * dtype.itemsize
+    return total
 
 
 class _Parts:
@@ -272,7 +279,7 @@ class _Parts:
             (gate, gate_bias), (up, up_bias) = (self._take(f"{i}.expert_{part}.{e}") for part in ("gate", "up"))
             inner = self._kernels.gated(gate, up, gate_bias, up_bias, config.activation)
             experts.append(DenseMLP(inner, self._linear(f"{i}.expert_down.{e}", cut=True)))
-        router = self._linear(f"{i}.router")
+        router = self._linear(f"{i}.router", exact=True)
         return Experts(router, tuple(experts), config.experts_per_token, config.normalise_experts)
 
     def _norm(self, key: str) -> Part | None:
@@ -285,9 +292,9 @@ class _Parts:
             return self._kernels.layer_norm(weight, weights.take(f"{key}.bias"), config.norm_eps)
         return self._kernels.rms_norm(weight, config.norm_eps, plus_one=config.row.norm == "rms_plus_one")
 
-    def _linear(self, key: str, *, cut: bool = False) -> Linear:
+    def _linear(self, key: str, *, cut: bool = False, exact: bool = False) -> Linear:
         weight, bias = self._take(key)
-        return self._kernels.linear([weight], [bias], cut=cut)
+        return self._kernels.linear([weight], [bias], cut=cut, exact=exact)
 
     def _take(self, key: str) -> tuple[Tensor, Tensor | None]:
         return self._weights.take(f"{key}.weight"), self._weights.take_optional(f"{key}.bias")

@@ -58,11 +58,12 @@ class Kernels(Protocol):
         activation: str | None = None,
         cut: bool = False,
         wide: bool = False,
+        exact: bool = False,
     ) -> Linear:
         """weights: [N_i, K], whose outputs stand side by side. biases: [N_i] or None.
 
         cut: K is summed as a balanced tree over eight segments, so that tensor parallelism gives the same bits.
-        wide: the result is float32.
+        wide: the result is float32. exact: weights stay in their dtype, whatever the others are quantised to.
         """
         ...
 
@@ -110,6 +111,10 @@ class Kernels(Protocol):
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> KVCache:
         """One layer's cache. Its memory is taken when it is written to."""
+        ...
+
+    def weight_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
+        """Memory of a linear map's weight [n, k]."""
         ...
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -21,8 +21,9 @@ try:
 except ImportError:  # installed without a compiler
     _native = None
 
-VERSION = 1  # changes whenever the bits of a kernel do
+VERSION = 2  # changes whenever the bits of a kernel do
 _CUT = 8  # segments of K where tensor parallelism may cut it
+_SHORTEST = 256  # values of a row that share a scale, where activations are brought to 8 bits
 _QUERIES = 48  # query rows of a kv head that a tile of attention should have
 _LARGEST_HEAD = 1024
 _ACTIVATIONS = {
@@ -34,6 +35,12 @@ _ACTIVATIONS = {
 def instruction_sets() -> list[str]:
     """Those that were compiled and that this machine runs, best first; none without the extension."""
     return [] if _native is None else _native.instruction_sets()
+
+
+def _segments(k: int, pair: int, cut: bool, quantised: bool) -> int:
+    """Into how many parts K is summed apart: each has scales of its own, where there are any."""
+    wanted = _CUT if cut else max(1, k // _SHORTEST) if quantised else 1
+    return next((n for n in (8, 4, 2) if n <= wanted and k % (n * pair) == 0), 1)
 
 
 def _dtype(dtype: torch.dtype) -> Any:
@@ -55,95 +62,67 @@ class NativeCache:
     dtype: torch.dtype
 
 
-class NativeLinear:
-    """Weights [N_i, K], packed once; the tensors they came from are not kept."""
+class _Weights:
+    """A packed matrix; of two, if gated. The tensors it was made of are not kept.
+
+    parts: (weight [N_i, K], bias or None, 0 for columns side by side, 1 and 2 for the two of a gated pair).
+    """
 
     def __init__(
-        self,
-        engine: Any,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        activation: str | None,
-        cut: bool,
-        wide: bool,
+        self, engine: Any, parts: Sequence[tuple[Tensor, Tensor | None, int]], cut: bool, quantised: bool
     ) -> None:
-        k, n = weights[0].shape[1], sum(weight.shape[0] for weight in weights)
+        first, _, half = parts[0]
+        k, width = first.shape[1], 32 if half else 64
+        if any(weight.shape[1] != k for weight, _, _ in parts):
+            raise ValueError(f"weights of other widths beside weights of {k} columns")
+        self.dtype, self.k = first.dtype, k
+        self.n = first.shape[0] if half else sum(weight.shape[0] for weight, _, _ in parts)
+        pair = 4 if quantised else _pair(self.dtype)
+        self.matrix = _native.Matrix(
+            dtype=_dtype(self.dtype),
+            format=_native.Format.int8 if quantised else _native.Format.plain,
+            n=self.n,
+            k=k,
+            gated=bool(half),
+            segments=_segments(k, pair, cut, quantised),
+        )
+        bias = torch.zeros((2 if half else 1, -(-self.n // width) * width))
+        at = 0
+        for weight, own, half in parts:
+            rows = weight.shape[0]
+            engine.pack(self.matrix, weight.data_ptr(), rows, weight.stride(0), weight.stride(1), at, half)
+            if own is not None:
+                bias[max(0, half - 1), at : at + rows] = own.float()
+            at += 0 if half else rows
+        # in the order of packed columns
+        bias = bias.view(bias.shape[0], -1, width).transpose(0, 1).contiguous()
+        self._bias = bias if any(own is not None for _, own, _ in parts) else None
+        self.bias_address = 0 if self._bias is None else self._bias.data_ptr()
+
+
+class NativeLinear:
+    def __init__(self, engine: Any, weights: _Weights, activation: str | None, wide: bool) -> None:
         self._engine = engine
-        self._dtype = weights[0].dtype
-        self._out_dtype = torch.float32 if wide else self._dtype
+        self._weights = weights
+        self._matrix = weights.matrix
         self._wide = wide
-        self._n = n
-        self._matrix = _native.Matrix(_dtype(self._dtype), n, k, False)
-        first = 0
-        for weight in weights:
-            _pack(engine, self._matrix, weight, first, 0)
-            first += weight.shape[0]
-        self._bias = None
-        if any(bias is not None for bias in biases):
-            self._bias = torch.zeros(-(-n // 64) * 64)
-            parts = [torch.zeros(w.shape[0]) if b is None else b.float() for w, b in zip(weights, biases, strict=True)]
-            self._bias[:n] = torch.cat(parts)
-        self._bias_address = 0 if self._bias is None else self._bias.data_ptr()
-        self._segments = _CUT if cut and k % (_CUT * _pair(self._dtype)) == 0 else 1
+        self._out_dtype = torch.float32 if wide else weights.dtype
         self._activation = _ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        m = x.shape[0]
-        out = torch.empty((m, self._n), dtype=self._out_dtype)
+        m, n = x.shape[0], self._weights.n
+        out = torch.empty((m, n), dtype=self._out_dtype)
         if x.stride(1) != 1:
             x = x.contiguous()
         self._engine.gemm(
-            self._matrix, x.data_ptr(), m, x.stride(0), self._bias_address,
-            0 if residual is None else residual.data_ptr(), out.data_ptr(), self._n, self._segments, self._activation,
-            self._wide,
+            self._matrix, x.data_ptr(), m, x.stride(0), self._weights.bias_address,
+            0 if residual is None else residual.data_ptr(), out.data_ptr(), n, self._activation, self._wide,
         )  # fmt: skip
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
-        out = torch.empty((ids.shape[0], self._matrix.k), dtype=self._dtype)
+        out = torch.empty((ids.shape[0], self._weights.k), dtype=self._weights.dtype)
         self._engine.gather(self._matrix, ids.data_ptr(), ids.shape[0], out.data_ptr())
-        return out
-
-
-def _pack(engine: Any, matrix: Any, weight: Tensor, first: int, half: int) -> None:
-    rows, k = weight.shape
-    if k != matrix.k:
-        raise ValueError(f"weights of {k} columns beside weights of {matrix.k}")
-    engine.pack(matrix, weight.data_ptr(), rows, weight.stride(0), weight.stride(1), first, half)
-
-
-class NativeGated:
-    def __init__(
-        self,
-        engine: Any,
-        gate: Tensor,
-        up: Tensor,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        activation: str,
-    ) -> None:
-        self._engine = engine
-        self._n, k = gate.shape
-        self._dtype = gate.dtype
-        self._matrix = _native.Matrix(_dtype(gate.dtype), self._n, k, True)
-        _pack(engine, self._matrix, gate, 0, 1)
-        _pack(engine, self._matrix, up, 0, 2)
-        self._bias = None
-        if gate_bias is not None or up_bias is not None:
-            halves = torch.zeros((2, -(-self._n // 32) * 32))
-            for half, bias in zip(halves, (gate_bias, up_bias), strict=True):
-                if bias is not None:
-                    half[: self._n] = bias.float()
-            self._bias = halves.view(2, -1, 32).transpose(0, 1).contiguous()
-        self._bias_address = 0 if self._bias is None else self._bias.data_ptr()
-        self._activation = _ACTIVATIONS[activation]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out = torch.empty((x.shape[0], self._n), dtype=self._dtype)
-        self._engine.gemm(
-            self._matrix, x.data_ptr(), x.shape[0], x.stride(0), self._bias_address, 0, out.data_ptr(), self._n, 1,
-            self._activation, False,
-        )  # fmt: skip
         return out
 
 
@@ -217,16 +196,19 @@ class NativeKernels:
     """`Kernels` of one instruction set on a pool of its own threads.
 
     isa: one of `instruction_sets()`. Raises ValueError for another.
+    quantised: weights are kept in 8 bits, with a scale for each column and segment of K, and activations brought to 8
+        bits row by row; everything else stays as it is.
     """
 
     block_multiple = 16
 
-    def __init__(self, threads: int, isa: str | None = None) -> None:
+    def __init__(self, threads: int, isa: str | None = None, *, quantised: bool = False) -> None:
         known = instruction_sets()
         if not known or (isa is not None and isa not in known):
             raise ValueError(f"there are no native kernels for {isa or 'this machine'}")
         self._engine = _native.Engine(isa or known[0], threads)
-        self.name = f"native-{VERSION}-{self._engine.isa}"
+        self._quantised = quantised
+        self.name = f"native-{VERSION}-{self._engine.isa}" + ("-int8" if quantised else "")
 
     def linear(
         self,
@@ -236,13 +218,18 @@ class NativeKernels:
         activation: str | None = None,
         cut: bool = False,
         wide: bool = False,
+        exact: bool = False,
     ) -> NativeLinear:
-        return NativeLinear(self._engine, weights, biases, activation, cut, wide)
+        parts = [(weight, bias, 0) for weight, bias in zip(weights, biases, strict=True)]
+        return NativeLinear(
+            self._engine, _Weights(self._engine, parts, cut, self._quantised and not exact), activation, wide
+        )
 
     def gated(
         self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
     ) -> Part:
-        return NativeGated(self._engine, gate, up, gate_bias, up_bias, activation)
+        parts = [(gate, gate_bias, 1), (up, up_bias, 2)]
+        return NativeLinear(self._engine, _Weights(self._engine, parts, False, self._quantised), activation, wide=False)
 
     def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part:
         return NativeNorm(self._engine, _factor(weight, plus_one), None, eps, centred=False)
@@ -298,6 +285,12 @@ class NativeKernels:
         return NativeCache(
             _native.Buffer(slots * head_dim), _native.Buffer(slots * padded), num_kv_heads, head_dim, dtype
         )
+
+    def weight_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
+        if not self._quantised:
+            return n * k * dtype.itemsize
+        # a scale and a sum of four bytes for each column and segment; most matrices are not cut
+        return n * k + 8 * n * _segments(k, 4, False, True)
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return num_kv_heads * (head_dim + -(-head_dim // 16) * 16) * dtype.itemsize

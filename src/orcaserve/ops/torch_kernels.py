@@ -80,6 +80,7 @@ class TorchKernels:
         activation: str | None = None,
         cut: bool = False,
         wide: bool = False,
+        exact: bool = False,
     ) -> TorchLinear:
         parts = tuple(TileLinear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
         return TorchLinear(parts, None if activation is None else ACTIVATIONS[activation], wide)
@@ -130,6 +131,9 @@ class TorchKernels:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         # left as it comes: nothing reads a slot before its own request has written it
         return TorchCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
+
+    def weight_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
+        return n * k * dtype.itemsize
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return 2 * num_kv_heads * head_dim * dtype.itemsize
