@@ -250,7 +250,7 @@ def models() -> None:
 
 @main.group()
 def bench() -> None:
-    """Measure servers that are running."""
+    """Measure servers that are running, and the kernels of this machine."""
 
 
 @bench.command()
@@ -307,6 +307,66 @@ def compare(
     report.show(found, Console())
     if report.problems(found):
         raise click.ClickException("the comparison is flawed; the lines above say where")
+
+
+@bench.command()
+@click.option("--shape", default="qwen3-0.6b", show_default=True, help="Or llama-3.1-8b.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option("--kernels", "isa", metavar="ISA", help="An instruction set: avx2, portable, …; default: the best.")
+@click.option("--threads", type=click.IntRange(1), help="Default: all the process may use.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--quick", is_flag=True, help="Fewer rows, smaller copies, shorter times: to see that it works.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for kernels.md, .json and .png.")
+def kernels(
+    shape: str, dtype: str, isa: str | None, threads: int | None, rounds: int, quick: bool, out: Path | None
+) -> None:
+    """Measure our kernels beside torch's operators, against the memory's bandwidth and the peak of products.
+
+    Every kernel of a layer at the sizes of a real model, with 1 to 512 rows; takes minutes, and the machine to itself.
+    """
+    from datetime import UTC, datetime
+
+    from rich.console import Console
+
+    from orcaserve.bench import kernel_report
+    from orcaserve.bench.kernels import SHAPES
+    from orcaserve.bench.report import Machine
+
+    if shape not in SHAPES:
+        raise click.UsageError(f"no shape is called {shape}; there are {', '.join(SHAPES)}")
+    machine, date = Machine.this(), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+
+    import torch
+
+    from orcaserve.ops.benchmark import FULL, QUICK, Benchmark
+    from orcaserve.ops.native_kernels import instruction_sets
+
+    if not (known := instruction_sets()):
+        raise click.ClickException("no native kernels to measure: OrcaServe was installed without a C++ compiler")
+    if isa is not None and isa not in known:
+        raise click.ClickException(f"this machine has no kernels for {isa}; there are {', '.join(known)}")
+    isa, threads = isa or known[0], threads or machine.cores
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    benchmark = Benchmark(SHAPES[shape], getattr(torch, dtype), threads, isa, QUICK if quick else FULL)
+    samples = benchmark.samples(rounds)
+    found = kernel_report.Report(
+        date=date,
+        machine=machine,
+        shape=SHAPES[shape],
+        dtype=dtype,
+        isa=isa,
+        threads=threads,
+        torch=str(torch.__version__),
+        is_quick=quick,
+        bandwidth=benchmark.bandwidth.name,
+        peak=benchmark.peak.name,
+        works=benchmark.works,
+        samples=kernel_report.watched(samples, benchmark.num_samples(rounds), Console(stderr=True)),
+    )
+    kernel_report.show(found, Console())
+    if out is not None:
+        kernel_report.save(found, out)
 
 
 if __name__ == "__main__":

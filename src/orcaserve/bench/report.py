@@ -214,7 +214,7 @@ def _markdown(report: Report, figure: str | None) -> Iterator[str]:
     names = [server.name for server in report.servers]
     lines = summary(report)
     yield from ("", "## Figures", "")
-    yield from _table(
+    yield from markdown_table(
         ["work", "figure", *names],
         [[line.work, f"{line.figure}, {line.unit}", *map(_cell, line.cells)] for line in lines],
     )
@@ -222,24 +222,24 @@ def _markdown(report: Report, figure: str | None) -> Iterator[str]:
     if figure:
         yield from ("", f"![Figures of every server, side by side]({figure})")
     yield from ("", "## Servers and works", "")
-    yield from _table(
+    yield from markdown_table(
         ["server", "address", "model", "version", "requests in flight"],
         [[s.name, s.url, s.model or "", s.version or "", f"{s.concurrency or 'no limit'}"] for s in report.servers],
     )
     yield ""
-    yield from _table(
+    yield from markdown_table(
         ["work", "requests", "prompt tokens", "output tokens"],
         [[work.name, *map(str, (work.requests, work.prompt_tokens, work.output_tokens))] for work in report.works],
     )
     yield from ("", f"Token ids below {report.vocab}, seed {report.seed}.", *(f"\n{note}" for note in notes(report)))
     yield from ("", "## Round by round", "")
-    yield from _table(
+    yield from markdown_table(
         ["work", "figure", *names],
         [[line.work, f"{line.figure}, {line.unit}", *(_rounds(cell) for cell in line.cells)] for line in lines],
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for row in (head, ["---"] * len(head), *rows):
         yield f"| {' | '.join(cell.replace('|', '¦') for cell in row)} |"
 
