@@ -250,16 +250,12 @@ void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps,
             const float most = largest(greatest);
             left.scales[(first + r) * g.packed.segments + segment] = row_scale(row + begin, n, most);
             const Vec per_part = set1(most > 0.0f ? 127.0f / most : 0.0f);
+            std::uint8_t* to = panel + (begin / 4 * rows + r) * 4;
             for (std::int64_t i = 0; i < part; i += 16) {
-                float whole[16] = {};
-                if (i < n) store(whole, round(load_some(row + begin + i, n - i) * per_part));
-                std::uint8_t* to = panel + ((begin + i) / 4 * rows + r) * 4;
-                for (int j = 0; j < 16 && i + j < part; ++j) {
-                    const float value = i + j < n ? whole[j] : 0.0f;
-                    // A NaN compares as nothing and becomes zero; its row's scale says what it was.
-                    const int rounded = value > -128.0f && value < 128.0f ? static_cast<int>(value) : 0;
-                    to[j / 4 * rows * 4 + j % 4] = static_cast<std::uint8_t>(128 + rounded);
-                }
+                std::uint8_t bytes[16];
+                store_bytes(bytes, (i < n ? load_some(row + begin + i, n - i) : zero()) * per_part);
+                const std::int64_t fours = std::min<std::int64_t>(4, (part - i) / 4);
+                for (std::int64_t j = 0; j < fours; ++j, to += rows * 4) std::memcpy(to, bytes + j * 4, 4);
             }
         }
     }

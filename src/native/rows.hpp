@@ -36,6 +36,8 @@ float total(const T* x, std::int64_t n) {
     return sum(out);
 }
 
+constexpr int kLargestHead = 1024;  // dimensions
+
 inline float inverse_root(float x) { return 1.0f / __builtin_sqrtf(x); }
 
 template <class T>
@@ -123,17 +125,22 @@ void store_value(const Heads& g, const T* x, std::int64_t row, std::int64_t stri
 template <class T>
 void heads(Pool& pool, const Heads& g) {
     const int all = g.heads + 2 * g.kv_heads;
-    by_rows(pool, g.m, static_cast<std::int64_t>(all) * g.d, [&](std::int64_t begin, std::int64_t end) {
-        float wide[1024 + 16];
-        T narrow_[1024 + 16];
-        for (std::int64_t row = begin; row < end; ++row) {
-            const T* x = static_cast<const T*>(g.qkv) + row * all * g.d;
-            const float* angles = g.angles == nullptr ? nullptr : g.angles + g.positions[row] * g.rotary;
-            for (int head = 0; head < all; ++head, x += g.d) {
+    const std::int64_t stride = static_cast<std::int64_t>(all) * g.d;
+    // Up to a whole group of slots, so that the cache lines of a head's keys, which sixteen rows share, are written
+    // together; fewer where there is not enough for all threads.
+    const std::int64_t at_once = std::clamp<std::int64_t>(g.m / (pool.threads() * 4), 1, kGroup);
+    pool.run(static_cast<std::uint32_t>(ceil_div(g.m, at_once)), [&](std::uint32_t item, int) {
+        const std::int64_t begin = item * at_once, end = std::min<std::int64_t>(g.m, begin + at_once);
+        float wide[kLargestHead + 16];
+        T narrow_[kLargestHead + 16];
+        for (int head = 0; head < all; ++head) {
+            for (std::int64_t row = begin; row < end; ++row) {
+                const T* x = static_cast<const T*>(g.qkv) + row * stride + head * g.d;
                 if (head >= g.heads + g.kv_heads) {
-                    store_value(g, x, row, static_cast<std::int64_t>(all) * g.d, head - g.heads - g.kv_heads);
+                    store_value(g, x, row, stride, head - g.heads - g.kv_heads);
                     continue;
                 }
+                const float* angles = g.angles == nullptr ? nullptr : g.angles + g.positions[row] * g.rotary;
                 for (int i = 0; i < g.d; i += 16) store(wide + i, load_some(x + i, g.d - i));
                 turn(g, wide, head < g.heads ? g.q_norm : g.k_norm, angles);
                 if (head < g.heads) {

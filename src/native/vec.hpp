@@ -277,6 +277,11 @@ inline Ints no_ints() { return {_mm512_setzero_si512()}; }
 inline Vec to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Ints load_ints(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Ints operator-(Ints a, Ints b) { return {_mm512_sub_epi32(a.v, b.v)}; }
+// 128 + round(a) for a in [-127, 127].
+inline void store_bytes(std::uint8_t* p, Vec a) {
+    const __m512i up = _mm512_add_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(128));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(up));
+}
 struct Four {
     __m512i v;
 };
@@ -307,6 +312,12 @@ inline Ints load_ints(const std::int32_t* p) {
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
 }
 inline Ints operator-(Ints x, Ints y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+inline void store_bytes(std::uint8_t* p, Vec x) {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    const __m256i up = _mm256_add_epi16(_mm256_permute4x64_epi64(words, 0xd8), _mm256_set1_epi16(128));
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(up), _mm256_extracti128_si256(up, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
 struct Four {
     __m256i v;
 };
@@ -337,6 +348,13 @@ inline Ints load_ints(const std::int32_t* p) {
     return out;
 }
 inline Ints operator-(Ints a, Ints b) { return {a.v - b.v}; }
+inline void store_bytes(std::uint8_t* p, Vec a) {
+    const Vec whole = round(a);
+    for (int i = 0; i < 16; ++i) {
+        const float value = whole.v[i];
+        p[i] = static_cast<std::uint8_t>(value >= -127.0f && value <= 127.0f ? 128 + static_cast<int>(value) : 128);
+    }
+}
 struct Four {
     std::int32_t at[4];
 };
