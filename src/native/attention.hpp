@@ -23,14 +23,14 @@ void score(const T* const* queries, const T* const* keys, int count, int d, floa
         Vec sums[R][WIDE];
         const T* k[WIDE];
         for (int j = 0; j < WIDE; ++j) k[j] = keys[std::min(group + j, count - 1)];
-        for (int r = 0; r < R; ++r)
-            for (int j = 0; j < WIDE; ++j) sums[r][j] = zero();
+        ORCA_UNROLL for (int r = 0; r < R; ++r)
+            ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = zero();
         for (int i = 0; i < d; i += P) {
             if (ahead != 0)
                 for (int j = 0; j < WIDE; ++j) __builtin_prefetch(k[j] + i * kGroup + ahead, 0, 2);
-            for (int r = 0; r < R; ++r) {
+            ORCA_UNROLL for (int r = 0; r < R; ++r) {
                 const auto one = Type<T>::broadcast(queries[r] + i);
-                for (int j = 0; j < WIDE; ++j) sums[r][j] = Type<T>::multiply(one, k[j] + i * kGroup, sums[r][j]);
+                ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = Type<T>::multiply(one, k[j] + i * kGroup, sums[r][j]);
             }
         }
         for (int r = 0; r < R; ++r)
@@ -46,8 +46,8 @@ void gather_values(const T* shares, const T* const* values, int positions, int p
                    float* out) {
     constexpr int P = Type<T>::PAIR;
     Vec sums[R][W];
-    for (int r = 0; r < R; ++r)
-        for (int j = 0; j < W; ++j) sums[r][j] = zero();
+    ORCA_UNROLL for (int r = 0; r < R; ++r)
+        ORCA_UNROLL for (int j = 0; j < W; ++j) sums[r][j] = zero();
     for (int group = 0; group * kGroup < positions; ++group) {
         const int end = std::min<int>(kGroup, positions - group * kGroup);
         const T* v = values[group] + column * P;
@@ -55,14 +55,14 @@ void gather_values(const T* shares, const T* const* values, int positions, int p
         for (int at = 0; at < end; at += P, v += padded * P, share += P) {
             if (ahead != 0)
                 for (int j = 0; j < W; ++j) __builtin_prefetch(v + j * 16 * P + ahead, 0, 2);
-            for (int r = 0; r < R; ++r) {
+            ORCA_UNROLL for (int r = 0; r < R; ++r) {
                 const auto one = Type<T>::broadcast(share + r * kSpan);
-                for (int j = 0; j < W; ++j) sums[r][j] = Type<T>::multiply(one, v + j * 16 * P, sums[r][j]);
+                ORCA_UNROLL for (int j = 0; j < W; ++j) sums[r][j] = Type<T>::multiply(one, v + j * 16 * P, sums[r][j]);
             }
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int j = 0; j < W; ++j) store(out + r * padded + column + j * 16, sums[r][j]);
+    ORCA_UNROLL for (int r = 0; r < R; ++r)
+        ORCA_UNROLL for (int j = 0; j < W; ++j) store(out + r * padded + column + j * 16, sums[r][j]);
 }
 
 template <class T, int R>

@@ -69,8 +69,8 @@ void tile(const T* a, const T* b, std::int64_t steps, float* out, Ahead ahead) {
     constexpr int P = Type<T>::PAIR;
     for (int column = 0; column < 4; column += WIDE) {
         Vec sums[R][WIDE];
-        for (int r = 0; r < R; ++r)
-            for (int j = 0; j < WIDE; ++j) sums[r][j] = zero();
+        ORCA_UNROLL for (int r = 0; r < R; ++r)
+            ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = zero();
         const T* left = a;
         const T* right = b + column * 16 * P;
         int due = 0;
@@ -78,13 +78,13 @@ void tile(const T* a, const T* b, std::int64_t steps, float* out, Ahead ahead) {
             if (column == 0) {
                 for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
             }
-            for (int r = 0; r < R; ++r) {
+            ORCA_UNROLL for (int r = 0; r < R; ++r) {
                 const auto one = Type<T>::broadcast(left + r * P);
-                for (int j = 0; j < WIDE; ++j) sums[r][j] = Type<T>::multiply(one, right + j * 16 * P, sums[r][j]);
+                ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = Type<T>::multiply(one, right + j * 16 * P, sums[r][j]);
             }
         }
-        for (int r = 0; r < R; ++r)
-            for (int j = 0; j < WIDE; ++j) store(out + r * kBlock + (column + j) * 16, sums[r][j]);
+        ORCA_UNROLL for (int r = 0; r < R; ++r)
+            ORCA_UNROLL for (int j = 0; j < WIDE; ++j) store(out + r * kBlock + (column + j) * 16, sums[r][j]);
     }
 }
 
@@ -94,8 +94,8 @@ void tile_of_bytes(const std::uint8_t* a, const std::int8_t* b, std::int64_t ste
                    std::int64_t row_stride, const float* scales, const std::int32_t* above, float* out, Ahead ahead) {
     for (int column = 0; column < 4; column += WIDE) {
         Ints sums[R][WIDE];
-        for (int r = 0; r < R; ++r)
-            for (int j = 0; j < WIDE; ++j) sums[r][j] = no_ints();
+        ORCA_UNROLL for (int r = 0; r < R; ++r)
+            ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = no_ints();
         const std::uint8_t* left = a;
         const std::int8_t* right = b + column * 64;
         int due = 0;
@@ -103,15 +103,15 @@ void tile_of_bytes(const std::uint8_t* a, const std::int8_t* b, std::int64_t ste
             if (column == 0) {
                 for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
             }
-            for (int r = 0; r < R; ++r) {
+            ORCA_UNROLL for (int r = 0; r < R; ++r) {
                 const Four one = broadcast_four(left + r * 4);
-                for (int j = 0; j < WIDE; ++j) sums[r][j] = multiply_bytes(one, right + j * 64, sums[r][j]);
+                ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = multiply_bytes(one, right + j * 64, sums[r][j]);
             }
         }
-        for (int j = 0; j < WIDE; ++j) {
+        ORCA_UNROLL for (int j = 0; j < WIDE; ++j) {
             const Ints off = load_ints(above + (column + j) * 16);
             const Vec scale = load(scales + (column + j) * 16);
-            for (int r = 0; r < R; ++r) {
+            ORCA_UNROLL for (int r = 0; r < R; ++r) {
                 const Vec of_both = scale * set1(row_scales[r * row_stride]);
                 store(out + r * kBlock + (column + j) * 16, to_floats(sums[r][j] - off) * of_both);
             }
