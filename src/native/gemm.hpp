@@ -192,9 +192,9 @@ void finish(const Gemm& g, const float* sums, std::int64_t row, int rows, std::i
                 x = x + load_some(static_cast<const T*>(g.residual) + (row + r) * g.n + at, left);
             }
             if (g.wide) {
-                store_some(static_cast<float*>(g.out) + (row + r) * g.out_stride + at, x, left);
+                store_some(static_cast<float*>(g.out) + (row + r) * g.n + at, x, left);
             } else {
-                store_some(static_cast<T*>(g.out) + (row + r) * g.out_stride + at, x, left);
+                store_some(static_cast<T*>(g.out) + (row + r) * g.n + at, x, left);
             }
         }
     }
@@ -215,7 +215,7 @@ void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps,
     T* panel = left.data + first * steps * P;
     const std::int64_t whole = g.k / P;
     for (int r = 0; r < rows; ++r) {
-        const T* from = static_cast<const T*>(g.a) + (first + r) * g.a_stride;
+        const T* from = static_cast<const T*>(g.a) + (first + r) * g.k;
         T* to = panel + r * P;
         for (std::int64_t s = 0; s < whole; ++s, to += rows * P) std::memcpy(to, from + s * P, P * sizeof(T));
         if (whole * P < g.k) {
@@ -239,7 +239,7 @@ void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps,
     std::uint8_t* panel = left.data + first * steps * 4;
     const std::int64_t part = steps / g.packed.segments * 4;
     for (int r = 0; r < rows; ++r) {
-        const T* row = static_cast<const T*>(g.a) + (first + r) * g.a_stride;
+        const T* row = static_cast<const T*>(g.a) + (first + r) * g.k;
         for (int segment = 0; segment < g.packed.segments; ++segment) {
             const std::int64_t begin = segment * part, n = std::min(part, g.k - begin);
             Vec greatest = zero();

@@ -47,13 +47,12 @@ struct Pack {
 
 struct Gemm {
     const void* a;  // [m, k]
-    std::int64_t m, k, a_stride;
+    std::int64_t m, k;
     Packed packed;
     std::int64_t n;       // columns of the result; of each of the pair, if gated
     const float* bias;    // in the order of packed columns, or null
     const void* residual;  // [m, n], added last, or null
     void* out;            // [m, n] of T, or of float32 if `wide`
-    std::int64_t out_stride;
     Activation activation;  // of the result; of the gate, if gated
     bool gated, wide;
     const void* then;  // packed weights that will most likely be read next: a hint, or null
@@ -68,8 +67,8 @@ struct Gather {
 };
 
 struct Norm {
-    const void* x;  // [m, h], rows `stride` apart
-    std::int64_t m, h, stride;
+    const void* x;  // [m, h]
+    std::int64_t m, h;
     const float* weight;  // or null
     const float* bias;    // or null
     float eps;

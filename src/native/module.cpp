@@ -91,8 +91,8 @@ public:
                                         first, half});
     }
 
-    void gemm(const Matrix& matrix, Address a, std::int64_t m, std::int64_t a_stride, Address bias, Address residual,
-              Address out, std::int64_t out_stride, int activation, bool wide) {
+    void gemm(const Matrix& matrix, Address a, std::int64_t m, Address bias, Address residual, Address out,
+              int activation, bool wide) {
         // Layers follow each other in the same order every time: whose weights came after these last time come again.
         const Weights weights{matrix.packed().data, matrix.block_bytes()};
         after_[last_] = weights;
@@ -100,8 +100,8 @@ public:
         const auto found = after_.find(last_);
         const Weights then = found == after_.end() ? Weights{} : found->second;
         kernels_->gemm(pool_, matrix.dtype,
-                       {read<void>(a), m, matrix.k, a_stride, matrix.packed(), matrix.n, read<float>(bias),
-                        read<void>(residual), write<void>(out), out_stride,
+                       {read<void>(a), m, matrix.k, matrix.packed(), matrix.n, read<float>(bias),
+                        read<void>(residual), write<void>(out),
                         static_cast<Activation>(activation), matrix.gated, wide,
                         then.data, then.block_bytes});
     }
@@ -111,9 +111,9 @@ public:
                          {read<std::int64_t>(ids), m, matrix.k, matrix.n, matrix.packed(), write<void>(out)});
     }
 
-    void norm(Dtype dtype, Address x, std::int64_t m, std::int64_t h, std::int64_t stride, Address weight, Address bias,
-              float eps, bool centred, Address out) {
-        kernels_->norm(pool_, dtype, {read<void>(x), m, h, stride, read<float>(weight), read<float>(bias), eps, centred,
+    void norm(Dtype dtype, Address x, std::int64_t m, std::int64_t h, Address weight, Address bias, float eps,
+              bool centred, Address out) {
+        kernels_->norm(pool_, dtype, {read<void>(x), m, h, read<float>(weight), read<float>(bias), eps, centred,
                                       write<void>(out)});
     }
 

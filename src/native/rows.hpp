@@ -44,7 +44,7 @@ template <class T>
 void norm(Pool& pool, const Norm& g) {
     by_rows(pool, g.m, g.h, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t row = begin; row < end; ++row) {
-            const T* x = static_cast<const T*>(g.x) + row * g.stride;
+            const T* x = static_cast<const T*>(g.x) + row * g.h;
             T* out = static_cast<T*>(g.out) + row * g.h;
             const float mean = g.centred ? total(x, g.h) / static_cast<float>(g.h) : 0.0f;
             const Vec centre = set1(mean);

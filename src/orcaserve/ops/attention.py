@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def _attend_one(
 ) -> Tensor:
     seen = torch.arange(row.end)
     own = torch.arange(row.start, row.end)[:, None]
-    slots = row.blocks[seen // block_size] * block_size + seen % block_size
+    slots = torch.from_numpy(row.blocks)[seen // block_size] * block_size + seen % block_size
     group = q.shape[1] // k_cache.shape[2]
     k, v = (cache.flatten(0, 1)[slots].float().repeat_interleave(group, dim=1) for cache in (k_cache, v_cache))
     scores = torch.einsum("qhd,khd->hqk", q.float() * scale, k)
@@ -167,7 +168,7 @@ def _single_tiles(rows: Sequence[Row], block_size: int, shape: _Shape, window: i
     used = (place < count).flatten().nonzero().flatten()
     queries = (first + own - start).flatten()
     lengths = torch.tensor([row.blocks.shape[0] for row in rows])
-    blocks = torch.cat([row.blocks for row in rows])
+    blocks = torch.from_numpy(np.concatenate([row.blocks for row in rows]))
     offset = (lengths.cumsum(0) - lengths)[:, None]
     span = torch.zeros_like(start) if window is None else (start - window + 1).clamp_(min=0) // SPAN
     spans = (last // SPAN - span + 1).flatten().tolist()
@@ -196,7 +197,7 @@ def _row_tiles(row: Row, block_size: int, shape: _Shape, window: int | None) -> 
         past = tiles * shape.positions if window is None else (span + 1) * SPAN - 1 + window - row.start
         hi = min(tiles, -(-past // shape.positions))
         stored = seen.clamp(max=row.end - 1)
-        slots = row.blocks[stored // block_size] * block_size + stored % block_size
+        slots = torch.from_numpy(row.blocks)[stored // block_size] * block_size + stored % block_size
         steps.append(_Step(lo, hi, _places(slots, shape), _mask(own[lo:hi], seen[None], shape, window)))
     return _Tiles(queries, queries[used], used, tuple(steps))
 

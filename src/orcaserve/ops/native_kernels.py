@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,13 +54,15 @@ def _pair(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class NativeCache:
-    """Two buffers in the kernels' own layout; see kernels.hpp."""
+    """Two buffers in the kernels' own layout; see kernels.hpp. kind: the dtype, as the kernels call it."""
 
     k: Any
     v: Any
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    kind: Any
+    addresses: tuple[int, int]
 
 
 class _Weights:
@@ -103,20 +106,18 @@ class _Weights:
 class NativeLinear:
     def __init__(self, engine: Any, weights: _Weights, activation: str | None, wide: bool) -> None:
         self._engine = engine
-        self._weights = weights
-        self._matrix = weights.matrix
+        self._weights = weights  # keeps the bias alive
+        self._matrix, self._n, self._bias = weights.matrix, weights.n, weights.bias_address
         self._wide = wide
         self._out_dtype = torch.float32 if wide else weights.dtype
         self._activation = _ACTIVATIONS[activation]
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        m, n = x.shape[0], self._weights.n
-        out = torch.empty((m, n), dtype=self._out_dtype)
-        if x.stride(1) != 1:
-            x = x.contiguous()
+        m = x.shape[0]
+        out = torch.empty((m, self._n), dtype=self._out_dtype)
         self._engine.gemm(
-            self._matrix, x.data_ptr(), m, x.stride(0), self._weights.bias_address,
-            0 if residual is None else residual.data_ptr(), out.data_ptr(), n, self._activation, self._wide,
+            self._matrix, x.data_ptr(), m, self._bias, 0 if residual is None else residual.data_ptr(), out.data_ptr(),
+            self._activation, self._wide,
         )  # fmt: skip
         return out
 
@@ -132,41 +133,44 @@ class NativeNorm:
     def __init__(self, engine: Any, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> None:
         self._engine, self._eps, self._centred = engine, eps, centred
         self._weight, self._bias = weight.float().contiguous(), None if bias is None else bias.float().contiguous()
+        self._h = weight.shape[0]
+        self._addresses = self._weight.data_ptr(), 0 if self._bias is None else self._bias.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty_like(x)
         self._engine.norm(
-            _dtype(x.dtype), x.data_ptr(), x.shape[0], x.shape[1], x.stride(0), self._weight.data_ptr(),
-            0 if self._bias is None else self._bias.data_ptr(), self._eps, self._centred, out.data_ptr(),
+            _dtype(x.dtype), x.data_ptr(), x.shape[0], self._h, *self._addresses, self._eps, self._centred,
+            out.data_ptr(),
         )  # fmt: skip
         return out
 
 
-@dataclass(frozen=True, eq=False, slots=True)
 class NativeHeads:
     """q_norm, k_norm: float32 [d] or None."""
 
-    engine: Any
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    eps: float
-    rotary: Rotary | None
+    def __init__(
+        self,
+        engine: Any,
+        heads: tuple[int, int, int],
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        rotary: Rotary | None,
+    ) -> None:
+        """heads: of queries, of keys, and their dimensions."""
+        self._engine, self._heads, self._eps, self._rotary = engine, heads, eps, rotary
+        self._norms = q_norm, k_norm
+        self._addresses = tuple(0 if norm is None else norm.data_ptr() for norm in self._norms)
+        self._turns = (0, False) if rotary is None else (rotary.rotary_dim, rotary.interleaved)
+        self._width = heads[0] * heads[2]
 
     def __call__(self, qkv: Tensor, layout: Layout, cache: NativeCache) -> Tensor:
-        q = torch.empty((qkv.shape[0], self.num_heads * self.head_dim), dtype=qkv.dtype)
-        rotary = self.rotary
-        angles = None if rotary is None else rotary.angles(layout.last_position)
-        self.engine.heads(
-            _dtype(qkv.dtype), qkv.data_ptr(), qkv.shape[0], self.num_heads, self.num_kv_heads, self.head_dim,
-            0 if self.q_norm is None else self.q_norm.data_ptr(), 0 if self.k_norm is None else self.k_norm.data_ptr(),
-            self.eps, 0 if angles is None else angles.data_ptr(), 0 if rotary is None else rotary.rotary_dim,
-            rotary is not None and rotary.interleaved, layout.positions.data_ptr(), layout.slots.data_ptr(),
-            q.data_ptr(), cache.k.address, cache.v.address,
+        m = qkv.shape[0]
+        q = torch.empty((m, self._width), dtype=qkv.dtype)
+        angles = 0 if self._rotary is None else self._rotary.angles(layout.last_position).data_ptr()
+        self._engine.heads(
+            cache.kind, qkv.data_ptr(), m, *self._heads, *self._addresses, self._eps, angles, *self._turns,
+            layout.positions.data_ptr(), layout.slots.data_ptr(), q.data_ptr(), *cache.addresses,
         )  # fmt: skip
         return q
 
@@ -175,8 +179,11 @@ class NativeHeads:
 class _Tiles:
     """tiles: int32 [n, 4] of first row, positions, start, place in `tables`; tables: int32, block tables in a row."""
 
-    tiles: Tensor
-    tables: Tensor
+    tiles: np.ndarray
+    tables: np.ndarray
+    tiles_address: int
+    count: int
+    tables_address: int
 
 
 def _tiles(layout: Layout, positions: int) -> _Tiles:
@@ -188,8 +195,9 @@ def _tiles(layout: Layout, positions: int) -> _Tiles:
             tiles.append((row.first + at, min(positions, row.num_tokens - at), row.start + at, place))
         place += row.blocks.shape[0]
     tiles.sort(key=lambda tile: -tile[1] * (tile[2] + tile[1]))
-    tables = torch.cat([row.blocks for row in layout.rows]) if layout.rows else torch.empty(0, dtype=torch.int64)
-    return _Tiles(torch.tensor(tiles, dtype=torch.int32).view(-1, 4), tables.to(torch.int32))
+    tables = np.concatenate([row.blocks for row in layout.rows] or [np.empty(0)]).astype(np.int32)
+    array = np.array(tiles, dtype=np.int32)
+    return _Tiles(array, tables, array.ctypes.data, len(tiles), tables.ctypes.data)
 
 
 class NativeKernels:
@@ -251,7 +259,7 @@ class NativeKernels:
         if head_dim > _LARGEST_HEAD or head_dim % 2:
             raise ValueError(f"heads of {head_dim} dimensions are not supported")
         norms = [None if w is None else _factor(w, plus_one) for w in (q_norm, k_norm)]
-        return NativeHeads(self._engine, num_heads, num_kv_heads, head_dim, *norms, eps, rotary)
+        return NativeHeads(self._engine, (num_heads, num_kv_heads, head_dim), *norms, eps, rotary)
 
     def attention(
         self,
@@ -267,11 +275,10 @@ class NativeKernels:
         heads = q.shape[1] // d
         positions = max(1, _QUERIES * kv_heads // heads)
         plan = layout.derived(("native", positions), lambda: _tiles(layout, positions))
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty_like(q)
         self._engine.attention(
-            _dtype(q.dtype), q.data_ptr(), cache.k.address, cache.v.address, plan.tiles.data_ptr(),
-            plan.tiles.shape[0], plan.tables.data_ptr(), layout.block_size, heads, kv_heads, d, scale, window or 0,
-            softcap or 0.0, out.data_ptr(),
+            cache.kind, q.data_ptr(), *cache.addresses, plan.tiles_address, plan.count, plan.tables_address,
+            layout.block_size, heads, kv_heads, d, scale, window or 0, softcap or 0.0, out.data_ptr(),
         )  # fmt: skip
         return out
 
@@ -282,9 +289,8 @@ class NativeKernels:
             raise ValueError(f"blocks of {block_size} tokens are not multiples of {self.block_multiple}")
         slots = num_blocks * block_size * num_kv_heads * dtype.itemsize
         padded = -(-head_dim // 16) * 16
-        return NativeCache(
-            _native.Buffer(slots * head_dim), _native.Buffer(slots * padded), num_kv_heads, head_dim, dtype
-        )
+        k, v = _native.Buffer(slots * head_dim), _native.Buffer(slots * padded)
+        return NativeCache(k, v, num_kv_heads, head_dim, dtype, _dtype(dtype), (k.address, v.address))
 
     def weight_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
         if not self._quantised:

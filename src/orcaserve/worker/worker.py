@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -177,12 +178,12 @@ class _Request:
         self.token_ids: list[int] = []
         self.sound = True
         self._limits = limits
-        self._blocks = torch.empty(16, dtype=torch.int64)
+        self._blocks = np.empty(16, dtype=np.int64)
         self._num_blocks = 0
         self.take(new.token_ids, ())
 
     @property
-    def blocks(self) -> Tensor:
+    def blocks(self) -> np.ndarray:
         """The block table, int64."""
         return self._blocks[: self._num_blocks]
 
@@ -194,8 +195,8 @@ class _Request:
             return
         have, need = self._num_blocks, self._num_blocks + len(blocks)
         if need > self._blocks.shape[0]:
-            self._blocks = torch.cat([self.blocks, torch.empty(need, dtype=torch.int64)])
-        self._blocks[have:need] = torch.tensor(blocks, dtype=torch.int64)
+            self._blocks = np.concatenate([self.blocks, np.empty(need, dtype=np.int64)])
+        self._blocks[have:need] = blocks
         self._num_blocks = need
 
     def sampling_state(self) -> SamplingState:
