@@ -10,7 +10,6 @@
 namespace orca {
 namespace ORCA_ISA {
 
-constexpr int kQueries = 48;  // query rows (positions * query heads of a kv head) that a tile should have
 constexpr int kGroups = static_cast<int>(kSpan / kGroup);
 
 // scores [R][kSpan] of R query rows against `count` groups of keys. What lies `ahead` of what it reads is fetched, unless

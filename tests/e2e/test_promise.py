@@ -55,14 +55,14 @@ async def crowd(url: str, bodies: list[dict], rng: random.Random) -> list[tuple]
         pytest.param(["--dtype", "float32"], "2048KiB", id="float32"),
         pytest.param(["--dtype", "bfloat16"], "1024KiB", id="bfloat16"),
         pytest.param(["--quantization", "int8"], "1024KiB", id="int8", marks=kernel_sets.NEEDS_NATIVE),
-        pytest.param(["--kernels", "torch"], "1024KiB", id="torch"),
+        pytest.param(["--kernels", "torch"], "768KiB", id="torch"),
     ],
 )
 def test_alone_and_in_a_crowd(options: list[str], kv_memory: str, pytestconfig: pytest.Config) -> None:
     """Alone on one thread; in a crowd on two, chunked, preempted (a tiny KV pool), with hits in the prefix cache."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
-    count = pytestconfig.getoption("promised") if options[-1] != "torch" else 20
+    count = pytestconfig.getoption("promised") if options[-1] != "torch" else 40
     bodies = requests(seed, count)
     serve = [*options, "--max-model-len", "256"]
     with Serving(*serve, "--threads", "1") as server:
@@ -75,4 +75,4 @@ def test_alone_and_in_a_crowd(options: list[str], kv_memory: str, pytestconfig: 
         print(f"{server.gauge('vllm:prefix_cache_hits_total'):.0f} prompt tokens from the cache")
         assert equal == count
         assert server.gauge("vllm:prefix_cache_hits_total") > 0
-        assert count < 100 or server.gauge("vllm:num_preemptions_total") > 0
+        assert server.gauge("vllm:num_preemptions_total") > 0

@@ -29,7 +29,8 @@ def sample(logits, states):
 def prompt_logprobs(logits, next_ids, top):
     found = [sampler.prompt_logprobs(logits, next_ids, top, kernel_sets.make(name, 2)) for name in kernel_sets.EVERY]
     for other in found[1:]:
-        assert isinstance(other, str) or all(alike(a, b) for a, b in zip(found[0], other, strict=True))
+        assert isinstance(other, str) == isinstance(found[0], str)
+        assert other == found[0] or all(alike(a, b) for a, b in zip(found[0], other, strict=True))
     return found[-1]
 
 
