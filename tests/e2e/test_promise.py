@@ -43,7 +43,7 @@ async def crowd(url: str, bodies: list[dict], rng: random.Random) -> list[tuple]
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
 
         async def ask(body: dict) -> tuple:
-            await asyncio.sleep(rng.random() * len(bodies) / 40)
+            await asyncio.sleep(rng.random() * len(bodies) / 100)
             return answer(await client.post("/v1/completions", json=body))
 
         return await asyncio.gather(*(ask(body) for body in bodies))
@@ -52,9 +52,9 @@ async def crowd(url: str, bodies: list[dict], rng: random.Random) -> list[tuple]
 @pytest.mark.parametrize(
     ("options", "kv_memory"),
     [
-        pytest.param(["--dtype", "float32"], "2048KiB", id="float32"),
-        pytest.param(["--dtype", "bfloat16"], "1024KiB", id="bfloat16"),
-        pytest.param(["--quantization", "int8"], "1024KiB", id="int8", marks=kernel_sets.NEEDS_NATIVE),
+        pytest.param(["--dtype", "float32"], "1536KiB", id="float32"),
+        pytest.param(["--dtype", "bfloat16"], "768KiB", id="bfloat16"),
+        pytest.param(["--quantization", "int8"], "768KiB", id="int8", marks=kernel_sets.NEEDS_NATIVE),
         pytest.param(["--kernels", "torch"], "768KiB", id="torch"),
     ],
 )
