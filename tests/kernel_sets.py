@@ -36,6 +36,6 @@ def fill_cache(layer: Any, value: float) -> None:
         layer.k.fill_(value)
         layer.v.fill_(value)
         return
-    for buffer in (layer.k, layer.v):
-        raw = (ctypes.c_char * buffer.nbytes).from_address(buffer.address)
+    for address, nbytes in layer.native.buffers:
+        raw = (ctypes.c_char * nbytes).from_address(address)
         torch.frombuffer(raw, dtype=layer.dtype).fill_(value)

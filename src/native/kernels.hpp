@@ -73,7 +73,8 @@ struct Norm {
     const float* bias;    // or null
     float eps;
     bool centred;  // layer norm; else rms norm
-    void* out;     // [m, h]
+    const void* residual;  // [m, h], added last, or null
+    void* out;             // [m, h]
 };
 
 // Splits the rows of a QKV product into heads, norms and rotates them, stores keys and values, gives queries.

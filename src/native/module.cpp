@@ -1,11 +1,15 @@
 // The Python face of the kernels: raw addresses in, nothing kept. Whoever calls answers for shapes and lifetimes.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "kernels.hpp"
@@ -38,6 +42,8 @@ const T* read(Address address) { return reinterpret_cast<const T*>(address); }
 template <class T>
 T* write(Address address) { return reinterpret_cast<T*>(address); }
 
+constexpr std::int64_t value_bytes(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 4; }
+
 // Packed weights of [n, k]; of two such matrices, if gated.
 class Matrix {
 public:
@@ -52,6 +58,7 @@ public:
     }
 
     std::int64_t pair() const { return format_ == Format::int8 ? 4 : dtype == Dtype::bf16 ? 2 : 1; }
+    std::int64_t value_bytes() const { return orca::value_bytes(dtype); }
     std::int64_t block_bytes() const { return kBlock * ceil_div(k, pair()) * 4; }
     std::size_t bytes() const { return data_.bytes() + scales_.bytes() + sums_.bytes(); }
     Packed packed() const {
@@ -68,6 +75,77 @@ private:
     const int segments_;
     const std::int64_t padded_;
     const Buffer data_, scales_, sums_;
+};
+
+// The parts of a model, as they are bound once. Addresses stay the caller's.
+struct Linear {
+    const Matrix& matrix;
+    const float* bias;  // in the order of packed columns, or null
+    Activation activation;
+    bool wide;
+};
+
+struct NormPart {
+    Dtype dtype;
+    std::int64_t h;
+    const float* weight;
+    const float* bias;
+    float eps;
+    bool centred;
+};
+
+struct HeadsPart {
+    int heads, kv_heads, d;
+    const float* q_norm;
+    const float* k_norm;
+    float eps;
+    int rotary;
+    bool interleaved;
+};
+
+// What attention sees of the cache, and how.
+struct View {
+    float scale;
+    int window;
+    float softcap;
+};
+
+// residual + out_norm(out(attention(heads(qkv(norm(x)))))), the norms where there are any
+struct AttentionHalf {
+    const NormPart* norm;
+    const Linear* qkv;
+    const HeadsPart* heads;
+    View view;
+    const Linear* out;
+    const NormPart* out_norm;
+};
+
+// residual + out_norm(down(inner(norm(x))))
+struct MLPHalf {
+    const NormPart* norm;
+    const Linear* inner;
+    const Linear* down;
+    const NormPart* out_norm;
+};
+
+// One layer's keys and values.
+struct Cache {
+    Cache(Dtype dtype, std::int64_t slots, int kv_heads, int d)
+        : dtype(dtype), k(slots * kv_heads * d * value_bytes(dtype)),
+          v(slots * kv_heads * ceil_div(d, 16) * 16 * value_bytes(dtype)) {}
+    const Dtype dtype;
+    const Buffer k, v;
+};
+
+// Where the rows of one iteration stand.
+struct Rows {
+    std::int64_t m;
+    const std::int64_t* positions;
+    const std::int64_t* slots;
+    const Tile* tiles;
+    std::int64_t num_tiles;
+    const std::int32_t* tables;
+    std::int32_t block_size;
 };
 
 // The kernels of one instruction set on a pool of threads. Calls come from one thread at a time; others wait.
@@ -91,19 +169,8 @@ public:
                                         first, half});
     }
 
-    void gemm(const Matrix& matrix, Address a, std::int64_t m, Address bias, Address residual, Address out,
-              int activation, bool wide) {
-        // Layers follow each other in the same order every time: whose weights came after these last time come again.
-        const Weights weights{matrix.packed().data, matrix.block_bytes()};
-        after_[last_] = weights;
-        last_ = weights.data;
-        const auto found = after_.find(last_);
-        const Weights then = found == after_.end() ? Weights{} : found->second;
-        kernels_->gemm(pool_, matrix.dtype,
-                       {read<void>(a), m, matrix.k, matrix.packed(), matrix.n, read<float>(bias),
-                        read<void>(residual), write<void>(out),
-                        static_cast<Activation>(activation), matrix.gated, wide,
-                        then.data, then.block_bytes});
+    void linear(const Linear& part, Address x, std::int64_t m, Address residual, Address out) {
+        product(part, read<void>(x), m, read<void>(residual), write<void>(out));
     }
 
     void gather(const Matrix& matrix, Address ids, std::int64_t m, Address out) {
@@ -111,28 +178,41 @@ public:
                          {read<std::int64_t>(ids), m, matrix.k, matrix.n, matrix.packed(), write<void>(out)});
     }
 
-    void norm(Dtype dtype, Address x, std::int64_t m, std::int64_t h, Address weight, Address bias, float eps,
-              bool centred, Address out) {
-        kernels_->norm(pool_, dtype, {read<void>(x), m, h, read<float>(weight), read<float>(bias), eps, centred,
-                                      write<void>(out)});
+    void norm(const NormPart& part, Address x, std::int64_t m, Address out) {
+        level(part, read<void>(x), m, nullptr, write<void>(out));
     }
 
-    void heads(Dtype dtype, Address qkv, std::int64_t m, int heads, int kv_heads, int d, Address q_norm, Address k_norm,
-               float eps, Address angles, int rotary, bool interleaved, Address positions, Address slots, Address q,
-               Address k_cache, Address v_cache) {
-        kernels_->heads(pool_, dtype,
-                        {read<void>(qkv), m, heads, kv_heads, d, read<float>(q_norm), read<float>(k_norm), eps,
-                         read<float>(angles), rotary, interleaved, read<std::int64_t>(positions),
-                         read<std::int64_t>(slots), write<void>(q), write<void>(k_cache), write<void>(v_cache)});
+    void heads(const HeadsPart& part, const Rows& rows, Cache& cache, Address qkv, Address angles, Address q) {
+        place(part, rows, cache, read<void>(qkv), read<float>(angles), write<void>(q));
     }
 
-    void attention(Dtype dtype, Address q, Address k_cache, Address v_cache, Address tiles, std::int64_t num_tiles,
-                   Address tables, int block_size, int heads, int kv_heads, int d, float scale, int window,
-                   float softcap, Address out) {
-        kernels_->attention(pool_, dtype,
-                            {read<void>(q), read<void>(k_cache), read<void>(v_cache), read<Tile>(tiles), num_tiles,
-                             read<std::int32_t>(tables), block_size, heads, kv_heads, d, scale, window, softcap,
-                             write<void>(out)});
+    void attention(const HeadsPart& part, const View& view, const Rows& rows, Cache& cache, Address q, Address out) {
+        attend(part, view, rows, cache, read<void>(q), write<void>(out));
+    }
+
+    void attention_half(const AttentionHalf& half, const Rows& rows, Cache& cache, Address x, Address residual,
+                        Address angles, Address out) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const HeadsPart& heads = *half.heads;
+        const std::size_t size = half.qkv->matrix.value_bytes();
+        const std::size_t in = rounded(rows.m * half.qkv->matrix.k * size), wide = rounded(rows.m * half.qkv->matrix.n * size);
+        const std::size_t queries = rounded(rows.m * heads.heads * heads.d * size);
+        char* room = static_cast<char*>(room_.get(std::max(in, queries) + wide + queries));
+        char* const qkv = room + std::max(in, queries);
+        char* const q = qkv + wide;
+        product(*half.qkv, normed(half.norm, read<void>(x), rows.m, room), rows.m, nullptr, qkv);
+        place(heads, rows, cache, qkv, read<float>(angles), q);
+        attend(heads, half.view, rows, cache, q, room);
+        finish(*half.out, half.out_norm, room, rows.m, read<void>(residual), write<void>(out));
+    }
+
+    void mlp_half(const MLPHalf& half, Address x, std::int64_t m, Address residual, Address out) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        const std::size_t size = half.inner->matrix.value_bytes();
+        const std::size_t in = rounded(m * half.inner->matrix.k * size), inner = rounded(m * half.inner->matrix.n * size);
+        char* room = static_cast<char*>(room_.get(in + inner));
+        product(*half.inner, normed(half.norm, read<void>(x), m, room), m, nullptr, room + in);
+        finish(*half.down, half.out_norm, room + in, m, read<void>(residual), write<void>(out));
     }
 
     void peaks(Address logits, std::int64_t rows, std::int64_t vocab, Address peaks, Address ids) {
@@ -144,8 +224,55 @@ public:
     }
 
 private:
+    static std::size_t rounded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+    void product(const Linear& part, const void* x, std::int64_t m, const void* residual, void* out) {
+        const Matrix& matrix = part.matrix;
+        // Layers follow each other in the same order every time: whose weights came after these last time come again.
+        const Weights weights{matrix.packed().data, matrix.block_bytes()};
+        after_[last_] = weights;
+        last_ = weights.data;
+        const auto found = after_.find(last_);
+        const Weights then = found == after_.end() ? Weights{} : found->second;
+        kernels_->gemm(pool_, matrix.dtype,
+                       {x, m, matrix.k, matrix.packed(), matrix.n, part.bias, residual, out, part.activation,
+                        matrix.gated, part.wide, then.data, then.block_bytes});
+    }
+
+    void level(const NormPart& part, const void* x, std::int64_t m, const void* residual, void* out) {
+        kernels_->norm(pool_, part.dtype, {x, m, part.h, part.weight, part.bias, part.eps, part.centred, residual, out});
+    }
+
+    const void* normed(const NormPart* part, const void* x, std::int64_t m, void* room) {
+        if (part == nullptr) return x;
+        level(*part, x, m, nullptr, room);
+        return room;
+    }
+
+    void place(const HeadsPart& part, const Rows& rows, Cache& cache, const void* qkv, const float* angles, void* q) {
+        kernels_->heads(pool_, cache.dtype,
+                        {qkv, rows.m, part.heads, part.kv_heads, part.d, part.q_norm, part.k_norm, part.eps, angles,
+                         part.rotary, part.interleaved, rows.positions, rows.slots, q, cache.k.data(), cache.v.data()});
+    }
+
+    void attend(const HeadsPart& part, const View& view, const Rows& rows, Cache& cache, const void* q, void* out) {
+        kernels_->attention(pool_, cache.dtype,
+                            {q, cache.k.data(), cache.v.data(), rows.tiles, rows.num_tiles, rows.tables,
+                             rows.block_size, part.heads, part.kv_heads, part.d, view.scale, view.window, view.softcap, out});
+    }
+
+    // The second product of a half, its norm if it has one, and the sum with the residual.
+    void finish(const Linear& part, const NormPart* norm, const void* x, std::int64_t m, const void* residual, void* out) {
+        if (norm == nullptr) return product(part, x, m, residual, out);
+        void* room = normed_.get(m * part.matrix.n * part.matrix.value_bytes());
+        product(part, x, m, nullptr, room);
+        level(*norm, room, m, residual, out);
+    }
+
     const Kernels* kernels_ = nullptr;
     Pool pool_;
+    std::mutex mutex_;  // of the room between the parts of a half
+    Scratch room_, normed_;
     struct Weights {
         const void* data = nullptr;
         std::int64_t block_bytes = 0;
@@ -169,26 +296,62 @@ NB_MODULE(_native, m) {
             if (kernels->supported()) names.emplace_back(kernels->name);
         return names;
     }, "Names of the instruction sets that this machine runs, best first.");
-    nb::class_<Buffer>(m, "Buffer")
-        .def(nb::init<std::size_t>())
-        .def_prop_ro("address", [](const Buffer& b) { return reinterpret_cast<Address>(b.data()); })
-        .def_prop_ro("nbytes", &Buffer::bytes);
     nb::class_<Matrix>(m, "Matrix")
         .def(nb::init<Dtype, Format, std::int64_t, std::int64_t, bool, int>(), "dtype"_a, "format"_a, "n"_a, "k"_a,
              "gated"_a, "segments"_a)
         .def_ro("n", &Matrix::n)
         .def_ro("k", &Matrix::k)
         .def_prop_ro("nbytes", &Matrix::bytes);
+    nb::class_<Linear>(m, "Linear")
+        .def("__init__", [](Linear* self, const Matrix& matrix, Address bias, int activation, bool wide) {
+            new (self) Linear{matrix, read<float>(bias), static_cast<Activation>(activation), wide};
+        }, nb::keep_alive<1, 2>(), "matrix"_a, "bias"_a, "activation"_a, "wide"_a);
+    nb::class_<NormPart>(m, "Norm")
+        .def("__init__", [](NormPart* self, Dtype dtype, std::int64_t h, Address weight, Address bias, float eps,
+                            bool centred) {
+            new (self) NormPart{dtype, h, read<float>(weight), read<float>(bias), eps, centred};
+        }, "dtype"_a, "h"_a, "weight"_a, "bias"_a, "eps"_a, "centred"_a);
+    nb::class_<HeadsPart>(m, "Heads")
+        .def("__init__", [](HeadsPart* self, int heads, int kv_heads, int d, Address q_norm, Address k_norm, float eps,
+                            int rotary, bool interleaved) {
+            new (self) HeadsPart{heads, kv_heads, d, read<float>(q_norm), read<float>(k_norm), eps, rotary, interleaved};
+        }, "heads"_a, "kv_heads"_a, "d"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "rotary"_a, "interleaved"_a);
+    nb::class_<View>(m, "View").def(nb::init<float, int, float>(), "scale"_a, "window"_a, "softcap"_a);
+    nb::class_<AttentionHalf>(m, "AttentionHalf")
+        .def("__init__", [](AttentionHalf* self, const NormPart* norm, const Linear& qkv, const HeadsPart& heads,
+                            const View& view, const Linear& out, const NormPart* out_norm) {
+            new (self) AttentionHalf{norm, &qkv, &heads, view, &out, out_norm};
+        }, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 6>(),
+           nb::keep_alive<1, 7>(), "norm"_a.none(), "qkv"_a, "heads"_a, "view"_a, "out"_a, "out_norm"_a.none());
+    nb::class_<MLPHalf>(m, "MLPHalf")
+        .def("__init__", [](MLPHalf* self, const NormPart* norm, const Linear& inner, const Linear& down,
+                            const NormPart* out_norm) { new (self) MLPHalf{norm, &inner, &down, out_norm}; },
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
+             "norm"_a.none(), "inner"_a, "down"_a, "out_norm"_a.none());
+    nb::class_<Cache>(m, "Cache")
+        .def(nb::init<Dtype, std::int64_t, int, int>(), "dtype"_a, "slots"_a, "kv_heads"_a, "d"_a)
+        .def_prop_ro("buffers", [](const Cache& c) {
+            return std::vector<std::pair<Address, std::size_t>>{{reinterpret_cast<Address>(c.k.data()), c.k.bytes()},
+                                                                {reinterpret_cast<Address>(c.v.data()), c.v.bytes()}};
+        }, "(address, bytes) of the keys and of the values.");
+    nb::class_<Rows>(m, "Rows")
+        .def("__init__", [](Rows* self, std::int64_t m, Address positions, Address slots, Address tiles,
+                            std::int64_t num_tiles, Address tables, int block_size) {
+            new (self) Rows{m, read<std::int64_t>(positions), read<std::int64_t>(slots), read<Tile>(tiles), num_tiles,
+                            read<std::int32_t>(tables), block_size};
+        }, "m"_a, "positions"_a, "slots"_a, "tiles"_a, "num_tiles"_a, "tables"_a, "block_size"_a);
     nb::class_<Engine>(m, "Engine")
         .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
         .def_prop_ro("isa", &Engine::isa)
         .def_prop_ro("threads", &Engine::threads)
         .def("pack", &Engine::pack, free)
-        .def("gemm", &Engine::gemm, free)
+        .def("linear", &Engine::linear, free)
         .def("gather", &Engine::gather, free)
         .def("norm", &Engine::norm, free)
         .def("heads", &Engine::heads, free)
         .def("attention", &Engine::attention, free)
+        .def("attention_half", &Engine::attention_half, free)
+        .def("mlp_half", &Engine::mlp_half, free)
         .def("peaks", &Engine::peaks, free)
         .def("masses", &Engine::masses, free);
 }

@@ -45,6 +45,7 @@ void norm(Pool& pool, const Norm& g) {
     by_rows(pool, g.m, g.h, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t row = begin; row < end; ++row) {
             const T* x = static_cast<const T*>(g.x) + row * g.h;
+            const T* residual = g.residual == nullptr ? nullptr : static_cast<const T*>(g.residual) + row * g.h;
             T* out = static_cast<T*>(g.out) + row * g.h;
             const float mean = g.centred ? total(x, g.h) / static_cast<float>(g.h) : 0.0f;
             const Vec centre = set1(mean);
@@ -54,6 +55,7 @@ void norm(Pool& pool, const Norm& g) {
                 Vec y = (load_some(x + i, left) - centre) * factor;
                 if (g.weight != nullptr) y = y * load_some(g.weight + i, left);
                 if (g.bias != nullptr) y = y + load_some(g.bias + i, left);
+                if (residual != nullptr) y = y + load_some(residual + i, left);
                 store_some(out + i, y, left);
             }
         }

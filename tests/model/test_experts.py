@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import make_model  # noqa: F401 - sets torch's threads as the other tests have them
 
-from orcaserve.model.layers import DenseMLP, Experts
+from orcaserve.model.layers import Experts
 from orcaserve.ops.kernels import Kernels
 
 TWIN = kernel_sets.make("torch")
@@ -23,13 +23,15 @@ def make_experts(
 
     hidden = router.shape[1]
     experts = tuple(
-        DenseMLP(
+        kernels.mlp_half(
+            None,
             kernels.gated(weight(12, hidden), weight(12, hidden), None, None, "silu"),
             kernels.linear([weight(hidden, 12)], [None], cut=True),
+            None,
         )
         for _ in router
     )
-    return Experts(kernels.linear([router], [None]), experts, per_token, normalise)
+    return Experts(None, kernels.linear([router], [None]), experts, per_token, normalise)
 
 
 def test_router_ties_go_to_the_lower_index() -> None:

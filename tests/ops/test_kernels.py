@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from orcaserve.ops.attention import split_attention, store_kv
+from orcaserve.ops.halves import ComposedAttention, ComposedMLP
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.rotary import Rotary
 from orcaserve.ops.torch_kernels import TorchCache
@@ -271,9 +272,11 @@ def test_attention(name, threads, dtype, heads, kv_heads, d, rotary_dim, norms, 
     for r, n in enumerate(lengths):
         world.fresh()
         alone += world.step([(r, 0, n)], **options)
-    for found, wanted in zip(alone, world.by_definition(**options), strict=True):
-        tolerance = 2e-5 if dtype == torch.float32 else 3e-2
-        torch.testing.assert_close(found.float(), wanted, atol=tolerance, rtol=tolerance)
+    found, wanted = torch.cat(alone).float(), torch.cat(world.by_definition(**options))
+    # The native kernels round the shares and the result to bfloat16; torch also the scores, which may be as high as 16.
+    of_all, of_one = (2e-5, 2e-5) if dtype == torch.float32 else (0.02, 0.15) if name == "torch" else (0.004, 0.01)
+    assert (found - wanted).norm() <= of_all * wanted.norm()
+    assert ((found - wanted).abs() <= of_one * (1 + wanted.abs())).all()
     world.fresh()
     decoded = torch.cat([world.step([(4, p, 1)], **options)[0] for p in range(lengths[4])])
     assert torch.equal(decoded, alone[4])
@@ -281,6 +284,48 @@ def test_attention(name, threads, dtype, heads, kv_heads, d, rotary_dim, norms, 
         world.fresh()
         for r, out in enumerate(world.run_ragged(most, **options)):
             assert torch.equal(out, alone[r]), (seed, most, r)
+
+
+@every_set
+@both_dtypes
+@pytest.mark.parametrize("out_norms", [False, True])
+def test_halves_are_what_they_are_made_of(name, dtype, out_norms):
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    h, d, lengths = 48, 16, [40, 3, 1]
+    rotary = Rotary(frequencies(d))
+    world = World(name, seed, heads=4, kv_heads=2, d=d, lengths=lengths, dtype=dtype, norms=True, rotary=rotary)
+    kernels = world.kernels
+    weights = iter(
+        draw(seed + 10, n, k, dtype=dtype) * k**-0.5 for n, k in [(128, h), (h, 64), (80, h), (80, h), (h, 80)]
+    )
+    norms = [kernels.rms_norm(draw(seed + i, h, dtype=dtype), 1e-6, plus_one=False) for i in range(20, 24)]
+    out_norm, mlp_out_norm = norms[2:] if out_norms else (None, None)
+    qkv, out = (kernels.linear([next(weights)], [None], cut=cut) for cut in (False, True))
+    inner = kernels.gated(next(weights), next(weights), None, None, "silu")
+    down = kernels.linear([next(weights)], [None], cut=True)
+    view = {"scale": d**-0.5, "window": 30, "softcap": 8.0}
+    attention = kernels.attention_half(norms[0], qkv, world.part, out, out_norm, **view)
+    mlp = kernels.mlp_half(norms[1], inner, down, mlp_out_norm)
+    slow_attention = ComposedAttention(kernels, norms[0], qkv, world.part, out, out_norm, *view.values())
+    slow_mlp = ComposedMLP(norms[1], inner, down, mlp_out_norm)
+    xs = [draw(seed + 30 + r, n, h, dtype=dtype) for r, n in enumerate(lengths)]
+
+    def run(attention, mlp, members):
+        world.fresh()
+        layout = Layout.build([(0, lengths[r], world.tables[r]) for r in members], world.block_size)
+        x = torch.cat([xs[r] for r in members])
+        mixed = attention(x, layout, world.cache, x)
+        return torch.cat([mixed, mlp(mixed, mixed), mlp(mixed)], dim=1)
+
+    whole, slow = run(attention, mlp, [0, 1, 2]), run(slow_attention, slow_mlp, [0, 1, 2])
+    if out_norms:  # the sum with the residual is rounded once in the native halves, twice in the composed ones
+        off = whole.double() - slow.double()
+        assert off.norm() <= (1e-6 if dtype == torch.float32 else 0.01) * slow.double().norm()
+    else:
+        assert torch.equal(whole, slow)
+    for r, part in enumerate(whole.split(lengths)):
+        assert torch.equal(run(attention, mlp, [r]), part)
 
 
 @pytest.mark.parametrize("name", kernel_sets.EVERY[1:])

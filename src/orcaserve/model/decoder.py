@@ -10,12 +10,12 @@ import torch
 
 from orcaserve.core.config import Dtype, ModelError
 from orcaserve.model.config import ModelConfig
-from orcaserve.model.layers import MLP, Attention, DenseMLP, Experts, Layer, Part
+from orcaserve.model.layers import Experts, Layer, Part
 from orcaserve.model.plan import TensorSpec, plan
 from orcaserve.model.rope import Rope
 from orcaserve.model.weights import Progress, Weights
 from orcaserve.ops.activation import ACTIVATIONS
-from orcaserve.ops.kernels import Kernels, KVCache, Linear
+from orcaserve.ops.kernels import AttentionHalf, Kernels, KVCache, Linear, MLPHalf
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.linear import embedding
 from orcaserve.ops.rotary import Rotary
@@ -200,26 +200,26 @@ class _Parts:
 
     def layer(self, i: int) -> Layer:
         config = self._config
-        attention_norm, mlp_norm = self._norm(f"{i}.attention_norm"), self._norm(f"{i}.mlp_norm")
-        if attention_norm is None or mlp_norm is None:
+        norm, mlp_norm = self._norm(f"{i}.attention_norm"), self._norm(f"{i}.mlp_norm")
+        if norm is None or mlp_norm is None:
             raise ValueError(f"the row of {config.architecture} lacks a norm")
+        post = config.block == "post"
+        mlp = self._experts if config.layers[i].sparse else self._mlp
         return Layer(
-            block=config.block,
-            attention=self._attention(i),
-            mlp=self._experts(i) if config.layers[i].sparse else self._mlp(i),
-            attention_norm=attention_norm,
-            mlp_norm=mlp_norm,
-            attention_out_norm=self._norm(f"{i}.attention_out_norm"),
-            mlp_out_norm=self._norm(f"{i}.mlp_out_norm"),
+            parallel=config.block == "parallel",
+            attention=self._attention(i, None if post else norm),
+            mlp=mlp(i, None if post else mlp_norm),
+            after_attention=norm if post else None,
+            after_mlp=mlp_norm if post else None,
         )
 
-    def _attention(self, i: int) -> Attention:
+    def _attention(self, i: int, norm: Part | None) -> AttentionHalf:
         config, weights = self._config, self._weights
         rope = config.layers[i].rope
         if rope is not None and rope not in self._ropes:
             self._ropes[rope] = Rotary(torch.tensor(rope.inv_freq, dtype=torch.float32), rope.scaling, rope.dim)
-        return Attention(
-            kernels=self._kernels,
+        return self._kernels.attention_half(
+            norm,
             qkv=self._qkv(i),
             heads=self._kernels.heads(
                 config.num_heads,
@@ -232,6 +232,7 @@ class _Parts:
                 None if rope is None else self._ropes[rope],
             ),
             out=self._linear(f"{i}.o", cut=True),
+            out_norm=self._norm(f"{i}.attention_out_norm"),
             scale=config.attention_scale,
             window=config.layers[i].window,
             softcap=config.attention_softcap,
@@ -255,32 +256,33 @@ class _Parts:
         )
         return self._kernels.linear(weights, biases)
 
-    def _mlp(self, i: int) -> MLP:
+    def _mlp(self, i: int, norm: Part | None) -> MLPHalf:
         config = self._config
         if config.row.mlp == "plain":
             weight, bias = self._take(f"{i}.up")
-            return DenseMLP(
-                self._kernels.linear([weight], [bias], activation=config.activation),
-                self._linear(f"{i}.down", cut=True),
-            )
-        if config.row.mlp == "gated_fused":
+            inner: Part = self._kernels.linear([weight], [bias], activation=config.activation)
+        elif config.row.mlp == "gated_fused":
             weight, bias = self._take(f"{i}.gate_up")
-            gate, up = weight.chunk(2)
             gate_bias, up_bias = (None, None) if bias is None else bias.chunk(2)
+            inner = self._kernels.gated(*weight.chunk(2), gate_bias, up_bias, config.activation)
         else:
-            (gate, gate_bias), (up, up_bias) = self._take(f"{i}.gate"), self._take(f"{i}.up")
-        inner = self._kernels.gated(gate, up, gate_bias, up_bias, config.activation)
-        return DenseMLP(inner, self._linear(f"{i}.down", cut=True))
+            inner = self._gated(f"{i}.gate", f"{i}.up")
+        return self._kernels.mlp_half(norm, inner, self._linear(f"{i}.down", cut=True), self._norm(f"{i}.mlp_out_norm"))
 
-    def _experts(self, i: int) -> Experts:
+    def _experts(self, i: int, norm: Part | None) -> MLPHalf:
         config = self._config
+        if f"{i}.mlp_out_norm.weight" in self._weights:
+            raise ValueError(f"the row of {config.architecture} has a norm behind its experts")
         experts = []
         for e in range(config.num_experts):
-            (gate, gate_bias), (up, up_bias) = (self._take(f"{i}.expert_{part}.{e}") for part in ("gate", "up"))
-            inner = self._kernels.gated(gate, up, gate_bias, up_bias, config.activation)
-            experts.append(DenseMLP(inner, self._linear(f"{i}.expert_down.{e}", cut=True)))
+            inner = self._gated(f"{i}.expert_gate.{e}", f"{i}.expert_up.{e}")
+            experts.append(self._kernels.mlp_half(None, inner, self._linear(f"{i}.expert_down.{e}", cut=True), None))
         router = self._linear(f"{i}.router", exact=True)
-        return Experts(router, tuple(experts), config.experts_per_token, config.normalise_experts)
+        return Experts(norm, router, tuple(experts), config.experts_per_token, config.normalise_experts)
+
+    def _gated(self, gate_key: str, up_key: str) -> Part:
+        (gate, gate_bias), (up, up_bias) = self._take(gate_key), self._take(up_key)
+        return self._kernels.gated(gate, up, gate_bias, up_bias, self._config.activation)
 
     def _norm(self, key: str) -> Part | None:
         """The norm of a key, None if the plan has none."""

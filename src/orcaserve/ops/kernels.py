@@ -38,6 +38,21 @@ class Heads(Protocol):
     def __call__(self, qkv: Tensor, layout: Layout, cache: KVCache) -> Tensor: ...
 
 
+class AttentionHalf(Protocol):
+    """residual + out_norm(out(attention(heads(qkv(norm(x)))))), all [M, H], the norms where there are any.
+
+    Writes this iteration's keys and values to the cache, attends over what the cache then holds.
+    """
+
+    def __call__(self, x: Tensor, layout: Layout, cache: KVCache, residual: Tensor) -> Tensor: ...
+
+
+class MLPHalf(Protocol):
+    """residual + out_norm(down(inner(norm(x)))), all [M, H]; norms and residual where there are any."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+
 class Kernels(Protocol):
     """Builds the parts of a model. Immutable, but for the memory it works in.
 
@@ -105,6 +120,25 @@ class Kernels(Protocol):
 
         window: a query at p sees positions > p - window. softcap: scores become softcap * tanh(score / softcap).
         """
+        ...
+
+    def attention_half(
+        self,
+        norm: Part | None,
+        qkv: Linear,
+        heads: Heads,
+        out: Linear,
+        out_norm: Part | None,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> AttentionHalf:
+        """Half a layer of parts that these kernels built."""
+        ...
+
+    def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Part | None) -> MLPHalf:
+        """inner: x -> activation(up(x)), or what `gated` gives."""
         ...
 
     def kv_cache(

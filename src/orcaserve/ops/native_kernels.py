@@ -22,7 +22,7 @@ try:
 except ImportError:  # installed without a compiler
     _native = None
 
-VERSION = 2  # changes whenever the bits of a kernel do
+VERSION = 3  # changes whenever the bits of a kernel do
 _CUT = 8  # segments of K where tensor parallelism may cut it
 _SHORTEST = 256  # values of a row that share a scale, where activations are brought to 8 bits
 _QUERIES = 48  # query rows of a kv head that a tile of attention should have
@@ -54,15 +54,12 @@ def _pair(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class NativeCache:
-    """Two buffers in the kernels' own layout; see kernels.hpp. kind: the dtype, as the kernels call it."""
+    """Two buffers in the kernels' own layout; see kernels.hpp."""
 
-    k: Any
-    v: Any
+    native: Any
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    kind: Any
-    addresses: tuple[int, int]
 
 
 class _Weights:
@@ -107,41 +104,35 @@ class NativeLinear:
     def __init__(self, engine: Any, weights: _Weights, activation: str | None, wide: bool) -> None:
         self._engine = engine
         self._weights = weights  # keeps the bias alive
-        self._matrix, self._n, self._bias = weights.matrix, weights.n, weights.bias_address
-        self._wide = wide
-        self._out_dtype = torch.float32 if wide else weights.dtype
-        self._activation = _ACTIVATIONS[activation]
+        self._n, self._out_dtype = weights.n, torch.float32 if wide else weights.dtype
+        self.native = _native.Linear(weights.matrix, weights.bias_address, _ACTIVATIONS[activation], wide)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         m = x.shape[0]
         out = torch.empty((m, self._n), dtype=self._out_dtype)
-        self._engine.gemm(
-            self._matrix, x.data_ptr(), m, self._bias, 0 if residual is None else residual.data_ptr(), out.data_ptr(),
-            self._activation, self._wide,
-        )  # fmt: skip
+        self._engine.linear(self.native, x.data_ptr(), m, _address(residual), out.data_ptr())
         return out
 
     def rows(self, ids: Tensor) -> Tensor:
         out = torch.empty((ids.shape[0], self._weights.k), dtype=self._weights.dtype)
-        self._engine.gather(self._matrix, ids.data_ptr(), ids.shape[0], out.data_ptr())
+        self._engine.gather(self._weights.matrix, ids.data_ptr(), ids.shape[0], out.data_ptr())
         return out
 
 
 class NativeNorm:
-    """weight, bias: float32 [H]."""
+    """weight, bias: [H] of the model's dtype."""
 
-    def __init__(self, engine: Any, weight: Tensor, bias: Tensor | None, eps: float, centred: bool) -> None:
-        self._engine, self._eps, self._centred = engine, eps, centred
+    def __init__(self, engine: Any, weight: Tensor, bias: Tensor | None, eps: float, centred: bool, dtype: Any) -> None:
+        self._engine = engine
         self._weight, self._bias = weight.float().contiguous(), None if bias is None else bias.float().contiguous()
-        self._h = weight.shape[0]
-        self._addresses = self._weight.data_ptr(), 0 if self._bias is None else self._bias.data_ptr()
+        self.native = _native.Norm(
+            dtype=dtype, h=weight.shape[0], weight=_address(self._weight), bias=_address(self._bias), eps=eps,
+            centred=centred,
+        )  # fmt: skip
 
     def __call__(self, x: Tensor) -> Tensor:
         out = torch.empty_like(x)
-        self._engine.norm(
-            _dtype(x.dtype), x.data_ptr(), x.shape[0], self._h, *self._addresses, self._eps, self._centred,
-            out.data_ptr(),
-        )  # fmt: skip
+        self._engine.norm(self.native, x.data_ptr(), x.shape[0], out.data_ptr())
         return out
 
 
@@ -158,35 +149,87 @@ class NativeHeads:
         rotary: Rotary | None,
     ) -> None:
         """heads: of queries, of keys, and their dimensions."""
-        self._engine, self._heads, self._eps, self._rotary = engine, heads, eps, rotary
+        self._engine, self._rotary = engine, rotary
         self._norms = q_norm, k_norm
-        self._addresses = tuple(0 if norm is None else norm.data_ptr() for norm in self._norms)
-        self._turns = (0, False) if rotary is None else (rotary.rotary_dim, rotary.interleaved)
-        self._width = heads[0] * heads[2]
+        turned, interleaved = (0, False) if rotary is None else (rotary.rotary_dim, rotary.interleaved)
+        self.native = _native.Heads(*heads, _address(q_norm), _address(k_norm), eps, turned, interleaved)
+        self.num_heads, self.num_kv_heads, self.head_dim = heads
 
     def __call__(self, qkv: Tensor, layout: Layout, cache: NativeCache) -> Tensor:
-        m = qkv.shape[0]
-        q = torch.empty((m, self._width), dtype=qkv.dtype)
-        angles = 0 if self._rotary is None else self._rotary.angles(layout.last_position).data_ptr()
-        self._engine.heads(
-            cache.kind, qkv.data_ptr(), m, *self._heads, *self._addresses, self._eps, angles, *self._turns,
-            layout.positions.data_ptr(), layout.slots.data_ptr(), q.data_ptr(), *cache.addresses,
-        )  # fmt: skip
+        q = torch.empty((qkv.shape[0], self.num_heads * self.head_dim), dtype=qkv.dtype)
+        rows = _rows(layout, self.num_heads, self.num_kv_heads)
+        self._engine.heads(self.native, rows.native, cache.native, qkv.data_ptr(), self.angles(layout), q.data_ptr())
         return q
+
+    def angles(self, layout: Layout) -> int:
+        """Where the table of cosines and sines lies that reaches to the iteration's last position."""
+        return 0 if self._rotary is None else self._rotary.angles(layout.last_position).data_ptr()
+
+
+class NativeAttention:
+    """`AttentionHalf` in one call."""
+
+    def __init__(
+        self,
+        engine: Any,
+        norm: NativeNorm | None,
+        qkv: NativeLinear,
+        heads: NativeHeads,
+        out: NativeLinear,
+        out_norm: NativeNorm | None,
+        view: Any,
+    ) -> None:
+        self._engine, self._heads = engine, heads
+        self._parts = norm, qkv, heads, out, out_norm  # whose tensors the native half reads
+        self._native = _native.AttentionHalf(_part(norm), qkv.native, heads.native, view, out.native, _part(out_norm))
+
+    def __call__(self, x: Tensor, layout: Layout, cache: NativeCache, residual: Tensor) -> Tensor:
+        result = torch.empty_like(x)
+        heads = self._heads
+        rows = _rows(layout, heads.num_heads, heads.num_kv_heads)
+        self._engine.attention_half(
+            self._native, rows.native, cache.native, x.data_ptr(), residual.data_ptr(), heads.angles(layout),
+            result.data_ptr(),
+        )  # fmt: skip
+        return result
+
+
+class NativeMLP:
+    """`MLPHalf` in one call."""
+
+    def __init__(
+        self, engine: Any, norm: NativeNorm | None, inner: NativeLinear, down: NativeLinear, out_norm: NativeNorm | None
+    ) -> None:
+        self._engine = engine
+        self._parts = norm, inner, down, out_norm  # whose tensors the native half reads
+        self._native = _native.MLPHalf(_part(norm), inner.native, down.native, _part(out_norm))
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        result = torch.empty_like(x)
+        self._engine.mlp_half(self._native, x.data_ptr(), x.shape[0], _address(residual), result.data_ptr())
+        return result
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class _Tiles:
-    """tiles: int32 [n, 4] of first row, positions, start, place in `tables`; tables: int32, block tables in a row."""
+class _Rows:
+    """The native description of an iteration, and the tensors and arrays that it points into.
 
+    tiles: int32 [n, 4] of first row, positions, start, place in `tables`; tables: int32, block tables in a row.
+    """
+
+    native: Any
+    layout: Layout
     tiles: np.ndarray
     tables: np.ndarray
-    tiles_address: int
-    count: int
-    tables_address: int
 
 
-def _tiles(layout: Layout, positions: int) -> _Tiles:
+def _rows(layout: Layout, heads: int, kv_heads: int) -> _Rows:
+    positions = max(1, _QUERIES * kv_heads // heads)
+    rows: _Rows = layout.derived(("native", positions), lambda: _make_rows(layout, positions))
+    return rows
+
+
+def _make_rows(layout: Layout, positions: int) -> _Rows:
     """The queries of an iteration in tiles of `positions`, the longest work first."""
     tiles: list[tuple[int, int, int, int]] = []
     place = 0
@@ -197,7 +240,19 @@ def _tiles(layout: Layout, positions: int) -> _Tiles:
     tiles.sort(key=lambda tile: -tile[1] * (tile[2] + tile[1]))
     tables = np.concatenate([row.blocks for row in layout.rows] or [np.empty(0)]).astype(np.int32)
     array = np.array(tiles, dtype=np.int32)
-    return _Tiles(array, tables, array.ctypes.data, len(tiles), tables.ctypes.data)
+    native = _native.Rows(
+        m=layout.num_tokens, positions=layout.positions.data_ptr(), slots=layout.slots.data_ptr(),
+        tiles=array.ctypes.data, num_tiles=len(tiles), tables=tables.ctypes.data, block_size=layout.block_size,
+    )  # fmt: skip
+    return _Rows(native, layout, array, tables)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _part(norm: NativeNorm | None) -> Any:
+    return None if norm is None else norm.native
 
 
 class NativeKernels:
@@ -240,10 +295,11 @@ class NativeKernels:
         return NativeLinear(self._engine, _Weights(self._engine, parts, False, self._quantised), activation, wide=False)
 
     def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part:
-        return NativeNorm(self._engine, _factor(weight, plus_one), None, eps, centred=False)
+        factor = _factor(weight, plus_one)
+        return NativeNorm(self._engine, factor, None, eps, centred=False, dtype=_dtype(weight.dtype))
 
     def layer_norm(self, weight: Tensor, bias: Tensor, eps: float) -> Part:
-        return NativeNorm(self._engine, weight, bias, eps, centred=True)
+        return NativeNorm(self._engine, weight, bias, eps, centred=True, dtype=_dtype(weight.dtype))
 
     def heads(
         self,
@@ -273,24 +329,39 @@ class NativeKernels:
     ) -> Tensor:
         d, kv_heads = cache.head_dim, cache.num_kv_heads
         heads = q.shape[1] // d
-        positions = max(1, _QUERIES * kv_heads // heads)
-        plan = layout.derived(("native", positions), lambda: _tiles(layout, positions))
         out = torch.empty_like(q)
-        self._engine.attention(
-            cache.kind, q.data_ptr(), *cache.addresses, plan.tiles_address, plan.count, plan.tables_address,
-            layout.block_size, heads, kv_heads, d, scale, window or 0, softcap or 0.0, out.data_ptr(),
-        )  # fmt: skip
+        shape = _native.Heads(heads, kv_heads, d, 0, 0, 0.0, 0, False)
+        rows = _rows(layout, heads, kv_heads)
+        view = _view(scale, window, softcap)
+        self._engine.attention(shape, view, rows.native, cache.native, q.data_ptr(), out.data_ptr())
         return out
+
+    def attention_half(
+        self,
+        norm: NativeNorm | None,
+        qkv: NativeLinear,
+        heads: NativeHeads,
+        out: NativeLinear,
+        out_norm: NativeNorm | None,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> NativeAttention:
+        return NativeAttention(self._engine, norm, qkv, heads, out, out_norm, _view(scale, window, softcap))
+
+    def mlp_half(
+        self, norm: NativeNorm | None, inner: NativeLinear, down: NativeLinear, out_norm: NativeNorm | None
+    ) -> NativeMLP:
+        return NativeMLP(self._engine, norm, inner, down, out_norm)
 
     def kv_cache(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> NativeCache:
         if block_size % self.block_multiple:
             raise ValueError(f"blocks of {block_size} tokens are not multiples of {self.block_multiple}")
-        slots = num_blocks * block_size * num_kv_heads * dtype.itemsize
-        padded = -(-head_dim // 16) * 16
-        k, v = _native.Buffer(slots * head_dim), _native.Buffer(slots * padded)
-        return NativeCache(k, v, num_kv_heads, head_dim, dtype, _dtype(dtype), (k.address, v.address))
+        native = _native.Cache(_dtype(dtype), num_blocks * block_size, num_kv_heads, head_dim)
+        return NativeCache(native, num_kv_heads, head_dim, dtype)
 
     def weight_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
         if not self._quantised:
@@ -314,6 +385,10 @@ class NativeKernels:
         out = torch.empty(rows, dtype=torch.float64)
         self._engine.masses(logits.data_ptr(), rows, vocab, peaks.data_ptr(), out.data_ptr())
         return out
+
+
+def _view(scale: float, window: int | None, softcap: float | None) -> Any:
+    return _native.View(scale, window or 0, softcap or 0.0)
 
 
 def _factor(weight: Tensor, plus_one: bool) -> Tensor:

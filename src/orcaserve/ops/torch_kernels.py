@@ -10,7 +10,8 @@ from torch import Tensor
 
 from orcaserve.ops.activation import ACTIVATIONS
 from orcaserve.ops.attention import attention, store_kv
-from orcaserve.ops.kernels import Part
+from orcaserve.ops.halves import ComposedAttention, ComposedMLP
+from orcaserve.ops.kernels import Heads, Linear, Part
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.linear import TileLinear, embedding
 from orcaserve.ops.norm import layer_norm, rms_norm
@@ -124,6 +125,23 @@ class TorchKernels:
     ) -> Tensor:
         by_head = q.unflatten(-1, (-1, cache.k.shape[3]))
         return attention(by_head, cache.k, cache.v, layout, scale=scale, window=window, softcap=softcap).flatten(1)
+
+    def attention_half(
+        self,
+        norm: Part | None,
+        qkv: Linear,
+        heads: Heads,
+        out: Linear,
+        out_norm: Part | None,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> ComposedAttention:
+        return ComposedAttention(self, norm, qkv, heads, out, out_norm, scale, window, softcap)
+
+    def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Part | None) -> ComposedMLP:
+        return ComposedMLP(norm, inner, down, out_norm)
 
     def kv_cache(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
