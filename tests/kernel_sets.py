@@ -19,15 +19,16 @@ TWIN_AND_BEST = ["torch", *BEST]
 NEEDS_NATIVE = pytest.mark.skipif(not BEST, reason="installed without native kernels")
 
 
-QUANTISED = [f"{isa} int8" for isa in instruction_sets()]
+BYTES = [f"{isa} int8" for isa in instruction_sets()]
+HALVES = [f"{isa} int4" for isa in instruction_sets()]
 
 
 @cache
 def make(name: str, threads: int = 1) -> Kernels:
     if name == "torch":
         return TorchKernels()
-    isa, _, quantised = name.partition(" ")
-    return NativeKernels(threads, isa, quantised=bool(quantised))
+    isa, _, quantization = name.partition(" ")
+    return NativeKernels(threads, isa, quantization=quantization or "none")
 
 
 def fill_cache(layer: Any, value: float) -> None:

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.hpp"
 #include "vec.hpp"
@@ -11,6 +12,7 @@ namespace orca {
 namespace ORCA_ISA {
 
 constexpr int kMostSegments = 64;
+constexpr int kMostGroup = 256;          // values that share a scale, of 4 bits
 constexpr int kRows = 6;                  // rows of a register tile
 constexpr std::int64_t kChunk = 16;       // panels that one piece of work takes
 constexpr std::int64_t kAhead = 8 * kRows;  // up to so many rows, memory is the limit and the next block is fetched early
@@ -119,11 +121,65 @@ void tile_of_bytes(const std::uint8_t* a, const std::int8_t* b, std::int64_t ste
     }
 }
 
+// The same of 4 bits: bytes a [steps][R][4] times `groups` groups of b, whose values stand 8 too high; below: -8 times the
+// sums of a row's groups. Half as wide, so that the sums of a group and of all groups both stay in registers.
+template <int R>
+void tile_of_halves(const std::int8_t* a, const std::uint8_t* b, std::int64_t groups, int group, const float* row_scales,
+                    std::int64_t row_stride, const std::int32_t* below, std::int64_t below_stride, float* out,
+                    Ahead ahead) {
+    constexpr int N = WIDE > 1 ? WIDE / 2 : 1;
+    const int pairs = group / 8;
+    for (int column = 0; column < 4; column += N) {
+        Vec totals[R][N];
+        ORCA_UNROLL for (int r = 0; r < R; ++r)
+            ORCA_UNROLL for (int j = 0; j < N; ++j) totals[r][j] = zero();
+        const std::int8_t* left = a;
+        const std::uint8_t* right = b + column * 64;
+        int due = 0;
+        for (std::int64_t g = 0; g < groups; ++g) {
+            Ints sums[R][N];
+            ORCA_UNROLL for (int r = 0; r < R; ++r)
+                ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = set_ints(below[r * below_stride + g]);
+            for (int s = 0; s < pairs; ++s, left += 2 * R * 4, right += kBlock * 4) {
+                if (column == 0) {
+                    for (due += 2 * ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
+                }
+                Halves lower[N], upper[N];
+                ORCA_UNROLL for (int j = 0; j < N; ++j) lower[j] = lower_halves(right + j * 64);
+                ORCA_UNROLL for (int j = 0; j < N; ++j) upper[j] = upper_halves(right + j * 64);
+                ORCA_UNROLL for (int r = 0; r < R; ++r) {
+                    const Four one = broadcast_four(reinterpret_cast<const std::uint8_t*>(left) + r * 4);
+                    ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = multiply_halves(lower[j], one, sums[r][j]);
+                }
+                ORCA_UNROLL for (int r = 0; r < R; ++r) {
+                    const Four one = broadcast_four(reinterpret_cast<const std::uint8_t*>(left) + (R + r) * 4);
+                    ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = multiply_halves(upper[j], one, sums[r][j]);
+                }
+            }
+            const bf16* scales = reinterpret_cast<const bf16*>(right - column * 64) + column * 16;
+            right += kBlock * 2;
+            ORCA_UNROLL for (int j = 0; j < N; ++j) {
+                const Vec scale = load_bf16(scales + j * 16);
+                ORCA_UNROLL for (int r = 0; r < R; ++r) totals[r][j] = fma(to_floats(sums[r][j]), scale, totals[r][j]);
+            }
+        }
+        ORCA_UNROLL for (int r = 0; r < R; ++r) {
+            const Vec scale = set1(row_scales[r * row_stride]);
+            ORCA_UNROLL for (int j = 0; j < N; ++j) store(out + r * kBlock + (column + j) * 16, totals[r][j] * scale);
+        }
+    }
+}
+
+// What weights of 8 and of 4 bits are multiplied with.
+using Byte = std::uint8_t;   // 128 above what it means
+using Signed = std::int8_t;
+
 // Packed activations: panels of up to six rows, [steps][rows][PAIR] each; of bytes with a scale per row and segment.
 template <class W>
 struct Left {
     W* data;
-    float* scales;  // [m][segments], of bytes
+    float* scales;        // [m][segments], of bytes
+    std::int32_t* below;  // [m][groups]: -8 times the sum of a row's group, of signed bytes
 };
 
 // Six rows at most against one block, over all of K, as a balanced tree over its segments. sums: room for [5][R][64].
@@ -133,16 +189,21 @@ void product(const Left<W>& a, std::int64_t row, const Packed& packed, std::int6
     constexpr std::int64_t P = pair_of<W>;
     const std::int64_t part = steps / packed.segments;
     const W* left = a.data + row * steps * P;
-    const char* right = static_cast<const char*>(packed.data) + block * steps * kBlock * P * sizeof(W);
+    const char* right = static_cast<const char*>(packed.data) + block * block_bytes(packed, steps * P, P);
     int depth = 0;
     for (int segment = 0; segment < packed.segments; ++segment) {
         const std::int64_t at = segment * part;
         float* out = sums + depth * R * kBlock;
-        if constexpr (sizeof(W) == 1) {
+        if constexpr (std::is_same_v<W, Byte>) {
             tile_of_bytes<R>(left + at * R * P, reinterpret_cast<const std::int8_t*>(right) + at * kBlock * P, part,
                              a.scales + row * packed.segments + segment, packed.segments,
                              packed.scales + segment * padded + block * kBlock,
                              packed.sums + segment * padded + block * kBlock, out, ahead.after(at));
+        } else if constexpr (std::is_same_v<W, Signed>) {
+            const std::int64_t groups = steps * P / packed.group, first = at * P / packed.group;
+            tile_of_halves<R>(left + at * R * P, reinterpret_cast<const std::uint8_t*>(right) + first * group_bytes(packed.group),
+                              part * P / packed.group, packed.group, a.scales + row * packed.segments + segment,
+                              packed.segments, a.below + row * groups + first, groups, out, ahead.after(at));
         } else {
             tile<W, R>(left + at * R * P, reinterpret_cast<const W*>(right) + at * kBlock * P, part, out, ahead.after(at));
         }
@@ -233,11 +294,14 @@ float row_scale(const T* x, std::int64_t n, float most) {
     return most / 127.0f + sum(strange);
 }
 
-// The same in bytes: a row's values in a segment by 127th parts of the greatest of them, and 128 up.
-template <class T>
-void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps, const Left<std::uint8_t>& left) {
-    std::uint8_t* panel = left.data + first * steps * 4;
+// The same in bytes: a row's values in a segment by 127th parts of the greatest of them.
+template <class T, class W>
+void make_panel_of_bytes(const Gemm& g, std::int64_t first, int rows, std::int64_t steps, const Left<W>& left) {
+    constexpr bool is_signed = std::is_same_v<W, Signed>;
+    W* panel = left.data + first * steps * 4;
     const std::int64_t part = steps / g.packed.segments * 4;
+    const std::int64_t groups = is_signed ? steps * 4 / g.packed.group : 0;
+    if (is_signed) std::fill(left.below + first * groups, left.below + (first + rows) * groups, 0);
     for (int r = 0; r < rows; ++r) {
         const T* row = static_cast<const T*>(g.a) + (first + r) * g.k;
         for (int segment = 0; segment < g.packed.segments; ++segment) {
@@ -250,11 +314,19 @@ void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps,
             const float most = largest(greatest);
             left.scales[(first + r) * g.packed.segments + segment] = row_scale(row + begin, n, most);
             const Vec per_part = set1(most > 0.0f ? 127.0f / most : 0.0f);
-            std::uint8_t* to = panel + (begin / 4 * rows + r) * 4;
+            W* to = panel + (begin / 4 * rows + r) * 4;
             for (std::int64_t i = 0; i < part; i += 16) {
                 std::uint8_t bytes[16];
                 store_bytes(bytes, (i < n ? load_some(row + begin + i, n - i) : zero()) * per_part);
                 const std::int64_t fours = std::min<std::int64_t>(4, (part - i) / 4);
+                if constexpr (is_signed) {
+                    for (std::uint8_t& byte : bytes) byte ^= 0x80;
+                    for (std::int64_t j = 0; j < fours; ++j) {
+                        const auto* four = reinterpret_cast<const std::int8_t*>(bytes) + j * 4;
+                        left.below[(first + r) * groups + (begin + i + j * 4) / g.packed.group] -=
+                            8 * (four[0] + four[1] + four[2] + four[3]);
+                    }
+                }
                 for (std::int64_t j = 0; j < fours; ++j, to += rows * 4) std::memcpy(to, bytes + j * 4, 4);
             }
         }
@@ -264,23 +336,30 @@ void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps,
 template <class T, class W>
 void gemm_of(Pool& pool, const Gemm& g) {
     constexpr std::int64_t P = pair_of<W>;
+    constexpr bool of_bytes = sizeof(W) == 1;
     if (g.m == 0) return;
-    const std::int64_t steps = ceil_div(g.k, P);
+    const std::int64_t steps = padded_depth(g.packed, g.k, P) / P;
     const std::int64_t blocks = ceil_div(g.n, g.gated ? kBlock / 2 : kBlock);
     const Panels panels(g.m);
     const std::size_t panel_bytes = ceil_div(g.m * steps * P * sizeof(W), 64) * 64;
-    const std::size_t scale_bytes = sizeof(W) == 1 ? g.m * g.packed.segments * sizeof(float) : 0;
-    char* scratch = static_cast<char*>(pool.shared(panel_bytes + scale_bytes));
-    const Left<W> left{reinterpret_cast<W*>(scratch), reinterpret_cast<float*>(scratch + panel_bytes)};
+    const std::size_t scale_bytes = of_bytes ? ceil_div(g.m * g.packed.segments * sizeof(float), 64) * 64 : 0;
+    const std::size_t below_bytes = std::is_same_v<W, Signed> ? g.m * (steps * P / g.packed.group) * sizeof(std::int32_t) : 0;
+    char* scratch = static_cast<char*>(pool.shared(panel_bytes + scale_bytes + below_bytes));
+    const Left<W> left{reinterpret_cast<W*>(scratch), reinterpret_cast<float*>(scratch + panel_bytes),
+                       reinterpret_cast<std::int32_t*>(scratch + panel_bytes + scale_bytes)};
     const std::int64_t at_once = std::max<std::int64_t>(1, 8192 / (steps * P));
     pool.run(static_cast<std::uint32_t>(ceil_div(panels.count, at_once)), [&](std::uint32_t item, int) {
         const std::int64_t end = std::min<std::int64_t>(panels.count, (item + 1) * at_once);
         for (std::int64_t p = item * at_once; p < end; ++p) {
-            make_panel<T>(g, panels.first(p), panels.rows(p), steps, left);
+            if constexpr (of_bytes) {
+                make_panel_of_bytes<T>(g, panels.first(p), panels.rows(p), steps, left);
+            } else {
+                make_panel<T>(g, panels.first(p), panels.rows(p), steps, left);
+            }
         }
     });
     const std::int64_t chunks = ceil_div(panels.count, kChunk);
-    const std::int64_t block_bytes = steps * kBlock * P * sizeof(W);
+    const std::int64_t size = block_bytes(g.packed, g.k, P);
     const int threads = pool.threads();
     pool.run(static_cast<std::uint32_t>(blocks * chunks), [&](std::uint32_t item, int) {
         const std::int64_t block = item / chunks, chunk = item % chunks;
@@ -288,11 +367,11 @@ void gemm_of(Pool& pool, const Gemm& g) {
         const std::int64_t begin = chunk * kChunk, end = std::min(panels.count, begin + kChunk);
         // The block that this thread will most likely get next, fetched bit by bit while it computes this one.
         const std::int64_t later = block + threads;
-        const char* next = later < blocks ? static_cast<const char*>(g.packed.data) + later * block_bytes
+        const char* next = later < blocks ? static_cast<const char*>(g.packed.data) + later * size
                                           : static_cast<const char*>(g.then) + (later - blocks) * g.then_block;
         const bool early = g.m <= kAhead && (later < blocks || g.then != nullptr);
         // Spread over the panels, so that memory is never idle.
-        const int lines = early ? static_cast<int>(ceil_div(block_bytes / steps, panels.count)) : 0;
+        const int lines = early ? static_cast<int>(ceil_div(size / steps, panels.count)) : 0;
         Ahead ahead{next, lines};
         for (std::int64_t p = begin; p < end; ++p, ahead = ahead.after(steps)) {
             product_of<W>(panels.rows(p), left, panels.first(p), g.packed, block, blocks * kBlock, steps, sums, ahead);
@@ -303,10 +382,10 @@ void gemm_of(Pool& pool, const Gemm& g) {
 
 template <class T>
 void gemm(Pool& pool, const Gemm& g) {
-    if (g.packed.format == Format::int8) {
-        gemm_of<T, std::uint8_t>(pool, g);
-    } else {
-        gemm_of<T, T>(pool, g);
+    switch (g.packed.format) {
+        case Format::plain: return gemm_of<T, T>(pool, g);
+        case Format::int8: return gemm_of<T, Byte>(pool, g);
+        case Format::int4: return gemm_of<T, Signed>(pool, g);
     }
 }
 
@@ -355,40 +434,100 @@ void pack_bytes(const Pack& w, std::int64_t row) {
     }
 }
 
+// A group's scale, and what each of its values becomes: the greatest in size is -8 or 7 scales, whichever comes nearer
+// to all of them.
+inline float halves_of(const float* x, int n, std::uint8_t* halves) {
+    float extreme = 0.0f;
+    for (int i = 0; i < n; ++i)
+        if (!(__builtin_fabsf(x[i]) <= __builtin_fabsf(extreme))) extreme = x[i];
+    float best = 0.0f, least = __builtin_inff();
+    for (const float steps : {-8.0f, 7.0f}) {
+        const float scale = widen(narrow(extreme / steps)), per_scale = scale != 0.0f ? 1.0f / scale : 0.0f;
+        std::uint8_t found[kMostGroup];
+        float error = 0.0f;
+        for (int i = 0; i < n; ++i) {
+            const float value = std::clamp(__builtin_rintf(x[i] * per_scale), -8.0f, 7.0f);
+            found[i] = static_cast<std::uint8_t>(static_cast<int>(value) + 8);
+            error += (value * scale - x[i]) * (value * scale - x[i]);
+        }
+        if (error < least) {
+            least = error;
+            best = scale;
+            std::copy(found, found + n, halves);
+        }
+    }
+    return best;
+}
+
+template <class T>
+void pack_halves(const Pack& w, std::int64_t row) {
+    const int group = w.packed.group;
+    const std::int64_t column = column_of(w.first + row, w.half);
+    std::uint8_t* block = static_cast<std::uint8_t*>(w.packed.data) + column / kBlock * block_bytes(w.packed, w.k, 1);
+    float values[kMostGroup] = {};
+    const auto store_group = [&](std::int64_t g) {
+        std::uint8_t halves[kMostGroup];
+        std::uint8_t* to = block + g * group_bytes(group);
+        const bf16 scale = narrow(halves_of(values, group, halves));
+        std::memcpy(to + group / 8 * kBlock * 4 + column % kBlock * 2, &scale, 2);
+        for (int i = 0; i < group; i += 8)
+            for (int j = 0; j < 4; ++j) {
+                to[i / 8 * kBlock * 4 + column % kBlock * 4 + j] = static_cast<std::uint8_t>(halves[i + j] | halves[i + 4 + j] << 4);
+            }
+        std::fill(values, values + group, 0.0f);
+    };
+    each_value<T>(w, row, [&](std::int64_t k, T value) {
+        values[k % group] = Type<T>::to(value);
+        if (k % group == group - 1 || k == w.k - 1) store_group(k / group);
+    });
+}
+
 template <class T>
 void pack(Pool& pool, const Pack& w) {
     pool.run(static_cast<std::uint32_t>(ceil_div(w.rows, 16)), [&](std::uint32_t item, int) {
         const std::int64_t end = std::min<std::int64_t>(w.rows, (item + 1) * 16);
         for (std::int64_t row = item * 16; row < end; ++row) {
-            if (w.packed.format == Format::int8) {
-                pack_bytes<T>(w, row);
-            } else {
-                pack_plain<T>(w, row);
+            switch (w.packed.format) {
+                case Format::plain: pack_plain<T>(w, row); break;
+                case Format::int8: pack_bytes<T>(w, row); break;
+                case Format::int4: pack_halves<T>(w, row); break;
             }
         }
     });
 }
 
+// One value of packed weights; block: that of the column.
+template <class T>
+T value_at(const Packed& w, const char* block, std::int64_t n, std::int64_t depth, std::int64_t column, std::int64_t k) {
+    constexpr std::int64_t P = pair_of<T>;
+    const std::int64_t own = column % kBlock;
+    switch (w.format) {
+        case Format::plain: return reinterpret_cast<const T*>(block)[k / P * kBlock * P + own * P + k % P];
+        case Format::int8: {
+            const float scale = w.scales[k / (depth / w.segments) * ceil_div(n, kBlock) * kBlock + column];
+            return Type<T>::from(static_cast<float>(reinterpret_cast<const std::int8_t*>(block)[k / 4 * kBlock * 4 + own * 4 + k % 4]) * scale);
+        }
+        case Format::int4: {
+            const char* group = block + k / w.group * group_bytes(w.group);
+            const std::int64_t i = k % w.group;
+            const auto byte = static_cast<std::uint8_t>(group[i / 8 * kBlock * 4 + own * 4 + i % 4]);
+            bf16 scale;
+            std::memcpy(&scale, group + w.group / 8 * kBlock * 4 + own * 2, 2);
+            return Type<T>::from(static_cast<float>((i % 8 < 4 ? byte & 15 : byte >> 4) - 8) * widen(scale));
+        }
+    }
+    return {};
+}
+
 template <class T>
 void gather(Pool& pool, const Gather& g) {
-    const bool bytes = g.packed.format == Format::int8;
-    const std::int64_t P = bytes ? 4 : pair_of<T>, steps = ceil_div(g.k, P);
-    const std::int64_t padded = ceil_div(g.n, kBlock) * kBlock, part = steps / g.packed.segments * P;
+    const std::int64_t depth = padded_depth(g.packed, g.k, pair_of<T>), size = block_bytes(g.packed, g.k, pair_of<T>);
     pool.run(static_cast<std::uint32_t>(ceil_div(g.m, 16)), [&](std::uint32_t item, int) {
         const std::int64_t end = std::min<std::int64_t>(g.m, (item + 1) * 16);
         for (std::int64_t i = item * 16; i < end; ++i) {
-            const std::int64_t column = g.ids[i];
-            const std::int64_t first = column / kBlock * steps * kBlock * P + column % kBlock * P;
             T* to = static_cast<T*>(g.out) + i * g.k;
-            for (std::int64_t k = 0; k < g.k; ++k) {
-                const std::int64_t at = first + k / P * kBlock * P + k % P;
-                if (bytes) {
-                    const float scale = g.packed.scales[k / part * padded + column];
-                    to[k] = Type<T>::from(static_cast<float>(static_cast<const std::int8_t*>(g.packed.data)[at]) * scale);
-                } else {
-                    to[k] = static_cast<const T*>(g.packed.data)[at];
-                }
-            }
+            const char* block = static_cast<const char*>(g.packed.data) + g.ids[i] / kBlock * size;
+            for (std::int64_t k = 0; k < g.k; ++k) to[k] = value_at<T>(g.packed, block, g.n, depth, g.ids[i], k);
         }
     });
 }

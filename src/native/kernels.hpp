@@ -6,6 +6,8 @@
 // Packed weights [N, K]: blocks of 64 columns, each [K / PAIR][64][PAIR], with PAIR = 2 for bfloat16 and 1 for float32;
 // columns and values past the end are zero. A gated pair has 32 columns of the gate and 32 of the other in each block.
 // Weights of 8 bits have PAIR = 4; every column has a scale for each segment of K, and is symmetric about zero.
+// Weights of 4 bits: every group of values along K is [group / 8][64][4] bytes, the lower half of a byte a value of the
+// first four, the upper half its like of the next four, each 8 above what it means; then bfloat16 scales [64].
 //
 // KV caches: groups of 16 slots (slot = block * block_size + offset, block_size a multiple of 16), for every group and
 // head: keys as [d / PAIR][16][PAIR], values as [16 / PAIR][D][PAIR], where D is d rounded up to 16.
@@ -24,8 +26,8 @@ constexpr std::int64_t kBlock = 64;   // columns of a block of packed weights
 constexpr std::int64_t kGroup = 16;   // slots of a group of the caches
 constexpr std::int64_t kSpan = 128;   // positions that attention reduces at once
 
-// Weights in the dtype of the activations, or of 8 bits, whose activations are brought to 8 bits row by row.
-enum class Format : int { plain, int8 };
+// Weights in the dtype of the activations, or of 8 or 4 bits, whose activations are brought to 8 bits row by row.
+enum class Format : int { plain, int8, int4 };
 
 // Packed weights as they lie in memory.
 struct Packed {
@@ -33,6 +35,7 @@ struct Packed {
     float* scales;       // [segments][columns, padded], of 8 bits; else null
     std::int32_t* sums;  // [segments][columns, padded]: 128 times the sum of a column
     Format format;
+    int group;     // values along K that share a scale, a multiple of 8, of 4 bits
     int segments;  // K is cut into as many equal parts, whose sums are added as a balanced tree; 1 or a power of two
 };
 
@@ -124,6 +127,22 @@ struct Vocabulary {
     double* masses;     // sums of e ** (logit - peak)
 };
 
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Bytes of a group of 4-bit weights in a block.
+constexpr std::int64_t group_bytes(int group) { return group / 8 * kBlock * 4 + kBlock * 2; }
+
+// Values along K that a block has room for, and the bytes of a block. pair: of the dtype, of plain weights.
+constexpr std::int64_t padded_depth(const Packed& w, std::int64_t k, std::int64_t pair) {
+    const std::int64_t multiple = w.format == Format::int4 ? w.group : w.format == Format::int8 ? 4 : pair;
+    return ceil_div(k, multiple) * multiple;
+}
+constexpr std::int64_t block_bytes(const Packed& w, std::int64_t k, std::int64_t pair) {
+    const std::int64_t depth = padded_depth(w, k, pair);
+    if (w.format == Format::int4) return depth / w.group * group_bytes(w.group);
+    return depth * kBlock * (w.format == Format::int8 ? 1 : 4 / pair);
+}
+
 struct Kernels {
     const char* name;
     bool (*supported)();
@@ -136,7 +155,5 @@ struct Kernels {
     void (*peaks)(Pool&, const Vocabulary&);
     void (*masses)(Pool&, const Vocabulary&);
 };
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace orca

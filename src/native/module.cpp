@@ -47,23 +47,22 @@ constexpr std::int64_t value_bytes(Dtype dtype) { return dtype == Dtype::bf16 ? 
 // Packed weights of [n, k]; of two such matrices, if gated.
 class Matrix {
 public:
-    Matrix(Dtype dtype, Format format, std::int64_t n, std::int64_t k, bool gated, int segments)
-        : dtype(dtype), n(n), k(k), gated(gated), format_(format), segments_(segments),
+    // group: of 4-bit weights; of others it means nothing.
+    Matrix(Dtype dtype, Format format, std::int64_t n, std::int64_t k, bool gated, int group, int segments)
+        : dtype(dtype), n(n), k(k), gated(gated), shape_(checked(dtype, format, k, group, segments)),
           padded_(ceil_div(n, gated ? kBlock / 2 : kBlock) * kBlock), data_(padded_ / kBlock * block_bytes()),
-          scales_(format == Format::plain ? 0 : segments * padded_ * sizeof(float)),
-          sums_(format == Format::plain ? 0 : segments * padded_ * sizeof(std::int32_t)) {
-        if (segments < 1 || segments > 64 || (segments & (segments - 1)) != 0 || k % (segments * pair()) != 0) {
-            if (segments != 1) throw std::invalid_argument("K cannot be cut into so many segments");
-        }
-    }
+          scales_(format == Format::int8 ? segments * padded_ * sizeof(float) : 0),
+          sums_(format == Format::int8 ? segments * padded_ * sizeof(std::int32_t) : 0) {}
 
-    std::int64_t pair() const { return format_ == Format::int8 ? 4 : dtype == Dtype::bf16 ? 2 : 1; }
     std::int64_t value_bytes() const { return orca::value_bytes(dtype); }
-    std::int64_t block_bytes() const { return kBlock * ceil_div(k, pair()) * 4; }
+    std::int64_t block_bytes() const { return orca::block_bytes(shape_, k, pair(dtype)); }
     std::size_t bytes() const { return data_.bytes() + scales_.bytes() + sums_.bytes(); }
     Packed packed() const {
-        return {data_.data(), static_cast<float*>(scales_.data()), static_cast<std::int32_t*>(sums_.data()), format_,
-                segments_};
+        Packed out = shape_;
+        out.data = data_.data();
+        out.scales = static_cast<float*>(scales_.data());
+        out.sums = static_cast<std::int32_t*>(sums_.data());
+        return out;
     }
 
     const Dtype dtype;
@@ -71,8 +70,21 @@ public:
     const bool gated;
 
 private:
-    const Format format_;
-    const int segments_;
+    static std::int64_t pair(Dtype dtype) { return dtype == Dtype::bf16 ? 2 : 1; }
+
+    // What describes the packing, still without memory.
+    static Packed checked(Dtype dtype, Format format, std::int64_t k, int group, int segments) {
+        if (format == Format::int4 && (group < 8 || group > 256 || group % 8 != 0))
+            throw std::invalid_argument("a group has a multiple of 8 values, 256 at most");
+        const Packed shape{nullptr, nullptr, nullptr, format, group, segments};
+        const bool fits = segments >= 1 && segments <= 64 && (segments & (segments - 1)) == 0 &&
+                          k == padded_depth(shape, k, pair(dtype)) && k % segments == 0 &&
+                          k / segments == padded_depth(shape, k / segments, pair(dtype));
+        if (segments != 1 && !fits) throw std::invalid_argument("K cannot be cut into so many segments");
+        return shape;
+    }
+
+    const Packed shape_;
     const std::int64_t padded_;
     const Buffer data_, scales_, sums_;
 };
@@ -289,7 +301,7 @@ NB_MODULE(_native, m) {
     using namespace orca;
     const auto free = nb::call_guard<nb::gil_scoped_release>();
     nb::enum_<Dtype>(m, "Dtype").value("f32", Dtype::f32).value("bf16", Dtype::bf16);
-    nb::enum_<Format>(m, "Format").value("plain", Format::plain).value("int8", Format::int8);
+    nb::enum_<Format>(m, "Format").value("plain", Format::plain).value("int8", Format::int8).value("int4", Format::int4);
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const Kernels* kernels : kAll)
@@ -297,8 +309,8 @@ NB_MODULE(_native, m) {
         return names;
     }, "Names of the instruction sets that this machine runs, best first.");
     nb::class_<Matrix>(m, "Matrix")
-        .def(nb::init<Dtype, Format, std::int64_t, std::int64_t, bool, int>(), "dtype"_a, "format"_a, "n"_a, "k"_a,
-             "gated"_a, "segments"_a)
+        .def(nb::init<Dtype, Format, std::int64_t, std::int64_t, bool, int, int>(), "dtype"_a, "format"_a, "n"_a, "k"_a,
+             "gated"_a, "group"_a, "segments"_a)
         .def_ro("n", &Matrix::n)
         .def_ro("k", &Matrix::k)
         .def_prop_ro("nbytes", &Matrix::bytes);

@@ -275,6 +275,9 @@ struct Type<bf16> {
 };
 
 // --- products of bytes: sixteen sums of four products each; exact in whatever order ---
+//
+// multiply_bytes: activations from 0 to 255 with weights from -127 to 127; multiply_halves: activations from -127 to 127
+// with weights from 0 to 15.
 
 #if defined(__AVX512F__)
 struct Ints {
@@ -310,6 +313,24 @@ inline Ints multiply_bytes(Four a, const std::int8_t* b, Ints c) {
     return {_mm512_add_epi32(c.v, _mm512_add_epi32(even, odd))};
 #endif
 }
+struct Halves {  // 64 bytes whose lower halves are values in [0, 15]
+    __m512i v;
+};
+inline Halves lower_halves(const std::uint8_t* p) {
+    return {_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(15))};
+}
+inline Halves upper_halves(const std::uint8_t* p) {
+    return {_mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(p), 4), _mm512_set1_epi8(15))};
+}
+inline Ints multiply_halves(Halves w, Four a, Ints c) {
+#if defined(__AVX512VNNI__)
+    asm("vpdpbusd %2, %1, %0" : "+v"(c.v) : "v"(w.v), "v"(a.v));
+    return c;
+#else
+    return {_mm512_add_epi32(c.v, _mm512_madd_epi16(_mm512_maddubs_epi16(w.v, a.v), _mm512_set1_epi16(1)))};
+#endif
+}
+inline Ints set_ints(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
 #elif defined(__AVX2__)
 struct Ints {
     __m256i a, b;
@@ -345,6 +366,26 @@ inline __m256i multiply_bytes_half(__m256i a, const std::int8_t* b, __m256i c) {
 inline Ints multiply_bytes(Four a, const std::int8_t* b, Ints c) {
     return {multiply_bytes_half(a.v, b, c.a), multiply_bytes_half(a.v, b + 32, c.b)};
 }
+struct Halves {
+    __m256i a, b;
+};
+inline Halves lower_halves(const std::uint8_t* p) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    const auto* from = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_and_si256(_mm256_loadu_si256(from), mask), _mm256_and_si256(_mm256_loadu_si256(from + 1), mask)};
+}
+inline Halves upper_halves(const std::uint8_t* p) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    const auto* from = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256(from), 4), mask),
+            _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256(from + 1), 4), mask)};
+}
+inline Ints multiply_halves(Halves w, Four a, Ints c) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(c.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, a.v), ones)),
+            _mm256_add_epi32(c.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, a.v), ones))};
+}
+inline Ints set_ints(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 #else
 struct Ints {
     ints16 v;
@@ -375,6 +416,25 @@ inline Ints multiply_bytes(Four a, const std::int8_t* b, Ints c) {
     }
     return c;
 }
+struct Halves {
+    std::uint8_t at[64];
+};
+inline Halves lower_halves(const std::uint8_t* p) {
+    Halves out;
+    for (int i = 0; i < 64; ++i) out.at[i] = p[i] & 15;
+    return out;
+}
+inline Halves upper_halves(const std::uint8_t* p) {
+    Halves out;
+    for (int i = 0; i < 64; ++i) out.at[i] = p[i] >> 4;
+    return out;
+}
+inline Ints multiply_halves(const Halves& w, Four a, Ints c) {
+    for (int lane = 0; lane < 16; ++lane)
+        for (int i = 0; i < 4; ++i) c.v[lane] += w.at[lane * 4 + i] * static_cast<std::int8_t>(a.at[i]);
+    return c;
+}
+inline Ints set_ints(std::int32_t x) { return {ints16{} + x}; }
 #endif
 
 // How many vectors side by side a product's register tile has: the accumulators must fit the registers.

@@ -50,10 +50,10 @@ def engine_options(command: Any) -> Any:
         click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use."),
         click.option(
             "--quantization",
-            type=click.Choice(["none", "int8"]),
+            type=click.Choice(["none", "int8", "int4"]),
             default="none",
             show_default=True,
-            help="Keep weights in 8 bits: half the memory traffic.",
+            help="Keep weights in 8 or 4 bits: a half or a third of the memory traffic.",
         ),
         click.option(
             "--kernels", default="auto", show_default=True, help="auto, torch, or an instruction set: avx2, portable, …"

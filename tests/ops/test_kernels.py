@@ -73,7 +73,7 @@ def brought_to_bytes(x: torch.Tensor, segments: int) -> torch.Tensor:
     return (whole.double() * (most / 127.0).double()).flatten(1)
 
 
-@pytest.mark.parametrize("name", kernel_sets.QUANTISED)
+@pytest.mark.parametrize("name", kernel_sets.BYTES)
 @both_dtypes
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
@@ -118,6 +118,58 @@ def test_linear_of_bytes(name, dtype, threads, k, sizes, cut, segments):
     assert not found[[3, 5]].isfinite().any()
     others = [r for r in range(120) if r not in (3, 5)]
     assert torch.equal(found[others], whole[others])
+
+
+@pytest.mark.parametrize("name", kernel_sets.HALVES)
+@both_dtypes
+@pytest.mark.parametrize(
+    ("k", "sizes", "cut", "segments"),
+    [
+        (64, [48], False, 1),
+        (1024, [96, 200, 5], False, 4),
+        (3072, [64], True, 8),
+        (38, [130], True, 1),
+        (80, [70], True, 1),
+        (96, [70], False, 1),
+    ],
+)
+def test_linear_of_halves(name, dtype, k, sizes, cut, segments):
+    """Against float64 on the weights as they were kept, which `rows` tells, and activations on the very same bytes."""
+    kernels = kernel_sets.make(name)
+    x = draw(k, 120, k, dtype=dtype) * torch.logspace(-3, 3, 120)[:, None].to(dtype)
+    x[7] = 0
+    weights = [draw(i, n, k, dtype=dtype) / k**0.5 for i, n in enumerate(sizes)]
+    weights[0][3] = 0
+    linear = kernels.linear(weights, [None] * len(sizes), cut=cut)
+    whole = linear(x)
+    kept = [kernels.linear([w.float()], [None], cut=cut).rows(torch.arange(len(w))) for w in weights]
+    wanted = brought_to_bytes(x, segments) @ torch.cat(kept).double().T
+    error = (whole.double() - wanted).abs() / wanted.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    assert error.max() < (1e-5 if dtype == torch.float32 else 4e-3)
+    for weight, copy in zip(weights, kept, strict=True):
+        for group in range(0, k, 32):
+            w, c = weight[:, group : group + 32].float(), copy[:, group : group + 32]
+            # a scale is at most a 7th of the greatest, and with -8 of them the opposite end is a whole one off
+            assert ((w - c).abs() <= w.abs().amax(1, keepdim=True) * 0.145).all()
+            assert (w - c).norm() <= 0.12 * w.norm()
+    for rows in company(120, k):
+        assert torch.equal(linear(x[[r % 120 for r in rows]]), whole[[r % 120 for r in rows]])
+    assert torch.equal(kernel_sets.make(name, 3).linear(weights, [None] * len(sizes), cut=cut)(x), whole)
+    gated = kernels.gated(weights[0], weights[0].flip(0), None, None, "silu")
+    if not cut:
+        first = linear(x)[:, : sizes[0]].double()
+        off = gated(x).double() - functional.silu(first) * first.flip(1)
+        assert off.norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * gated(x).double().norm()
+    strange = x.clone()
+    strange[3, k // 2], strange[5, 0] = torch.nan, torch.inf
+    found = linear(strange)
+    assert not found[[3, 5]].isfinite().any()
+    others = [r for r in range(120) if r not in (3, 5)]
+    assert torch.equal(found[others], whole[others])
+    assert torch.equal(
+        kernels.linear(weights, [None] * len(sizes), wide=True)(x),
+        kernel_sets.make(name.replace("int4", "int8")).linear(weights, [None] * len(sizes), wide=True)(x),
+    )
 
 
 @every_set

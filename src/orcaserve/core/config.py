@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 Dtype = Literal["auto", "bfloat16", "float32"]
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "int4"]
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,7 +20,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     depth: batches in flight (pipeline stages; 1 on one device).
     threads: compute threads; None: as many as the process may use.
     backend: "native" (our decoder), "transformers" (the optional backend), "auto" (native where there is one).
-    quantization: what linear maps are kept in: "none" (the dtype), or "int8" (made of the checkpoint while it loads).
+    quantization: what linear maps are kept in: "none" (the dtype), or "int8" or "int4" (made while it loads).
     kernels: "auto" (the best native kernels that the machine runs), "torch" (operators of torch), or the name of an
         instruction set.
     check: verify the scheduler's invariants after every step.

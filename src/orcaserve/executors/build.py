@@ -101,7 +101,7 @@ def make_kernels(wish: str, quantization: Quantization, threads: int) -> Kernels
         raise ModelError(f"this machine has no kernels for {wish}; there are {', '.join([*known, 'torch'])}")
     # What torch still does is small, and its threads would only stand in the way of ours.
     torch.set_num_threads(1)
-    return NativeKernels(threads, None if wish == "auto" else wish, quantised=quantization == "int8")
+    return NativeKernels(threads, None if wish == "auto" else wish, quantization=quantization)
 
 
 def numerics_profile(kernels: str, dtype: str, backend: str) -> str:

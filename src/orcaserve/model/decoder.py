@@ -161,7 +161,7 @@ def _stage_bytes(config: ModelConfig, needed: dict[str, TensorSpec], dtype: torc
     for key, spec in needed.items():
         looked_up = key == "positions.weight" or (key == "embed.weight" and not config.tied)
         if len(spec.shape) == 2 and not looked_up and ".router." not in key:
-            total += kernels.weight_bytes(*spec.shape, dtype)
+            total += kernels.weight_bytes(*spec.shape, dtype, wide=key in ("embed.weight", "head.weight"))
         else:
             total += spec.num_values * dtype.itemsize
     return total

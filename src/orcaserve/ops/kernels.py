@@ -147,8 +147,8 @@ class Kernels(Protocol):
         """One layer's cache. Its memory is taken when it is written to."""
         ...
 
-    def weight_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
-        """Memory of a linear map's weight [n, k]."""
+    def weight_bytes(self, n: int, k: int, dtype: torch.dtype, *, wide: bool = False) -> int:
+        """Memory of a linear map's weight [n, k]; wide: of the output matrix."""
         ...
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

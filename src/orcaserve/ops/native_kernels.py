@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from orcaserve.core.config import Quantization
 from orcaserve.ops.kernels import Part
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.rotary import Rotary
@@ -22,6 +23,9 @@ try:
 except ImportError:  # installed without a compiler
     _native = None
 
+Format = Literal["plain", "int8", "int4"]
+
+GROUP = 32  # values of a column that share a scale, in 4 bits
 VERSION = 3  # changes whenever the bits of a kernel do
 _CUT = 8  # segments of K where tensor parallelism may cut it
 _SHORTEST = 256  # values of a row that share a scale, where activations are brought to 8 bits
@@ -38,10 +42,13 @@ def instruction_sets() -> list[str]:
     return [] if _native is None else _native.instruction_sets()
 
 
-def _segments(k: int, pair: int, cut: bool, quantised: bool) -> int:
-    """Into how many parts K is summed apart: each has scales of its own, where there are any."""
+def _segments(k: int, multiple: int, cut: bool, quantised: bool) -> int:
+    """Into how many parts K is summed apart, each of a multiple of so many values.
+
+    Where activations are brought to 8 bits, each has scales of its own.
+    """
     wanted = _CUT if cut else max(1, k // _SHORTEST) if quantised else 1
-    return next((n for n in (8, 4, 2) if n <= wanted and k % (n * pair) == 0), 1)
+    return next((n for n in (8, 4, 2) if n <= wanted and k % (n * multiple) == 0), 1)
 
 
 def _dtype(dtype: torch.dtype) -> Any:
@@ -69,7 +76,7 @@ class _Weights:
     """
 
     def __init__(
-        self, engine: Any, parts: Sequence[tuple[Tensor, Tensor | None, int]], cut: bool, quantised: bool
+        self, engine: Any, parts: Sequence[tuple[Tensor, Tensor | None, int]], cut: bool, format: Format
     ) -> None:
         first, _, half = parts[0]
         k, width = first.shape[1], 32 if half else 64
@@ -77,14 +84,15 @@ class _Weights:
             raise ValueError(f"weights of other widths beside weights of {k} columns")
         self.dtype, self.k = first.dtype, k
         self.n = first.shape[0] if half else sum(weight.shape[0] for weight, _, _ in parts)
-        pair = 4 if quantised else _pair(self.dtype)
+        multiple = {"plain": _pair(self.dtype), "int8": 4, "int4": GROUP}[format]
         self.matrix = _native.Matrix(
             dtype=_dtype(self.dtype),
-            format=_native.Format.int8 if quantised else _native.Format.plain,
+            format=getattr(_native.Format, format),
             n=self.n,
             k=k,
             gated=bool(half),
-            segments=_segments(k, pair, cut, quantised),
+            group=GROUP,
+            segments=_segments(k, multiple, cut, format != "plain"),
         )
         bias = torch.zeros((2 if half else 1, -(-self.n // width) * width))
         at = 0
@@ -259,19 +267,20 @@ class NativeKernels:
     """`Kernels` of one instruction set on a pool of its own threads.
 
     isa: one of `instruction_sets()`. Raises ValueError for another.
-    quantised: weights are kept in 8 bits, with a scale for each column and segment of K, and activations brought to 8
-        bits row by row; everything else stays as it is.
+    quantization: "int8" keeps weights in 8 bits, with a scale for each column and segment of K; "int4" in 4 bits, with
+        a scale for every GROUP values of a column, but the output matrix in 8. Activations are brought to 8 bits row by
+        row where they meet such weights; everything else stays as it is.
     """
 
     block_multiple = 16
 
-    def __init__(self, threads: int, isa: str | None = None, *, quantised: bool = False) -> None:
+    def __init__(self, threads: int, isa: str | None = None, *, quantization: Quantization = "none") -> None:
         known = instruction_sets()
         if not known or (isa is not None and isa not in known):
             raise ValueError(f"there are no native kernels for {isa or 'this machine'}")
         self._engine = _native.Engine(isa or known[0], threads)
-        self._quantised = quantised
-        self.name = f"native-{VERSION}-{self._engine.isa}" + ("-int8" if quantised else "")
+        self._quantization = quantization
+        self.name = f"native-{VERSION}-{self._engine.isa}" + ("" if quantization == "none" else f"-{quantization}")
 
     def linear(
         self,
@@ -285,14 +294,14 @@ class NativeKernels:
     ) -> NativeLinear:
         parts = [(weight, bias, 0) for weight, bias in zip(weights, biases, strict=True)]
         return NativeLinear(
-            self._engine, _Weights(self._engine, parts, cut, self._quantised and not exact), activation, wide
+            self._engine, _Weights(self._engine, parts, cut, self._format(wide, exact)), activation, wide
         )
 
     def gated(
         self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
     ) -> Part:
         parts = [(gate, gate_bias, 1), (up, up_bias, 2)]
-        return NativeLinear(self._engine, _Weights(self._engine, parts, False, self._quantised), activation, wide=False)
+        return NativeLinear(self._engine, _Weights(self._engine, parts, False, self._format()), activation, wide=False)
 
     def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part:
         factor = _factor(weight, plus_one)
@@ -363,11 +372,19 @@ class NativeKernels:
         native = _native.Cache(_dtype(dtype), num_blocks * block_size, num_kv_heads, head_dim)
         return NativeCache(native, num_kv_heads, head_dim, dtype)
 
-    def weight_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
-        if not self._quantised:
-            return n * k * dtype.itemsize
-        # a scale and a sum of four bytes for each column and segment; most matrices are not cut
-        return n * k + 8 * n * _segments(k, 4, False, True)
+    def _format(self, wide: bool = False, exact: bool = False) -> Format:
+        if exact or self._quantization == "none":
+            return "plain"
+        return "int8" if wide else self._quantization
+
+    def weight_bytes(self, n: int, k: int, dtype: torch.dtype, *, wide: bool = False) -> int:
+        match self._format(wide):
+            case "plain":
+                return n * k * dtype.itemsize
+            case "int8":  # a scale and a sum of four bytes for each column and segment; most matrices are not cut
+                return n * k + 8 * n * _segments(k, 4, False, True)
+            case "int4":
+                return n * -(-k // GROUP) * (GROUP // 2 + 2)
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return num_kv_heads * (head_dim + -(-head_dim // 16) * 16) * dtype.itemsize

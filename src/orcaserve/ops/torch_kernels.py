@@ -150,7 +150,7 @@ class TorchKernels:
         # left as it comes: nothing reads a slot before its own request has written it
         return TorchCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
 
-    def weight_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
+    def weight_bytes(self, n: int, k: int, dtype: torch.dtype, *, wide: bool = False) -> int:
         return n * k * dtype.itemsize
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
