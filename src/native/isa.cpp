@@ -1,6 +1,6 @@
 // All kernels in the instruction set of this translation unit, which is compiled once for each of them.
 #include "attention.hpp"
-#include "vocabulary.hpp"
+#include "sampling.hpp"
 
 #define ORCA_NAME_(x) #x
 #define ORCA_NAME(x) ORCA_NAME_(x)
@@ -44,7 +44,8 @@ const Kernels kernels = {
     ORCA_BOTH(heads, Heads),
     ORCA_BOTH(attention, Attention),
     peaks,
-    masses,
+    draw,
+    logprobs,
 };
 
 }  // namespace ORCA_ISA

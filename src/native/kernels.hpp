@@ -119,12 +119,46 @@ struct Attention {
 };
 
 // Over each row of logits [rows, vocab].
-struct Vocabulary {
+struct Peaks {
     const float* logits;
     std::int64_t rows, vocab;
     float* peaks;       // the greatest of each row; NaN if the row has one
     std::int64_t* ids;  // the lowest id that has it
-    double* masses;     // sums of e ** (logit - peak)
+};
+
+// How the token of one row is drawn; ops/draw.py says what the words mean, and has this layout as a numpy dtype.
+struct Draw {
+    std::int64_t row;
+    std::int64_t first, count;  // its changes: the first of them, and how many
+    std::int64_t top_k;         // 0: no limit
+    std::uint64_t key;          // of the noise
+    double top_p;
+    float temperature;  // 0: the greatest score
+    float least;        // log(min_p): scaled scores below it are left out
+};
+
+struct Draws {
+    float* logits;  // [rows, vocab]; the changed scores stand in it while the call lasts
+    std::int64_t vocab;
+    const Draw* draws;
+    std::int64_t count;
+    const std::int64_t* ids;  // of the changed scores; a row has no id twice
+    const float* scores;
+    std::int64_t* tokens;  // [count]; -1 where the greatest score is not finite
+};
+
+// log(softmax) of tokens, their ranks (from 1), and the greatest of their rows, ties to the lower id.
+struct Logprobs {
+    const float* logits;  // [., vocab]
+    std::int64_t vocab;
+    const std::int64_t* rows;  // [count]: which of them
+    const float* peaks;        // [.]
+    const std::int64_t* tokens;
+    std::int64_t count, top;
+    float* own;            // [count]
+    std::int64_t* ranks;   // [count]
+    std::int64_t* ids;     // [count, top]
+    float* logprobs;       // [count, top]
 };
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -152,8 +186,9 @@ struct Kernels {
     void (*norm)(Pool&, Dtype, const Norm&);
     void (*heads)(Pool&, Dtype, const Heads&);
     void (*attention)(Pool&, Dtype, const Attention&);
-    void (*peaks)(Pool&, const Vocabulary&);
-    void (*masses)(Pool&, const Vocabulary&);
+    void (*peaks)(Pool&, const Peaks&);
+    void (*draw)(Pool&, const Draws&);
+    void (*logprobs)(Pool&, const Logprobs&);
 };
 
 }  // namespace orca

@@ -228,11 +228,20 @@ public:
     }
 
     void peaks(Address logits, std::int64_t rows, std::int64_t vocab, Address peaks, Address ids) {
-        kernels_->peaks(pool_, {read<float>(logits), rows, vocab, write<float>(peaks), write<std::int64_t>(ids), nullptr});
+        kernels_->peaks(pool_, {read<float>(logits), rows, vocab, write<float>(peaks), write<std::int64_t>(ids)});
     }
 
-    void masses(Address logits, std::int64_t rows, std::int64_t vocab, Address peaks, Address masses) {
-        kernels_->masses(pool_, {read<float>(logits), rows, vocab, write<float>(peaks), nullptr, write<double>(masses)});
+    void draw(Address logits, std::int64_t vocab, Address draws, std::int64_t count, Address ids, Address scores,
+              Address tokens) {
+        kernels_->draw(pool_, {write<float>(logits), vocab, read<Draw>(draws), count, read<std::int64_t>(ids),
+                               read<float>(scores), write<std::int64_t>(tokens)});
+    }
+
+    void logprobs(Address logits, std::int64_t vocab, Address rows, Address peaks, Address tokens, std::int64_t count,
+                  std::int64_t top, Address own, Address ranks, Address ids, Address logprobs) {
+        kernels_->logprobs(pool_, {read<float>(logits), vocab, read<std::int64_t>(rows), read<float>(peaks),
+                                   read<std::int64_t>(tokens), count, top, write<float>(own),
+                                   write<std::int64_t>(ranks), write<std::int64_t>(ids), write<float>(logprobs)});
     }
 
 private:
@@ -365,5 +374,6 @@ NB_MODULE(_native, m) {
         .def("attention_half", &Engine::attention_half, free)
         .def("mlp_half", &Engine::mlp_half, free)
         .def("peaks", &Engine::peaks, free)
-        .def("masses", &Engine::masses, free);
+        .def("draw", &Engine::draw, free)
+        .def("logprobs", &Engine::logprobs, free);
 }

@@ -51,6 +51,8 @@ inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEARES
 inline Vec where_ge(Vec x, Vec y, Vec a, Vec b) {
     return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, y.v, _CMP_GE_OQ), b.v, a.v)};
 }
+// One bit for each lane, the first lane's the lowest: x >= y
+inline unsigned at_least(Vec x, Vec y) { return _mm512_cmp_ps_mask(x.v, y.v, _CMP_GE_OQ); }
 // a in the lanes [0, n), else b
 inline Vec first(int n, Vec a, Vec b) {
     const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);
@@ -106,6 +108,11 @@ inline Vec round(Vec x) {
 inline Vec where_ge(Vec x, Vec y, Vec a, Vec b) {
     return {_mm256_blendv_ps(b.a, a.a, _mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ)),
             _mm256_blendv_ps(b.b, a.b, _mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ))};
+}
+inline unsigned at_least(Vec x, Vec y) {
+    const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GE_OQ));
+    const int high = _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GE_OQ));
+    return static_cast<unsigned>(low | high << 8);
 }
 inline Vec first(int n, Vec x, Vec y) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -170,6 +177,12 @@ inline Vec round(Vec a) {
     return {(a.v + shift) - shift};
 }
 inline Vec where_ge(Vec x, Vec y, Vec a, Vec b) { return {pick(x.v >= y.v, a.v, b.v)}; }
+inline unsigned at_least(Vec x, Vec y) {
+    const ints16 lanes = x.v >= y.v;
+    unsigned bits = 0;
+    for (int i = 0; i < 16; ++i) bits |= static_cast<unsigned>(lanes[i] & 1) << i;
+    return bits;
+}
 inline Vec first(int n, Vec a, Vec b) {
     const ints16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return {pick(lane < n, a.v, b.v)};

@@ -12,8 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from orcaserve.ops.draw import Draw
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.rotary import Rotary
+from orcaserve.ops.vocabulary import Logprobs
 
 Part = Callable[[Tensor], Tensor]
 
@@ -159,6 +161,10 @@ class Kernels(Protocol):
         """The greatest of each row of float32 [R, V] (NaN if the row has one), and the lowest id that has it, int64."""
         ...
 
-    def masses(self, logits: Tensor, peaks: Tensor) -> Tensor:
-        """float64 [R]: the sums of e ** (logit - peak) over each row of float32 [R, V], in one order."""
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> Sequence[int | None]:
+        """A token for each draw of float32 [R, V], no two of one row; None where the greatest score is not finite."""
+        ...
+
+    def logprobs(self, logits: Tensor, peaks: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> Logprobs:
+        """Of token i in row i of `rows`. logits: float32 [R, V]; peaks [R]: the greatest of each row, all finite."""
         ...

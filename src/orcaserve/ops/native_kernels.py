@@ -5,6 +5,7 @@ They read raw addresses: this file answers for shapes, dtypes and lifetimes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from orcaserve.core.config import Quantization
+from orcaserve.ops.draw import Draw
 from orcaserve.ops.kernels import Part
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.rotary import Rotary
+from orcaserve.ops.vocabulary import Logprobs
 
 try:
     from orcaserve.ops import _native
@@ -35,6 +38,11 @@ _ACTIVATIONS = {
     None: 0, "silu": 1, "swish": 1, "gelu": 2, "gelu_new": 3, "gelu_fast": 3, "gelu_pytorch_tanh": 3, "quick_gelu": 4,
     "relu": 5, "relu2": 6, "tanh": 7, "sigmoid": 8,
 }  # fmt: skip
+# as kernels.hpp has it
+_DRAW = np.dtype(
+    [("row", "i8"), ("first", "i8"), ("count", "i8"), ("top_k", "i8"), ("key", "u8"), ("top_p", "f8"),
+     ("temperature", "f4"), ("least", "f4")]
+)  # fmt: skip
 
 
 def instruction_sets() -> list[str]:
@@ -396,12 +404,46 @@ class NativeKernels:
         self._engine.peaks(logits.data_ptr(), rows, vocab, greatest.data_ptr(), ids.data_ptr())
         return greatest, ids
 
-    def masses(self, logits: Tensor, peaks: Tensor) -> Tensor:
-        rows, vocab = logits.shape
-        logits, peaks = logits.contiguous(), peaks.contiguous()
-        out = torch.empty(rows, dtype=torch.float64)
-        self._engine.masses(logits.data_ptr(), rows, vocab, peaks.data_ptr(), out.data_ptr())
-        return out
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> Sequence[int | None]:
+        """Raises IndexError for a changed score outside of the vocabulary."""
+        if not draws:
+            return []
+        logits, vocab = logits.contiguous(), logits.shape[1]
+        table = np.empty(len(draws), dtype=_DRAW)
+        at = 0
+        for i, one in enumerate(draws):
+            count = one.ids.shape[0]
+            if count and not 0 <= one.ids[0] <= one.ids[-1] < vocab:
+                raise IndexError(f"a changed score outside of a vocabulary of {vocab}")
+            least = math.log(one.min_p) if one.min_p > 0.0 else -math.inf
+            table[i] = (one.row, at, count, one.top_k, one.key, one.top_p, one.temperature, least)
+            at += count
+        ids = np.concatenate([one.ids for one in draws])
+        scores = np.concatenate([one.scores for one in draws])
+        tokens = np.empty(len(draws), dtype=np.int64)
+        self._engine.draw(
+            logits.data_ptr(), vocab, table.ctypes.data, len(draws), ids.ctypes.data, scores.ctypes.data,
+            tokens.ctypes.data,
+        )  # fmt: skip
+        return [None if token < 0 else token for token in tokens.tolist()]
+
+    def logprobs(self, logits: Tensor, peaks: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> Logprobs:
+        """Raises IndexError for a token outside of the vocabulary."""
+        logits, vocab, n = logits.contiguous(), logits.shape[1], len(rows)
+        if n and not 0 <= min(tokens) <= max(tokens) < vocab:
+            raise IndexError(f"a token outside of a vocabulary of {vocab}")
+        top = min(top, vocab)
+        peaks = peaks.contiguous()
+        which, chosen = torch.tensor(rows, dtype=torch.int64), torch.tensor(tokens, dtype=torch.int64)
+        found = Logprobs(
+            torch.empty(n), torch.empty(n, dtype=torch.int64), torch.empty((n, top), dtype=torch.int64),
+            torch.empty((n, top)),
+        )  # fmt: skip
+        self._engine.logprobs(
+            logits.data_ptr(), vocab, which.data_ptr(), peaks.data_ptr(), chosen.data_ptr(), n, top,
+            *(tensor.data_ptr() for tensor in found),
+        )  # fmt: skip
+        return found
 
 
 def _view(scale: float, window: int | None, softcap: float | None) -> Any:

@@ -19,9 +19,19 @@ LOWEST, HIGHEST = -3.61, 36.8
 
 def gumbel(seed: int, choice: int, position: int, ids: Tensor) -> Tensor:
     """float64 [n] of standard Gumbel noise for token ids int64 [n] at one position of one choice."""
+    return noise(noise_key(seed, choice, position), ids)
+
+
+def noise_key(seed: int, choice: int, position: int) -> int:
+    """The 64-bit word that the noise of one position of one choice is made of."""
     key = 0
     for part in (seed, choice, position):
         key = _mix(key + _STEP ^ (part & _MASK))
+    return key
+
+
+def noise(key: int, ids: Tensor) -> Tensor:
+    """float64 [n] of standard Gumbel noise for token ids int64 [n]."""
     bits = _mix_all((ids + 1) * _signed(_STEP) + _signed(key))
     uniform = (_shift(bits, 12).double() + 0.5) * 2.0**-52
     return uniform.log_().neg_().log_().neg_()

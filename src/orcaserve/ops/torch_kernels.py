@@ -10,13 +10,14 @@ from torch import Tensor
 
 from orcaserve.ops.activation import ACTIVATIONS
 from orcaserve.ops.attention import attention, store_kv
+from orcaserve.ops.draw import Draw, draw
 from orcaserve.ops.halves import ComposedAttention, ComposedMLP
 from orcaserve.ops.kernels import Heads, Linear, Part
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.linear import TileLinear, embedding
 from orcaserve.ops.norm import layer_norm, rms_norm
 from orcaserve.ops.rotary import Rotary
-from orcaserve.ops.vocabulary import masses, peaks
+from orcaserve.ops.vocabulary import Logprobs, logprobs, peaks
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -159,5 +160,8 @@ class TorchKernels:
     def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         return peaks(logits)
 
-    def masses(self, logits: Tensor, peaks: Tensor) -> Tensor:
-        return masses(logits, peaks)
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> Sequence[int | None]:
+        return draw(logits, draws)
+
+    def logprobs(self, logits: Tensor, peaks: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> Logprobs:
+        return logprobs(logits, peaks, rows, tokens, top)
