@@ -14,10 +14,8 @@ constexpr float kSlack = 1e-3f;  // far more than float32 loses of a score in th
 class Changes {
 public:
     explicit Changes(const Draws& g) : g_(g) {
-        each([&](float& place, std::int64_t n) {
-            kept_.push_back({place, n});
-            place = g_.scores[n];
-        });
+        each([&](float& place, std::int64_t n) { kept_.push_back({place, n}); });
+        each([&](float& place, std::int64_t n) { place = g_.scores[n]; });
     }
     ~Changes() {
         std::size_t next = 0;
@@ -49,10 +47,6 @@ struct Race {
     double wanted, before;  // of top_p: the mass to reach; the mass ahead of the values under consideration
 };
 
-struct Chosen {
-    int bucket;
-};
-
 inline std::vector<View> views_of(const std::vector<Race*>& races) {
     std::vector<View> views;
     for (const Race* race : races) views.push_back(race->view);
@@ -75,8 +69,7 @@ inline Found reaching(const std::vector<Found>& sorted, double run, double wante
 }
 
 inline void limit_to_top_k(Pool& pool, const std::vector<Race*>& races, std::int64_t vocab) {
-    auto found =
-        likeliest(pool, views_of(races), vocab, [&](std::size_t row) { return races[row]->draw->top_k; });
+    auto found = likeliest(pool, views_of(races), vocab, [&](std::size_t row) { return races[row]->draw->top_k; });
     pool.run(static_cast<std::uint32_t>(races.size()), [&](std::uint32_t row, int) {
         Race& race = *races[row];
         race.last = found[row].back();
@@ -100,6 +93,11 @@ struct Buckets {
         const float low = least * (1.0f + 1e-5f) * (bucket + 1) / kBuckets;
         return {std::max(least, low), least * (1.0f - 1e-5f) * bucket / kBuckets};
     }
+};
+
+// The bucket in which top_p ends.
+struct Chosen {
+    int bucket;
 };
 
 // Masses are summed in buckets; only the values of the bucket in which top_p ends are sorted.

@@ -95,6 +95,15 @@ def test_the_race_is_won_by_the_greatest_noise(isa):
 
 
 @every_isa
+def test_the_token_that_reaches_top_p_is_the_last(isa):
+    """Of equal tokens exactly half have half of the mass, and more is not reached without one more of them."""
+    kernels = kernel_sets.make(isa, 2)
+    for top_k, top_p, allowed in ((0, 0.5, 5), (8, 0.5, 4), (0, 0.51, 6), (8, 0.51, 5), (3, 1.0, 3), (0, 0.0, 1)):
+        draws = [Draw(row, noise_key(row, 0, 5), 1.0, top_k=top_k, top_p=top_p) for row in range(300)]
+        assert set(kernels.draw(torch.zeros(300, 10), draws)) == set(range(allowed)), (top_k, top_p)
+
+
+@every_isa
 def test_rows_and_threads_do_not_matter(isa):
     logits, states, _ = some_rows(5, PIECES, 10)
     states = [
