@@ -263,9 +263,10 @@ def test_what_is_no_saved_workload_says_so(lines: str, tmp_path: Path) -> None:
 
 def test_every_kind_and_key_is_explained() -> None:
     assert set(KEYS) == {key for kind in KINDS.values() for key in (*kind.needs, *kind.optional)} | set(COMMON)
-    assert len(list(explained())) == len(KINDS) + len(KEYS)
+    help = "\n".join(explained())
+    assert all(f"\n  {key} " in help for key in KEYS)
     for name, kind in KINDS.items():
-        assert kind.example.startswith(f"{name}:")
+        assert kind.example.startswith(f"{name}:") and kind.example in help
         if name in GENERATED:
             assert make(kind.example, vocab=300, seed=0).items
 

@@ -9,7 +9,7 @@ from typing import Self
 
 import msgspec
 
-FORMS = "128 (always), 32-512 (uniform) or exp128max512 (exponential of that mean, redrawn above that)"
+FORMS = "128 (always), 32-512 (uniform) or exp128max512 (exponential, mean 128, redrawn above 512)"
 
 
 class Lengths(msgspec.Struct, frozen=True):

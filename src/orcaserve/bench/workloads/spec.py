@@ -72,7 +72,7 @@ KEYS = {
     "think": Key("think", *_ABOVE_ZERO, "mean seconds from a turn's arrival to the next one's, exponential"),
     "system": Key("system", _whole, "a whole number from 0", "tokens that all chats begin with"),
     "path": Key("path", _path, "a file", "the trace, or the workload.jsonl of an earlier run"),
-    "speed": Key("speed", *_ABOVE_ZERO, "so many times as fast"),
+    "speed": Key("speed", *_ABOVE_ZERO, "arrivals so many times as fast"),
     "lengths": Key("lengths", *_ABOVE_ZERO, "prompts and outputs so many times as long"),
     "max-in": Key("max_in", *_COUNT, "prompts are cut there"),
     "max-out": Key("max_out", *_COUNT, "outputs are cut there"),
@@ -133,9 +133,13 @@ def _value(key: str, text: str | None) -> Any:
         raise ValueError(f"{key}={text} cannot be read: {key} is {KEYS[key].form}") from None
 
 
-def explained() -> Iterator[tuple[str, str]]:
-    """Every kind with an example, then every key: what to write, what it means."""
+def explained() -> Iterator[str]:
+    """Lines that say what there is to write: every kind with an example, then every key."""
+    yield "Workloads:"
     for kind in KINDS.values():
-        yield kind.example, kind.what
-    for key, (_, _, form, what) in KEYS.items():
-        yield f"{key}={form}", what
+        more = ", ".join(key for key in kind.optional if f"{key}=" not in kind.example)
+        yield from (f"  {kind.example}", f"      {kind.what}" + (f"; also {more}" if more else ""))
+    yield "Keys; tenant and start are of every kind:"
+    for name, key in KEYS.items():
+        yield f"  {name:9} {key.what}"
+    yield f"Lengths (in, out, turns) are {FORMS}."
