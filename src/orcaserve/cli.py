@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from orcaserve import __version__
+from orcaserve.bench.workloads.spec import explained
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.policy import POLICIES
 
@@ -307,6 +308,65 @@ def compare(
     report.show(found, Console())
     if report.problems(found):
         raise click.ClickException("the comparison is flawed; the lines above say where")
+
+
+@bench.command("serve", epilog="\b\n" + "\n".join(explained()))
+@click.option("--url", required=True, metavar="URL[#MODEL]", help="A running server.")
+@click.option("--workload", "spec", required=True, metavar="SPEC", help="What to send it; see below.")
+@click.option(
+    "--slo", metavar="ttft=1.0,tpot=0.1", help="Limits in seconds, also of itl, latency, normalised: goodput."
+)
+@click.option("--warm-up", type=click.IntRange(0), default=1, show_default=True, help="Requests that do not count.")
+@click.option("--timeout", "silence", type=click.FloatRange(0, min_open=True), default=600, show_default=True)
+@click.option("--api-key", help="If the server wants one.")
+@click.option("--vocab", type=click.IntRange(200), default=151936, show_default=True, help="Token ids lie below it.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for reports and requests.jsonl.")
+def bench_serve(
+    url: str,
+    spec: str,
+    slo: str | None,
+    warm_up: int,
+    silence: float,
+    api_key: str | None,
+    vocab: int,
+    seed: int,
+    out: Path | None,
+) -> None:
+    """Put a workload on a running OpenAI-compatible server and report latencies, throughput and goodput.
+
+    Requests are sent when they are due, whatever has been answered. --timeout is how many seconds a reply may be
+    silent. Ctrl-C reports what there is.
+
+    SPEC is KIND:key=value,key=value; several joined by " + " run together.
+    """
+    from rich.console import Console
+
+    from orcaserve.bench import load_report
+    from orcaserve.bench.client import BenchError, server_from
+    from orcaserve.bench.load import Plan, run
+    from orcaserve.bench.measures import limits_from
+    from orcaserve.bench.workloads import spec as specs
+
+    try:
+        server, limits = server_from("server", url), limits_from(slo) if slo else {}
+        work = specs.make(spec, vocab=vocab, seed=seed)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(str(error)) from None
+    plan = Plan(server, work, limits, warm_up, vocab, seed, silence, api_key)
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        found = run(plan, out, Console(stderr=True))
+    except (BenchError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    load_report.show(found, Console())
+    if found.is_interrupted:
+        sys.exit(130)  # as shells say of Ctrl-C
+    if all(record.error for record in found.records):
+        raise click.ClickException("no request was answered; the lines above say why")
 
 
 @bench.command()

@@ -144,9 +144,9 @@ def test_too_few_tokens_are_told_as_they_are() -> None:
     ("answer", "message"),
     [
         ((400, {"error": {"message": "token id 9 is\nout of range"}}), "HTTP 400: token id 9 is out of range (if"),
-        ((404, {"error": "no such model"}), "HTTP 404: no such model (if the model's name is wrong, give NAME=URL#MOD"),
+        ((404, {"error": "no such model"}), "HTTP 404: no such model (if the model's name is wrong, give URL#MODEL)"),
         ((422, {"detail": "prompt must be a string"}), "HTTP 422: prompt must be a string (its completions may not"),
-        ((429, {"message": "full"}), "HTTP 429: full (its queue is full: try --concurrency"),
+        ((429, {"message": "full"}), "HTTP 429: full (its queue is full; bench compare takes --concurrency"),
         ((503, ["loading"]), "HTTP 503: ['loading'] (wait until the server is ready)"),
         ((500, {"error": {"message": "x" * 999}}), f"HTTP 500: {'x' * 290}… (the server's own log may say more)"),
         ([(0, text("x")), (0, {"error": {"message": "it\nbroke"}})], "the server gave up after 1 tokens: it broke"),

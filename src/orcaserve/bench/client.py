@@ -1,7 +1,7 @@
 """A streaming client of any OpenAI-compatible server: sends a work's requests when they are due, notes what came when.
 
-While a work runs, what arrives is only kept with its time; it is read when the last stream has ended. The client shares
-its cores with the server.
+While a stream runs, what arrives is only kept with its time; it is read when the stream, or for `run` the last one, has
+ended. The client shares its cores with the server.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import httpx
 import msgspec
@@ -23,12 +23,15 @@ from orcaserve.bench.workloads import Item, Work
 Counted = Literal["ids", "chunks", "usage", "guess"]
 _HINTS = {
     400: "if a token id is out of range, give a lower --vocab",
-    401: "servers are compared without an API key",
-    404: "if the model's name is wrong, give NAME=URL#MODEL",
+    401: "bench serve takes --api-key; servers are compared without one",
+    404: "if the model's name is wrong, give URL#MODEL",
     422: "its completions may not take token ids",
-    429: "its queue is full: try --concurrency NAME=16",
+    429: "its queue is full; bench compare takes --concurrency NAME=16",
     503: "wait until the server is ready",
 }
+
+
+T = TypeVar("T")
 
 
 class BenchError(Exception):
@@ -45,12 +48,22 @@ class Server(msgspec.Struct, frozen=True):
     concurrency: int | None = None
 
 
+class Fault(NamedTuple):
+    """What went wrong. kind: a few words that are the same for all of the kind; message: one line."""
+
+    kind: str
+    message: str
+
+
+INTERRUPTED = Fault("interrupted", "the run was interrupted before the reply ended")
+
+
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What happened to one request, in seconds after its work began.
 
-    due: when it arrived; `sent` is later only if the client's own limit held it back. token_times: one per token.
-    max_tokens, prompt_tokens: what it asked for; seen_prompt_tokens: what the server says it read, cached_tokens: how
-    many of them it already knew.
+    due: when it arrived; `sent` is later only if the client's own limit held it back, or the client was busy.
+    token_times: one per token. max_tokens, prompt_tokens: what it asked for; seen_prompt_tokens: what the server says
+    it read, cached_tokens: how many of them it already knew.
     """
 
     due: float
@@ -62,6 +75,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int = 0
     counted: Counted = "guess"
     error: str | None = None
+    error_kind: str | None = None
+    tenant: str | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -76,6 +91,18 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
         return self.token_times[-1]
 
 
+class Reply(msgspec.Struct):
+    """What has come of one request so far. Owner: `send`. sent, arrived: in seconds after the work began."""
+
+    item: Item
+    sent: float = 0.0
+    arrived: list[tuple[float, bytes]] = []
+    fault: Fault | None = None
+
+    def record(self) -> Record:
+        return read(self.item, self.sent, self.arrived, self.fault)
+
+
 def servers_from(texts: Sequence[str], limits: Sequence[str] = ()) -> tuple[Server, ...]:
     """Servers as they are written: NAME=URL or NAME=URL#MODEL, with or without /v1, and limits as NAME=16.
 
@@ -83,23 +110,17 @@ def servers_from(texts: Sequence[str], limits: Sequence[str] = ()) -> tuple[Serv
     """
     servers: dict[str, Server] = {}
     for text in texts:
-        match = re.fullmatch(r"([\w.+-]+)=(https?://[^/#\s][^#\s]*?)(?:/v1)?/*(?:#(.+))?", text)
-        if match is None:
+        name, _, url = text.partition("=")
+        if not re.fullmatch(r"[\w.+-]+", name) or not url.startswith(("http://", "https://")):
             raise ValueError(f"{text!r} is not NAME=URL or NAME=URL#MODEL, as in ours=http://127.0.0.1:8000")
-        name, url, model = match.groups()
         if name in servers:
             raise ValueError(f"two servers are called {name!r}")
-        try:
-            is_url = (httpx.URL(url).port or 80) < 1 << 16
-        except httpx.InvalidURL:
-            is_url = False
-        if not is_url:
-            raise ValueError(f"{url} is not a URL, as http://127.0.0.1:8000 is")
-        if any((server.url, server.model) == (url, model) for server in servers.values()):
+        server = server_from(name, url)
+        if any((other.url, other.model) == (server.url, server.model) for other in servers.values()):
             raise ValueError(
                 f"{name} is a server that is there already; it would know the prompts from its prefix cache"
             )
-        servers[name] = Server(name, url, model)
+        servers[name] = server
     for text in limits:
         name, _, limit = text.partition("=")
         if name not in servers or not re.fullmatch("[1-9][0-9]{0,5}", limit):
@@ -108,26 +129,58 @@ def servers_from(texts: Sequence[str], limits: Sequence[str] = ()) -> tuple[Serv
     return tuple(servers.values())
 
 
-async def asked(server: Server) -> Server:
+def server_from(name: str, text: str) -> Server:
+    """A server at URL or URL#MODEL, with or without /v1. ValueError says what is wrong."""
+    match = re.fullmatch(r"(https?://[^/#\s][^#\s]*?)(?:/v1)?/*(?:#(.+))?", text)
+    try:
+        is_url = match is not None and (httpx.URL(match[1]).port or 80) < 1 << 16
+    except httpx.InvalidURL:
+        is_url = False
+    if match is None or not is_url:
+        raise ValueError(f"{text} is not a URL, as http://127.0.0.1:8000 is")
+    return Server(name, match[1], match[2])
+
+
+def in_loop(main: Coroutine[Any, Any, T]) -> T:
+    """Runs it on the quickest event loop there is: what the client computes, it takes from the server."""
+    try:
+        import uvloop
+    except ImportError:  # there is none for Windows
+        return asyncio.run(main)
+    return uvloop.run(main)
+
+
+async def usable(server: Server, warm_up: Work, api_key: str | None = None) -> Server:
+    """`asked`, when it has done the warm-up, too. BenchError if it cannot."""
+    server = await asked(server, api_key)
+    replies = [Reply(item) for item in warm_up.items]
+    await send(server, replies, api_key=api_key)
+    for record in (reply.record() for reply in replies):
+        if record.error or not record.token_times:
+            raise BenchError(f"{server.name}: {record.error or 'it delivers no tokens'}")
+    return server
+
+
+async def asked(server: Server, api_key: str | None = None) -> Server:
     """The server with its model and version filled in. BenchError if nobody answers."""
-    async with _client(server) as client:
+    async with _client(server, api_key) as client:
         version = model = None
         try:
             if server.model is None:
                 response = await client.get("/v1/models", timeout=30)
                 if response.status_code != 200:
-                    raise BenchError(f"{server.name}: {_refusal(response.status_code, response.content)}")
+                    raise BenchError(f"{server.name}: {_refusal(response.status_code, response.content).message}")
                 model = str(response.json()["data"][0]["id"])
             response = await client.get("/version", timeout=30)
             if response.status_code == 200:
                 version = str(response.json()["version"])
         except httpx.HTTPError as error:
-            raise BenchError(f"{server.name}: {_broken(error, server.url)}") from None
+            raise BenchError(f"{server.name}: {_broken(error, server.url).message}") from None
         except (ValueError, LookupError, TypeError):
             if server.model is None and model is None:
                 raise BenchError(
                     f"{server.name}: {server.url} lists no model at /v1/models; if it is an OpenAI-compatible server, "
-                    f"name the model: {server.name}={server.url}#MODEL"
+                    f"name the model: {server.url}#MODEL"
                 ) from None
     return msgspec.structs.replace(server, model=server.model or model, version=version)
 
@@ -137,28 +190,56 @@ async def run(server: Server, work: Work, on_reply: Callable[[], None] = lambda:
 
     A request that fails has a record with its error; the others go on.
     """
+    replies = [Reply(item) for item in work.items]
+    await send(server, replies, on_end=lambda _: on_reply())
+    return [reply.record() for reply in replies]
+
+
+async def send(
+    server: Server,
+    replies: Sequence[Reply],
+    *,
+    on_sent: Callable[[], None] = lambda: None,
+    on_end: Callable[[Reply], None] = lambda _: None,
+    api_key: str | None = None,
+    silence: float = 600,
+) -> None:
+    """Sends requests, which stand in the order in which they are due, and fills the replies in.
+
+    silence: seconds without a byte after which a reply has failed. If this is cancelled, the replies that are under way
+    end with INTERRUPTED, and there are none for what has not been sent.
+    """
     limit: AbstractAsyncContextManager[Any] = nullcontext()
     if server.concurrency is not None:
         limit = asyncio.Semaphore(server.concurrency)
-    async with _client(server) as client:
+    async with _client(server, api_key, silence) as client, asyncio.TaskGroup() as tasks:
         start = time.perf_counter()
 
-        async def one(item: Item) -> tuple[float, list[tuple[float, bytes]], str | None]:
-            await asyncio.sleep(max(0.0, start + item.at - time.perf_counter()))
+        async def one(reply: Reply) -> None:
             async with limit:
-                sent = time.perf_counter() - start
-                arrived: list[tuple[float, bytes]] = []
-                error = await _send(
-                    client, server, item, lambda data: arrived.append((time.perf_counter() - start, data))
-                )
-            on_reply()
-            return sent, arrived, error
+                reply.sent = time.perf_counter() - start
+                on_sent()
+                try:
+                    reply.fault = await _stream(
+                        client,
+                        server,
+                        reply.item,
+                        lambda data: reply.arrived.append((time.perf_counter() - start, data)),
+                    )
+                except asyncio.CancelledError:
+                    reply.fault = INTERRUPTED
+                    on_end(reply)
+                    raise
+            on_end(reply)
 
-        replies = await asyncio.gather(*(one(item) for item in work.items))
-    return [read(item, sent, arrived, error) for item, (sent, arrived, error) in zip(work.items, replies, strict=True)]
+        for reply in replies:
+            # A loop's timer may be a fraction of a millisecond early, and nothing may be sent before it is due.
+            while (wait := start + reply.item.at - time.perf_counter()) > 0:
+                await asyncio.sleep(wait)
+            tasks.create_task(one(reply))
 
 
-async def _send(client: httpx.AsyncClient, server: Server, item: Item, take: Callable[[bytes], None]) -> str | None:
+async def _stream(client: httpx.AsyncClient, server: Server, item: Item, take: Callable[[bytes], None]) -> Fault | None:
     """Streams one reply into `take`; what went wrong, if something did."""
     body = {
         "model": server.model,
@@ -170,6 +251,8 @@ async def _send(client: httpx.AsyncClient, server: Server, item: Item, take: Cal
         "stream_options": {"include_usage": True},
         "return_token_ids": True,
     }
+    if item.tenant is not None:
+        body["user"] = item.tenant
     try:
         async with client.stream("POST", "/v1/completions", content=msgspec.json.encode(body)) as response:
             if response.status_code != 200:
@@ -181,7 +264,7 @@ async def _send(client: httpx.AsyncClient, server: Server, item: Item, take: Cal
     return None
 
 
-def read(item: Item, sent: float, arrived: Sequence[tuple[float, bytes]], error: str | None = None) -> Record:
+def read(item: Item, sent: float, arrived: Sequence[tuple[float, bytes]], fault: Fault | None = None) -> Record:
     """The record of a reply, of which these bytes came at these times, however they were cut into pieces.
 
     A server may hold back text that ends within a character, and may send several tokens in one chunk. `usage` says how
@@ -199,11 +282,12 @@ def read(item: Item, sent: float, arrived: Sequence[tuple[float, bytes]], error:
             try:
                 chunk = _decode(line[5:])
             except msgspec.MsgspecError as problem:
-                error = error or _one_line("the server sent an event that is no completion", str(problem))
+                said = _one_line("the server sent an event that is no completion", str(problem))
+                fault = fault or Fault("no completion", said)
                 continue
             if chunk.error is not None:
                 said = f"the server gave up after {len(times)} tokens: {_message(chunk.error)}"
-                error = error or _one_line(said, "look at its own log")
+                fault = fault or Fault("server gave up", _one_line(said, "look at its own log"))
             usage = chunk.usage or usage
             for choice in chunk.choices or ():
                 if choice.token_ids is not None:
@@ -212,8 +296,8 @@ def read(item: Item, sent: float, arrived: Sequence[tuple[float, bytes]], error:
                 elif choice.text:
                     times.append(now)
     if usage is None:
-        if not times and error is None:
-            error = "the stream ended without a token; look at the server's own log"
+        if not times and fault is None:
+            fault = Fault("no token", "the stream ended without a token; look at the server's own log")
     elif usage.completion_tokens != len(times):
         counted = "usage"
         times = _spread(times or [arrived[-1][0]], usage.completion_tokens)
@@ -228,7 +312,9 @@ def read(item: Item, sent: float, arrived: Sequence[tuple[float, bytes]], error:
         seen_prompt_tokens=None if usage is None else usage.prompt_tokens,
         cached_tokens=0 if usage is None else usage.cached_tokens,
         counted=counted,
-        error=error,
+        error=None if fault is None else fault.message,
+        error_kind=None if fault is None else fault.kind,
+        tenant=item.tenant,
     )
 
 
@@ -265,24 +351,28 @@ class _Chunk(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Chunk).decode
 
 
-def _client(server: Server) -> httpx.AsyncClient:
+def _client(server: Server, api_key: str | None = None, silence: float = 600) -> httpx.AsyncClient:
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
     return httpx.AsyncClient(
         base_url=server.url,
-        headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
+        headers=headers,
         # Servers drop idle connections after some five seconds; a request must not meet one that is just being dropped.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2),
-        timeout=httpx.Timeout(30, read=600, pool=None),
+        timeout=httpx.Timeout(30, read=silence, pool=None),
         verify=server.url.startswith("https"),  # reading the certificates takes longer than a request
         trust_env=False,
     )
 
 
-def _refusal(status: int, body: bytes) -> str:
+def _refusal(status: int, body: bytes) -> Fault:
     try:
         message = _message(msgspec.json.decode(body))
     except msgspec.MsgspecError:
         message = body.decode(errors="replace")
-    return _one_line(f"HTTP {status}: {message}", _HINTS.get(status, "the server's own log may say more"))
+    hint = _HINTS.get(status, "the server's own log may say more")
+    return Fault(f"HTTP {status}", _one_line(f"HTTP {status}: {message}", hint))
 
 
 def _message(error: Any) -> str:
@@ -292,12 +382,12 @@ def _message(error: Any) -> str:
     return str(error)
 
 
-def _broken(error: httpx.HTTPError, url: str) -> str:
+def _broken(error: httpx.HTTPError, url: str) -> Fault:
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return f"nobody answers at {url}; is the server running there?"
+        return Fault("no connection", f"nobody answers at {url}; is the server running there?")
     if isinstance(error, httpx.TimeoutException):
-        return "it has stopped answering; is the server stuck?"
-    return _one_line(f"the server cut the connection ({error})", "look at its own log")
+        return Fault("silence", "it has stopped answering; is the server stuck?")
+    return Fault("connection cut", _one_line(f"the server cut the connection ({error})", "look at its own log"))
 
 
 def _one_line(message: str, hint: str) -> str:

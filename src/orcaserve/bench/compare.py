@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from orcaserve.bench import client, report, workloads
-from orcaserve.bench.client import BenchError, Server
+from orcaserve.bench.client import Server
 from orcaserve.bench.measures import FIGURES, figures
 from orcaserve.bench.report import Machine, Report, Run, Workload
 from orcaserve.bench.workloads import Item, Work
@@ -34,12 +33,8 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def run(plan: Plan, out: Path | None, terminal: Console) -> Report:
-    """`compare` on the quickest event loop there is: what the client computes, it takes from the server."""
-    try:
-        import uvloop
-    except ImportError:  # there is none for Windows
-        return asyncio.run(compare(plan, out, terminal))
-    return uvloop.run(compare(plan, out, terminal))
+    """`compare`, in a loop of its own."""
+    return client.in_loop(compare(plan, out, terminal))
 
 
 async def compare(plan: Plan, out: Path | None, terminal: Console) -> Report:
@@ -48,7 +43,7 @@ async def compare(plan: Plan, out: Path | None, terminal: Console) -> Report:
     Raises BenchError if a server cannot do even a small request; later failures are part of the report.
     """
     machine, date = Machine.this(), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    servers = [await _usable(server, plan) for server in plan.servers]
+    servers = [await client.usable(server, _warm_up(plan)) for server in plan.servers]
     works = [Workload.of(plan.work(name, 1)) for name in plan.works]
     runs: list[Run] = []
     found = Report(date, machine, plan.seed, plan.vocab, servers, works, runs)
@@ -68,14 +63,6 @@ async def compare(plan: Plan, out: Path | None, terminal: Console) -> Report:
             if out is not None:
                 _write(found, plan, round, out)
     return found
-
-
-async def _usable(server: Server, plan: Plan) -> Server:
-    server = await client.asked(server)
-    [record] = await client.run(server, _warm_up(plan))
-    if record.error or not record.token_times:
-        raise BenchError(f"{server.name}: {record.error or 'it delivers no tokens'}")
-    return server
 
 
 async def _round(

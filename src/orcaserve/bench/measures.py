@@ -5,14 +5,26 @@ A figure that cannot be told, such as a rate over no time, is None.
 
 from __future__ import annotations
 
+import itertools
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from orcaserve.bench.client import Record
 from orcaserve.bench.workloads import Kind
 
 Records = Sequence[Record]
+
+# The times in one request, in seconds: from arrival to first token; per token after the first; each gap between two
+# tokens; from arrival to last token; the same by generated tokens, which is the paper's measure.
+TIMES: dict[str, Callable[[Record], Sequence[float]]] = {
+    "ttft": lambda record: [record.first - record.due],
+    "tpot": lambda record: [(record.last - record.first) / (n - 1)] if (n := record.output_tokens) > 1 else [],
+    "itl": lambda record: [b - a for a, b in itertools.pairwise(record.token_times)],
+    "latency": lambda record: [record.last - record.due],
+    "normalised": lambda record: [(record.last - record.due) / record.output_tokens],
+}
 
 
 def decode_rate(records: Records) -> float | None:
@@ -28,26 +40,67 @@ def wall(records: Records) -> float:
     return max(record.last for record in records) - min(record.due for record in records)
 
 
+def request_rate(records: Records) -> float | None:
+    """Requests per second of wall time."""
+    return _rate(len(records), records)
+
+
 def output_rate(records: Records) -> float | None:
     """Generated tokens per second of wall time."""
-    seconds = wall(records)
-    return sum(record.output_tokens for record in records) / seconds if seconds > 0 else None
+    return _rate(sum(record.output_tokens for record in records), records)
+
+
+def total_rate(records: Records) -> float | None:
+    """Tokens of prompts and outputs per second of wall time."""
+    return _rate(sum(prompt_tokens(record) + record.output_tokens for record in records), records)
+
+
+def prompt_tokens(record: Record) -> int:
+    """As the server counts them, if it does."""
+    return record.seen_prompt_tokens or record.prompt_tokens
+
+
+def times(name: str, records: Records) -> list[float]:
+    """Of all requests together. name: one of TIMES."""
+    return [value for record in records for value in TIMES[name](record)]
 
 
 def normalised_latency(records: Records) -> float:
     """Median over requests of the paper's measure: seconds from arrival to last token, per generated token."""
-    return statistics.median((record.last - record.due) / record.output_tokens for record in records)
+    return statistics.median(times("normalised", records))
 
 
 def ttft(records: Records, share: float) -> float | None:
     """Seconds from arrival to the first token: the quantile of the requests."""
-    return quantile([record.first - record.due for record in records], share)
+    return quantile(times("ttft", records), share)
 
 
 def tpot(records: Records, share: float) -> float | None:
     """Seconds per token after the first: the quantile of the requests that have more than one."""
-    several = [record for record in records if record.output_tokens > 1]
-    return quantile([(record.last - record.first) / (record.output_tokens - 1) for record in several], share)
+    return quantile(times("tpot", records), share)
+
+
+def meets(record: Record, limits: Mapping[str, float]) -> bool:
+    """Whether a request was answered, with none of its times above its limit in seconds; names are those of TIMES."""
+    if record.error or not record.token_times:
+        return False
+    return all(value <= limit for name, limit in limits.items() for value in TIMES[name](record))
+
+
+def limits_from(text: str) -> dict[str, float]:
+    """Limits as they are written, in seconds: ttft=1.0,tpot=0.1. ValueError says what is wrong."""
+    limits: dict[str, float] = {}
+    for pair in text.split(","):
+        name, _, seconds = pair.strip().partition("=")
+        if name not in TIMES or name in limits or not re.fullmatch(r"\d{0,6}\.?\d{1,6}", seconds):
+            raise ValueError(f"{text!r} are no limits: they are some of {', '.join(TIMES)}, as in ttft=1.0,tpot=0.1")
+        limits[name] = float(seconds)
+    return limits
+
+
+def _rate(count: int, records: Records) -> float | None:
+    seconds = wall(records)
+    return count / seconds if seconds > 0 else None
 
 
 def quantile(values: Sequence[float], share: float) -> float | None:
@@ -71,16 +124,18 @@ class Figure(NamedTuple):
 
 
 _OUTPUT = Figure("output", "tokens/s", True, output_rate)
+_LATENCIES = (
+    Figure("normalised latency", "s/token", False, normalised_latency),
+    Figure("TTFT p50", "s", False, lambda records: ttft(records, 0.5)),
+    Figure("TTFT p99", "s", False, lambda records: ttft(records, 0.99)),
+    Figure("TPOT p50", "s", False, lambda records: tpot(records, 0.5)),
+    Figure("TPOT p99", "s", False, lambda records: tpot(records, 0.99)),
+)
 FIGURES: dict[Kind, tuple[Figure, ...]] = {
     "decode": (Figure("decode", "tokens/s", True, decode_rate),),
     "trace": (Figure("wall time", "s", False, wall), _OUTPUT),
-    "poisson": (
-        Figure("normalised latency", "s/token", False, normalised_latency),
-        Figure("TTFT p50", "s", False, lambda records: ttft(records, 0.5)),
-        Figure("TTFT p99", "s", False, lambda records: ttft(records, 0.99)),
-        Figure("TPOT p50", "s", False, lambda records: tpot(records, 0.5)),
-        Figure("TPOT p99", "s", False, lambda records: tpot(records, 0.99)),
-    ),
+    "poisson": _LATENCIES,
+    "load": (Figure("throughput", "requests/s", True, request_rate), _OUTPUT, *_LATENCIES),
 }
 
 

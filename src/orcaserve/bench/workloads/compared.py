@@ -1,4 +1,4 @@
-"""What servers are given to do: pure functions of a name, a seed and a round."""
+"""The works that servers are compared by: pure functions of a name, a seed and a round."""
 
 from __future__ import annotations
 
@@ -6,31 +6,10 @@ import itertools
 import random
 import re
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Literal
 
-import msgspec
+from orcaserve.bench.workloads.work import LOWEST_ID, Item, Kind, Work
 
-Kind = Literal["decode", "trace", "poisson"]
 DECODE_BATCHES = (1, 4, 16)
-# Below lie the special tokens of many vocabularies; a prompt of them is no prompt.
-LOWEST_ID = 100
-
-
-class Item(msgspec.Struct, frozen=True):
-    """One request: when it is due (seconds after the work begins), its prompt, how many tokens it generates."""
-
-    at: float
-    prompt_ids: tuple[int, ...]
-    max_tokens: int
-
-
-class Work(msgspec.Struct, frozen=True):
-    """Requests in the order in which they are due, and what kind of work they are."""
-
-    name: str
-    kind: Kind
-    items: tuple[Item, ...]
 
 
 def make(name: str, *, vocab: int, seed: int, round: int, requests: int = 32) -> Work:
@@ -67,19 +46,6 @@ def names(kinds: Iterable[str], rates: Iterable[float]) -> list[str]:
     for name in chosen:
         _parse(name)
     return chosen
-
-
-def save(work: Work, path: Path) -> None:
-    """Writes JSON lines: one with name and kind, then one per request."""
-    lines = [{"name": work.name, "kind": work.kind}, *work.items]
-    path.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-
-
-def load(path: Path) -> Work:
-    """Reads what `save` wrote."""
-    head, *items = path.read_bytes().splitlines()
-    work = msgspec.json.decode(head)
-    return Work(work["name"], work["kind"], tuple(msgspec.json.decode(line, type=Item) for line in items))
 
 
 def _parse(name: str) -> tuple[Kind, float]:
