@@ -114,7 +114,6 @@ def main(socket_fd: int, recorder_fd: int, build: Build | None = None) -> int:
     for fd in (socket_fd, recorder_fd):
         os.set_inheritable(fd, False)
     _die_with_parent()
-    _keep_freed_memory()
     sock = socket.socket(fileno=socket_fd)
     start: queue.SimpleQueue[EngineOptions] = queue.SimpleQueue()
     inbox = SocketInbox()
@@ -142,6 +141,7 @@ def _serve(
     except Exception as error:
         outbox.put(Failed(f"the engine could not start: {_line(error)}"))
         return EXIT_MODEL
+    _keep_freed_memory()
     pulse.watch(lambda: recording.num_tokens, loop.stats)
     outbox.put(Ready(info))
     try:
@@ -216,17 +216,17 @@ def _die_with_parent() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Asks glibc to hand freed memory out again instead of giving it back to the kernel.
+    """Asks glibc to hand out again what an iteration frees, instead of giving it back to the kernel.
 
     Every iteration takes and frees the same few arrays. As fresh pages from the kernel, the logits of sixteen rows
-    alone cost milliseconds of page faults. Larger ones (weights on their way in) are given back as before.
+    alone cost milliseconds of page faults. What loading the model left behind goes back first.
     """
-    if sys.platform == "linux":
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(mmap_threshold, KEPT_BYTES)
-            libc.mallopt(trim_threshold, 8 * KEPT_BYTES)
+        libc.malloc_trim(0)
+        libc.mallopt(mmap_threshold, KEPT_BYTES)
+        libc.mallopt(trim_threshold, 2 * KEPT_BYTES)
 
 
 def _line(error: Exception) -> str:
