@@ -122,12 +122,13 @@ void tile_of_bytes(const std::uint8_t* a, const std::int8_t* b, std::int64_t ste
 }
 
 // The same of 4 bits: bytes a [steps][R][4] times `groups` groups of b, whose values stand 8 too high; below: -8 times the
-// sums of a row's groups. Half as wide, so that the sums of a group and of all groups both stay in registers.
+// sums of a row's groups. From three rows on half as wide, so that the sums of a group and of all groups both stay in
+// registers; with fewer it takes the whole width to have sums enough, each of which waits for itself.
 template <int R>
 void tile_of_halves(const std::int8_t* a, const std::uint8_t* b, std::int64_t groups, int group, const float* row_scales,
                     std::int64_t row_stride, const std::int32_t* below, std::int64_t below_stride, float* out,
                     Ahead ahead) {
-    constexpr int N = WIDE > 1 ? WIDE / 2 : 1;
+    constexpr int N = WIDE > 1 && R > 2 ? WIDE / 2 : WIDE;
     const int pairs = group / 8;
     for (int column = 0; column < 4; column += N) {
         Vec totals[R][N];
