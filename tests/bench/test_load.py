@@ -256,10 +256,11 @@ def test_a_request_meets_a_limit_if_none_of_its_times_is_above(ticks: list[int],
 
 
 def test_the_progress_is_live() -> None:
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    file = io.StringIO()
+    terminal = Console(file=file, force_terminal=True, width=100)
     with FakeServer(steady(first=0.5)) as server:
         asyncio.run(put(plan(server, "burst:in=3,out=2,n=7"), None, terminal))
-    lines = terminal.file.getvalue()  # type: ignore[attr-defined]
+    lines = file.getvalue()
     assert "7 requests: 7 sent, 0 answered" in lines
 
 
