@@ -90,6 +90,42 @@ void tile(const T* a, const T* b, std::int64_t steps, float* out, Ahead ahead) {
     }
 }
 
+// The same of steps [first, first + steps) of coded weights, decoded on the way: the shuffles run beside the products and
+// cost nothing, not even by panels of six rows. patch: the block's next; moves along.
+template <int R>
+void tile_of_codes(const bf16* a, const std::uint8_t* codes, std::int64_t first, std::int64_t steps, const Code& code,
+                   const Patch*& patch, float* out, Ahead ahead);
+
+#if defined(__AVX512BF16__)
+template <int R>
+void tile_of_codes(const bf16* a, const std::uint8_t* codes, std::int64_t first, std::int64_t steps, const Code& code,
+                   const Patch*& patch, float* out, Ahead ahead) {
+    const Upper upper = load_upper(code.upper);
+    Vec sums[R][4];
+    ORCA_UNROLL for (int r = 0; r < R; ++r)
+        ORCA_UNROLL for (int j = 0; j < 4; ++j) sums[r][j] = zero();
+    int due = 0;
+    std::int64_t patched = patch->step;
+    for (std::int64_t s = first; s < first + steps; ++s, a += R * 2, codes += kCodedStep) {
+        for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
+        Words words = decode(codes, upper);
+        if (__builtin_expect(s == patched, 0)) {
+            alignas(64) bf16 some[kBlock * 2];
+            store_words(some, words);
+            for (; patch->step == s; ++patch) some[patch->at] = patch->word;
+            patched = patch->step;
+            words = load_words(some);
+        }
+        ORCA_UNROLL for (int r = 0; r < R; ++r) {
+            const auto one = Type<bf16>::broadcast(a + r * 2);
+            ORCA_UNROLL for (int j = 0; j < 4; ++j) sums[r][j] = Type<bf16>::multiply(one, words.v[j], sums[r][j]);
+        }
+    }
+    ORCA_UNROLL for (int r = 0; r < R; ++r)
+        ORCA_UNROLL for (int j = 0; j < 4; ++j) store(out + r * kBlock + j * 16, sums[r][j]);
+}
+#endif
+
 // The same of bytes: sums [R][64] of a [steps][R][4], which stand 128 too high, times b [steps][64][4].
 template <int R>
 void tile_of_bytes(const std::uint8_t* a, const std::int8_t* b, std::int64_t steps, const float* row_scales,
@@ -191,6 +227,8 @@ void product(const Left<W>& a, std::int64_t row, const Packed& packed, std::int6
     const std::int64_t part = steps / packed.segments;
     const W* left = a.data + row * steps * P;
     const char* right = static_cast<const char*>(packed.data) + block * block_bytes(packed, steps * P, P);
+    const Code* code = reinterpret_cast<const Code*>(right);
+    const Patch* patch = packed.format == Format::coded ? packed.patches + code->first : nullptr;
     int depth = 0;
     for (int segment = 0; segment < packed.segments; ++segment) {
         const std::int64_t at = segment * part;
@@ -205,8 +243,11 @@ void product(const Left<W>& a, std::int64_t row, const Packed& packed, std::int6
             tile_of_halves<R>(left + at * R * P, reinterpret_cast<const std::uint8_t*>(right) + first * group_bytes(packed.group),
                               part * P / packed.group, packed.group, a.scales + row * packed.segments + segment,
                               packed.segments, a.below + row * groups + first, groups, out, ahead.after(at));
-        } else {
+        } else if (packed.format == Format::plain) {
             tile<W, R>(left + at * R * P, reinterpret_cast<const W*>(right) + at * kBlock * P, part, out, ahead.after(at));
+        } else if constexpr (kCodes && std::is_same_v<W, bf16>) {
+            tile_of_codes<R>(left + at * R * P, reinterpret_cast<const std::uint8_t*>(code + 1) + at * kCodedStep, at, part, *code,
+                             patch, out, ahead.after(at));
         }
         ++depth;
         for (int done = segment; done & 1; done >>= 1) {
@@ -384,7 +425,8 @@ void gemm_of(Pool& pool, const Gemm& g) {
 template <class T>
 void gemm(Pool& pool, const Gemm& g) {
     switch (g.packed.format) {
-        case Format::plain: return gemm_of<T, T>(pool, g);
+        case Format::plain:
+        case Format::coded: return gemm_of<T, T>(pool, g);
         case Format::int8: return gemm_of<T, Byte>(pool, g);
         case Format::int4: return gemm_of<T, Signed>(pool, g);
     }
@@ -490,6 +532,7 @@ void pack(Pool& pool, const Pack& w) {
         for (std::int64_t row = item * 16; row < end; ++row) {
             switch (w.packed.format) {
                 case Format::plain: pack_plain<T>(w, row); break;
+                case Format::coded: break;  // made of plain ones: coding.hpp
                 case Format::int8: pack_bytes<T>(w, row); break;
                 case Format::int4: pack_halves<T>(w, row); break;
             }
@@ -497,13 +540,20 @@ void pack(Pool& pool, const Pack& w) {
     });
 }
 
-// One value of packed weights; block: that of the column.
+// One value of packed weights, of coded ones before patches; block: that of the column.
 template <class T>
 T value_at(const Packed& w, const char* block, std::int64_t n, std::int64_t depth, std::int64_t column, std::int64_t k) {
     constexpr std::int64_t P = pair_of<T>;
     const std::int64_t own = column % kBlock;
     switch (w.format) {
         case Format::plain: return reinterpret_cast<const T*>(block)[k / P * kBlock * P + own * P + k % P];
+        case Format::coded: {
+            const Code* head = reinterpret_cast<const Code*>(block);
+            const auto* step = reinterpret_cast<const std::uint8_t*>(block + sizeof(Code)) + k / 2 * kCodedStep;
+            const int at = static_cast<int>(own * 2 + k % 2), place = place_of_word(at);
+            const int half = place < 64 ? step[128 + place] & 15 : step[64 + place] >> 4;
+            return static_cast<T>(head->upper[half] << 8 | step[place]);
+        }
         case Format::int8: {
             const float scale = w.scales[k / (depth / w.segments) * ceil_div(n, kBlock) * kBlock + column];
             return Type<T>::from(static_cast<float>(reinterpret_cast<const std::int8_t*>(block)[k / 4 * kBlock * 4 + own * 4 + k % 4]) * scale);
@@ -529,6 +579,10 @@ void gather(Pool& pool, const Gather& g) {
             T* to = static_cast<T*>(g.out) + i * g.k;
             const char* block = static_cast<const char*>(g.packed.data) + g.ids[i] / kBlock * size;
             for (std::int64_t k = 0; k < g.k; ++k) to[k] = value_at<T>(g.packed, block, g.n, depth, g.ids[i], k);
+            if (g.packed.format != Format::coded) continue;
+            const Patch* patch = g.packed.patches + reinterpret_cast<const Code*>(block)->first;
+            for (; patch->step < depth; ++patch)
+                if (patch->at / 2 == g.ids[i] % kBlock) to[patch->step * 2 + patch->at % 2] = static_cast<T>(patch->word);
         }
     });
 }

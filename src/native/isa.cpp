@@ -37,6 +37,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     ORCA_NAME(ORCA_ISA),
     supported,
+    kCodes,
     ORCA_BOTH(pack, Pack),
     ORCA_BOTH(gemm, Gemm),
     ORCA_BOTH(gather, Gather),

@@ -6,6 +6,10 @@
 // Packed weights [N, K]: blocks of 64 columns, each [K / PAIR][64][PAIR], with PAIR = 2 for bfloat16 and 1 for float32;
 // columns and values past the end are zero. A gated pair has 32 columns of the gate and 32 of the other in each block.
 // Weights of 8 bits have PAIR = 4; every column has a scale for each segment of K, and is symmetric about zero.
+// Coded weights are bfloat16 without loss in 12 bits: a block begins with its `Code`; the 128 words of every step are 128
+// lower bytes, then 64 bytes of two halves, each of which stands for an upper byte: its sign, and one of eight of
+// the block's exponents by twos. Words with other exponents, about one in ten thousand, are patched. The words of
+// 16 columns and 2 values are lanes of 8; two such vectors' lower bytes alternate by lanes (`place_of_word`).
 // Weights of 4 bits: every group of values along K is [group / 8][64][4] bytes, the lower half of a byte a value of the
 // first four, the upper half its like of the next four, each 8 above what it means; then bfloat16 scales [64].
 //
@@ -26,12 +30,26 @@ constexpr std::int64_t kBlock = 64;   // columns of a block of packed weights
 constexpr std::int64_t kGroup = 16;   // slots of a group of the caches
 constexpr std::int64_t kSpan = 128;   // positions that attention reduces at once
 
-// Weights in the dtype of the activations, or of 8 or 4 bits, whose activations are brought to 8 bits row by row.
-enum class Format : int { plain, int8, int4 };
+// Weights in the dtype of the activations, the same without loss in three quarters of the memory, or of 8 or 4 bits,
+// whose activations are brought to 8 bits row by row.
+enum class Format : int { plain, coded, int8, int4 };
+
+// A word of coded weights that the code cannot say. at: its place among the step's [64][2].
+struct Patch {
+    std::int32_t step;
+    std::uint16_t at, word;
+};
+
+// The head of a block of coded weights.
+struct alignas(64) Code {
+    std::uint8_t upper[16];  // what each half stands for
+    std::int64_t first;      // the block's patches, by steps, end with one whose step is never reached
+};
 
 // Packed weights as they lie in memory.
 struct Packed {
     void* data;
+    const Patch* patches;  // of coded weights; else null
     float* scales;       // [segments][columns, padded], of 8 bits; else null
     std::int32_t* sums;  // [segments][columns, padded]: 128 times the sum of a column
     Format format;
@@ -163,6 +181,13 @@ struct Logprobs {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
+// Bytes of one step of a block of coded weights.
+constexpr std::int64_t kCodedStep = kBlock * 3;
+
+// Where the lower byte of word `at` of a step's [64][2] lies; its half lies in byte (place % 64), the upper half of it
+// from place 64 on.
+constexpr int place_of_word(int at) { return at / 64 * 64 + at % 32 / 8 * 16 + at % 64 / 32 * 8 + at % 8; }
+
 // Bytes of a group of 4-bit weights in a block.
 constexpr std::int64_t group_bytes(int group) { return group / 8 * kBlock * 4 + kBlock * 2; }
 
@@ -174,12 +199,14 @@ constexpr std::int64_t padded_depth(const Packed& w, std::int64_t k, std::int64_
 constexpr std::int64_t block_bytes(const Packed& w, std::int64_t k, std::int64_t pair) {
     const std::int64_t depth = padded_depth(w, k, pair);
     if (w.format == Format::int4) return depth / w.group * group_bytes(w.group);
+    if (w.format == Format::coded) return static_cast<std::int64_t>(sizeof(Code)) + depth / 2 * kCodedStep;
     return depth * kBlock * (w.format == Format::int8 ? 1 : 4 / pair);
 }
 
 struct Kernels {
     const char* name;
     bool (*supported)();
+    bool codes;  // whether its products read coded weights
     void (*pack)(Pool&, Dtype, const Pack&);
     void (*gemm)(Pool&, Dtype, const Gemm&);
     void (*gather)(Pool&, Dtype, const Gather&);

@@ -5,6 +5,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -12,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "kernels.hpp"
+#include "coding.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -50,19 +51,34 @@ public:
     // group: of 4-bit weights; of others it means nothing.
     Matrix(Dtype dtype, Format format, std::int64_t n, std::int64_t k, bool gated, int group, int segments)
         : dtype(dtype), n(n), k(k), gated(gated), shape_(checked(dtype, format, k, group, segments)),
-          padded_(ceil_div(n, gated ? kBlock / 2 : kBlock) * kBlock), data_(padded_ / kBlock * block_bytes()),
+          padded_(ceil_div(n, gated ? kBlock / 2 : kBlock) * kBlock),
+          data_(std::make_unique<Buffer>(padded_ / kBlock * block_bytes())),
           scales_(format == Format::int8 ? segments * padded_ * sizeof(float) : 0),
           sums_(format == Format::int8 ? segments * padded_ * sizeof(std::int32_t) : 0) {}
 
     std::int64_t value_bytes() const { return orca::value_bytes(dtype); }
     std::int64_t block_bytes() const { return orca::block_bytes(shape_, k, pair(dtype)); }
-    std::size_t bytes() const { return data_.bytes() + scales_.bytes() + sums_.bytes(); }
+    std::size_t bytes() const {
+        return data_->bytes() + (patches_ == nullptr ? 0 : patches_->bytes()) + scales_.bytes() + sums_.bytes();
+    }
     Packed packed() const {
         Packed out = shape_;
-        out.data = data_.data();
+        out.data = data_->data();
+        out.patches = patches_ == nullptr ? nullptr : static_cast<const Patch*>(patches_->data());
         out.scales = static_cast<float*>(scales_.data());
         out.sums = static_cast<std::int32_t*>(sums_.data());
         return out;
+    }
+
+    // Codes what has been packed, if it is bfloat16 and there is something to gain; its values remain.
+    void compress(Pool& pool) {
+        if (dtype != Dtype::bf16 || shape_.format != Format::plain) return;
+        const std::int64_t steps = padded_depth(shape_, k, 2) / 2;
+        Coded coded = code(pool, static_cast<const std::uint16_t*>(data_->data()), padded_ / kBlock, steps);
+        if (coded.blocks == nullptr) return;
+        data_ = std::move(coded.blocks);
+        patches_ = std::move(coded.patches);
+        shape_.format = Format::coded;
     }
 
     const Dtype dtype;
@@ -76,7 +92,8 @@ private:
     static Packed checked(Dtype dtype, Format format, std::int64_t k, int group, int segments) {
         if (format == Format::int4 && (group < 8 || group > 256 || group % 8 != 0))
             throw std::invalid_argument("a group has a multiple of 8 values, 256 at most");
-        const Packed shape{nullptr, nullptr, nullptr, format, group, segments};
+        if (format == Format::coded) throw std::invalid_argument("coded weights are made of plain ones");
+        const Packed shape{nullptr, nullptr, nullptr, nullptr, format, group, segments};
         const bool fits = segments >= 1 && segments <= 64 && (segments & (segments - 1)) == 0 &&
                           k == padded_depth(shape, k, pair(dtype)) && k % segments == 0 &&
                           k / segments == padded_depth(shape, k / segments, pair(dtype));
@@ -84,9 +101,10 @@ private:
         return shape;
     }
 
-    const Packed shape_;
+    Packed shape_;
     const std::int64_t padded_;
-    const Buffer data_, scales_, sums_;
+    std::unique_ptr<Buffer> data_, patches_;
+    const Buffer scales_, sums_;
 };
 
 // The parts of a model, as they are bound once. Addresses stay the caller's.
@@ -179,6 +197,13 @@ public:
             throw std::invalid_argument("these rows do not fit the matrix");
         kernels_->pack(pool_, m.dtype, {read<void>(weight), rows, m.k, row_stride, column_stride, m.packed(), m.n,
                                         first, half});
+    }
+
+    // Does nothing where it would not help.
+    void compress(Matrix& m) {
+        if (!kernels_->codes) return;
+        const std::lock_guard<std::mutex> lock(pool_.mutex());
+        m.compress(pool_);
     }
 
     void linear(const Linear& part, Address x, std::int64_t m, Address residual, Address out) {
@@ -310,7 +335,7 @@ NB_MODULE(_native, m) {
     using namespace orca;
     const auto free = nb::call_guard<nb::gil_scoped_release>();
     nb::enum_<Dtype>(m, "Dtype").value("f32", Dtype::f32).value("bf16", Dtype::bf16);
-    nb::enum_<Format>(m, "Format").value("plain", Format::plain).value("int8", Format::int8).value("int4", Format::int4);
+    nb::enum_<Format>(m, "Format").value("plain", Format::plain).value("coded", Format::coded).value("int8", Format::int8).value("int4", Format::int4);
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const Kernels* kernels : kAll)
@@ -366,6 +391,7 @@ NB_MODULE(_native, m) {
         .def_prop_ro("isa", &Engine::isa)
         .def_prop_ro("threads", &Engine::threads)
         .def("pack", &Engine::pack, free)
+        .def("compress", &Engine::compress, free)
         .def("linear", &Engine::linear, free)
         .def("gather", &Engine::gather, free)
         .def("norm", &Engine::norm, free)

@@ -242,9 +242,8 @@ struct Type<bf16> {
         std::memcpy(&both, p, 4);
         return {(__m512bh)_mm512_set1_epi32(both)};
     }
-    static Vec multiply(One a, const bf16* b, Vec c) {
-        return {_mm512_dpbf16_ps(c.v, a.v, (__m512bh)_mm512_loadu_si512(b))};
-    }
+    static Vec multiply(One a, __m512i b, Vec c) { return {_mm512_dpbf16_ps(c.v, a.v, (__m512bh)b)}; }
+    static Vec multiply(One a, const bf16* b, Vec c) { return multiply(a, _mm512_loadu_si512(b), c); }
 #else
 template <>
 struct Type<bf16> {
@@ -286,6 +285,39 @@ struct Type<bf16> {
     static bf16 from(float x) { return narrow(x); }
     static float to(bf16 x) { return widen(x); }
 };
+
+// --- coded weights (kernels.hpp): the 128 words of one step ---
+//
+// Only where there are products of bfloat16: widening words as well takes the registers and ports that decoding needs.
+
+#if defined(__AVX512BF16__)
+constexpr bool kCodes = true;
+struct Upper {  // what the halves stand for
+    __m512i v;
+};
+struct Words {
+    __m512i v[4];
+};
+inline Upper load_upper(const std::uint8_t* p) {
+    return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline Words decode(const std::uint8_t* p, Upper upper) {
+    const __m512i halves = _mm512_loadu_si512(p + 128), half = _mm512_set1_epi8(15);
+    const __m512i low = _mm512_loadu_si512(p), high = _mm512_loadu_si512(p + 64);
+    const __m512i of_low = _mm512_shuffle_epi8(upper.v, _mm512_and_si512(halves, half));
+    const __m512i of_high = _mm512_shuffle_epi8(upper.v, _mm512_and_si512(_mm512_srli_epi16(halves, 4), half));
+    return {{_mm512_unpacklo_epi8(low, of_low), _mm512_unpackhi_epi8(low, of_low), _mm512_unpacklo_epi8(high, of_high),
+             _mm512_unpackhi_epi8(high, of_high)}};
+}
+inline Words load_words(const bf16* p) {
+    return {{_mm512_loadu_si512(p), _mm512_loadu_si512(p + 32), _mm512_loadu_si512(p + 64), _mm512_loadu_si512(p + 96)}};
+}
+inline void store_words(bf16* p, const Words& w) {
+    ORCA_UNROLL for (int j = 0; j < 4; ++j) _mm512_storeu_si512(p + j * 32, w.v[j]);
+}
+#else
+constexpr bool kCodes = false;
+#endif
 
 // --- products of bytes: sixteen sums of four products each; exact in whatever order ---
 //

@@ -125,6 +125,7 @@ class Decoder:
             raise ModelError(f"{Path(folder).name}: the activation {config.activation} is not supported")
         kernels = TorchKernels() if kernels is None else kernels
         needed = plan(config, first, last)
+        matrix_bytes = kernels.matrix_bytes
         with torch.inference_mode(), Weights(folder, needed, dtype, progress) as weights:
             parts = _Parts(config, kernels, weights)
             tokens = weights.take_optional("embed.weight")
@@ -132,7 +133,9 @@ class Decoder:
             embed = parts.embed(tokens, head) if first == 0 and tokens is not None else None
             del tokens
             layers = [parts.layer(i) for i in range(first, last)]
-        return cls(config, dtype, kernels, embed, layers, head, _stage_bytes(config, needed, dtype, kernels))
+        others = sum(spec.num_values for key, spec in needed.items() if not _is_matrix(config, key, spec))
+        weight_bytes = kernels.matrix_bytes - matrix_bytes + others * dtype.itemsize
+        return cls(config, dtype, kernels, embed, layers, head, weight_bytes)
 
     @torch.inference_mode()
     def forward(self, x: Tensor, layout: Layout, kv: Sequence[KVCache]) -> Tensor:
@@ -155,16 +158,10 @@ class Decoder:
         return self._head(hidden)
 
 
-def _stage_bytes(config: ModelConfig, needed: dict[str, TensorSpec], dtype: torch.dtype, kernels: Kernels) -> int:
-    """Memory of the weights of a plan, in bytes."""
-    total = 0
-    for key, spec in needed.items():
-        looked_up = key == "positions.weight" or (key == "embed.weight" and not config.tied)
-        if len(spec.shape) == 2 and not looked_up and ".router." not in key:
-            total += kernels.weight_bytes(*spec.shape, dtype, wide=key in ("embed.weight", "head.weight"))
-        else:
-            total += spec.num_values * dtype.itemsize
-    return total
+def _is_matrix(config: ModelConfig, key: str, spec: TensorSpec) -> bool:
+    """Whether a tensor becomes (part of) a linear map."""
+    looked_up = key == "positions.weight" or (key == "embed.weight" and not config.tied)
+    return len(spec.shape) == 2 and not looked_up
 
 
 class _Parts:

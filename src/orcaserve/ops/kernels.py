@@ -60,12 +60,15 @@ class Kernels(Protocol):
 
     name: goes into the numerics profile; it changes whenever bits may.
     block_multiple: a block of the KV cache has a multiple of so many tokens.
+    matrix_bytes: memory of the weights of all linear maps built so far.
     """
 
     @property
     def name(self) -> str: ...
     @property
     def block_multiple(self) -> int: ...
+    @property
+    def matrix_bytes(self) -> int: ...
 
     def linear(
         self,
@@ -147,10 +150,6 @@ class Kernels(Protocol):
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> KVCache:
         """One layer's cache. Its memory is taken when it is written to."""
-        ...
-
-    def weight_bytes(self, n: int, k: int, dtype: torch.dtype, *, wide: bool = False) -> int:
-        """Memory of a linear map's weight [n, k]; wide: of the output matrix."""
         ...
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -110,6 +110,7 @@ class _Weights:
             if own is not None:
                 bias[max(0, half - 1), at : at + rows] = own.float()
             at += 0 if half else rows
+        engine.compress(self.matrix)
         # in the order of packed columns
         bias = bias.view(bias.shape[0], -1, width).transpose(0, 1).contiguous()
         self._bias = bias if any(own is not None for _, own, _ in parts) else None
@@ -288,6 +289,7 @@ class NativeKernels:
             raise ValueError(f"there are no native kernels for {isa or 'this machine'}")
         self._engine = _native.Engine(isa or known[0], threads)
         self._quantization = quantization
+        self.matrix_bytes = 0
         self.name = f"native-{VERSION}-{self._engine.isa}" + ("" if quantization == "none" else f"-{quantization}")
 
     def linear(
@@ -301,15 +303,13 @@ class NativeKernels:
         exact: bool = False,
     ) -> NativeLinear:
         parts = [(weight, bias, 0) for weight, bias in zip(weights, biases, strict=True)]
-        return NativeLinear(
-            self._engine, _Weights(self._engine, parts, cut, self._format(wide, exact)), activation, wide
-        )
+        return NativeLinear(self._engine, self._pack(parts, cut, self._format(wide, exact)), activation, wide)
 
     def gated(
         self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
     ) -> Part:
         parts = [(gate, gate_bias, 1), (up, up_bias, 2)]
-        return NativeLinear(self._engine, _Weights(self._engine, parts, False, self._format()), activation, wide=False)
+        return NativeLinear(self._engine, self._pack(parts, False, self._format()), activation, wide=False)
 
     def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part:
         factor = _factor(weight, plus_one)
@@ -380,19 +380,15 @@ class NativeKernels:
         native = _native.Cache(_dtype(dtype), num_blocks * block_size, num_kv_heads, head_dim)
         return NativeCache(native, num_kv_heads, head_dim, dtype)
 
+    def _pack(self, parts: Sequence[tuple[Tensor, Tensor | None, int]], cut: bool, format: Format) -> _Weights:
+        weights = _Weights(self._engine, parts, cut, format)
+        self.matrix_bytes += weights.matrix.nbytes
+        return weights
+
     def _format(self, wide: bool = False, exact: bool = False) -> Format:
         if exact or self._quantization == "none":
             return "plain"
         return "int8" if wide else self._quantization
-
-    def weight_bytes(self, n: int, k: int, dtype: torch.dtype, *, wide: bool = False) -> int:
-        match self._format(wide):
-            case "plain":
-                return n * k * dtype.itemsize
-            case "int8":  # a scale and a sum of four bytes for each column and segment; most matrices are not cut
-                return n * k + 8 * n * _segments(k, 4, False, True)
-            case "int4":
-                return n * -(-k // GROUP) * (GROUP // 2 + 2)
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return num_kv_heads * (head_dim + -(-head_dim // 16) * 16) * dtype.itemsize

@@ -74,6 +74,9 @@ class TorchKernels:
     name = "torch-2"
     block_multiple = 1
 
+    def __init__(self) -> None:
+        self.matrix_bytes = 0
+
     def linear(
         self,
         weights: Sequence[Tensor],
@@ -84,13 +87,13 @@ class TorchKernels:
         wide: bool = False,
         exact: bool = False,
     ) -> TorchLinear:
-        parts = tuple(TileLinear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        parts = tuple(self._tiles(weight, bias) for weight, bias in zip(weights, biases, strict=True))
         return TorchLinear(parts, None if activation is None else ACTIVATIONS[activation], wide)
 
     def gated(
         self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
     ) -> Part:
-        first, second = TileLinear(gate, gate_bias), TileLinear(up, up_bias)
+        first, second = self._tiles(gate, gate_bias), self._tiles(up, up_bias)
         act = ACTIVATIONS[activation]
         return lambda x: act(first(x)) * second(x)
 
@@ -151,11 +154,12 @@ class TorchKernels:
         # left as it comes: nothing reads a slot before its own request has written it
         return TorchCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
 
-    def weight_bytes(self, n: int, k: int, dtype: torch.dtype, *, wide: bool = False) -> int:
-        return n * k * dtype.itemsize
-
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return 2 * num_kv_heads * head_dim * dtype.itemsize
+
+    def _tiles(self, weight: Tensor, bias: Tensor | None) -> TileLinear:
+        self.matrix_bytes += weight.numel() * weight.itemsize
+        return TileLinear(weight, bias)
 
     def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         return peaks(logits)
