@@ -25,23 +25,23 @@ SHAPE = Shape("by hand", hidden=10, mlp=20, heads=2, kv_heads=1, head_dim=4, voc
 
 
 @pytest.mark.parametrize(
-    ("kernel", "m", "moved", "flops"),
+    ("kernel", "m", "moved", "flops", "weights"),
     [
-        (Kernel("linear", "", (10, 16)), 3, 2 * (160 + 30 + 48), 2 * 3 * 160),
-        (Kernel("gated", "", (10, 20)), 3, 2 * (400 + 30 + 60), 2 * 3 * 400),
-        (Kernel("output", "", (10, 100)), 3, 2 * (1000 + 30) + 4 * 300, 2 * 3 * 1000),
+        (Kernel("linear", "", (10, 16)), 3, 2 * (160 + 30 + 48), 2 * 3 * 160, 2 * 160),
+        (Kernel("gated", "", (10, 20)), 3, 2 * (400 + 30 + 60), 2 * 3 * 400, 2 * 400),
+        (Kernel("output", "", (10, 100)), 3, 2 * (1000 + 30) + 4 * 300, 2 * 3 * 1000, 2 * 1000),
         # a request has 256 keys and 256 values of 4, a query of 8 and an answer of 8
-        (Kernel("decode", "", (256,)), 3, 3 * 2 * (2 * 256 * 4 + 16), 3 * 2 * 2 * 256 * 8),
+        (Kernel("decode", "", (256,)), 3, 3 * 2 * (2 * 256 * 4 + 16), 3 * 2 * 2 * 256 * 8, 0),
         # 1 + 2 + 3 positions are seen by 2 heads of 4
-        (Kernel("prefill", ""), 3, 3 * 2 * (8 + 16), 2 * 2 * 6 * 8),
-        (Kernel("heads", ""), 3, 3 * 2 * 2 * 16, 0),
-        (Kernel("rms_norm", ""), 3, 3 * 2 * 2 * 10, 0),
-        (Kernel("peaks", ""), 3, 3 * 4 * 100, 0),
+        (Kernel("prefill", ""), 3, 3 * 2 * (8 + 16), 2 * 2 * 6 * 8, 0),
+        (Kernel("heads", ""), 3, 3 * 2 * 2 * 16, 0, 0),
+        (Kernel("rms_norm", ""), 3, 3 * 2 * 2 * 10, 0, 0),
+        (Kernel("peaks", ""), 3, 3 * 4 * 100, 0, 0),
     ],
     ids=lambda value: getattr(value, "kind", None),
 )
-def test_what_a_call_must_move_and_multiply(kernel: Kernel, m: int, moved: int, flops: int) -> None:
-    assert work(SHAPE, kernel, m, 2) == Work(kernel.name, m, moved, flops)
+def test_what_a_call_must_move_and_multiply(kernel: Kernel, m: int, moved: int, flops: int, weights: int) -> None:
+    assert work(SHAPE, kernel, m, 2) == Work(kernel.name, m, moved, flops, weights)
 
 
 def test_a_share_is_the_median_of_pairs() -> None:
@@ -51,7 +51,7 @@ def test_a_share_is_the_median_of_pairs() -> None:
 
 
 def sample(runner: str, round: int, seconds: float, bandwidth: float | None, peak: float | None) -> Sample:
-    return Sample(round, "qkv", 16, runner, seconds, bandwidth, peak)
+    return Sample(round, "qkv", 16, runner, seconds, 10**6, bandwidth, peak)
 
 
 SAMPLES = [

@@ -19,6 +19,7 @@ from orcaserve.bench.report import Machine, markdown_table, number
 READING = (
     "Medians over rounds. bw, peak: shares of the ceilings measured right before the kernel, of the memory's "
     f"bandwidth below {MANY} rows, of the peak of products above {FEW}, of neither where data lie in a cache. "
+    "Bytes are those that were read, which is fewer than torch reads where weights are coded. "
     "torch, twin: torch's own operators, and the twin with equal bits, and how many times as fast as ours they are."
 )
 HEAD = ("kernel", "M", "µs", "GB/s", "GFLOP/s", "bw", "peak", "torch", "twin")
@@ -163,7 +164,7 @@ def _row(line: Line, beside: str) -> list[str]:
     work, ours = line.work, line.cells[OURS]
     gflops = number(work.flops / ours.seconds / 1e9) if work.flops else "—"
     shares = (_percent(ours.of_bandwidth), _percent(ours.of_peak))
-    rates = (number(ours.seconds * 1e6), number(work.bytes / ours.seconds / 1e9), gflops)
+    rates = (number(ours.seconds * 1e6), number(ours.bytes / ours.seconds / 1e9), gflops)
     others = (_others(line.cells.get(name), beside) for name in ("torch", "twin"))
     return [work.kernel, str(work.m), *rates, *shares, *others]
 

@@ -86,23 +86,28 @@ def kernels(shape: Shape) -> list[Kernel]:
 
 
 class Work(msgspec.Struct, frozen=True):
-    """One call of a kernel with m rows. bytes: read or written once, at least. flops: of its products; 0: has none."""
+    """One call of a kernel with m rows. bytes: read or written once, at least. flops: of its products; 0: has none.
+
+    weights: those of the bytes that are weights as they come; a runner that packs them may read fewer.
+    """
 
     kernel: str
     m: int
     bytes: int
     flops: int
+    weights: int = 0
 
 
 def work(shape: Shape, kernel: Kernel, m: int, itemsize: int) -> Work:
     """itemsize: of weights, activations and the KV cache, in bytes."""
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    flops = 0
+    flops = weights = 0
     match kernel.kind, kernel.size:
         case "linear" | "gated" | "output", (k, n):
             matrices = 2 if kernel.kind == "gated" else 1
             result = FLOAT32 if kernel.kind == "output" else itemsize
-            moved = (matrices * k * n + m * k) * itemsize + m * n * result
+            weights = matrices * k * n * itemsize
+            moved = weights + m * k * itemsize + m * n * result
             flops = 2 * m * k * n * matrices
         case "decode", (context,):
             moved = m * (2 * context * keys + 2 * queries) * itemsize
@@ -116,17 +121,21 @@ def work(shape: Shape, kernel: Kernel, m: int, itemsize: int) -> Work:
             moved = 2 * m * shape.hidden * itemsize
         case _:
             moved = m * shape.vocab * FLOAT32
-    return Work(kernel.name, m, moved, flops)
+    return Work(kernel.name, m, moved, flops, weights)
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """Seconds of one call, and the ceilings right before it, in bytes and FLOPs a second, as far as they apply."""
+    """Seconds of one call, and the ceilings right before it, in bytes and FLOPs a second, as far as they apply.
+
+    bytes: what this runner read or wrote, at least, with weights as it keeps them.
+    """
 
     round: int
     kernel: str
     m: int
     runner: str
     seconds: float
+    bytes: int
     bandwidth: float | None
     peak: float | None
 
@@ -135,6 +144,7 @@ class Cell(msgspec.Struct, frozen=True):
     """Medians over rounds. speed: how many times as fast as ours. of_…: shares of the ceilings, where they apply."""
 
     seconds: float
+    bytes: int
     speed: float
     of_bandwidth: float | None
     of_peak: float | None
@@ -169,8 +179,9 @@ def _cell(work: Work, mine: Sequence[Sample], ours: Sequence[Sample]) -> Cell:
     seconds = [sample.seconds for sample in mine]
     return Cell(
         statistics.median(seconds),
+        mine[0].bytes,
         statistics.median(b.seconds / a.seconds for a, b in zip(mine, ours, strict=False)),
-        share(work.bytes, seconds, [sample.bandwidth for sample in mine]),
+        share(mine[0].bytes, seconds, [sample.bandwidth for sample in mine]),
         share(work.flops, seconds, [sample.peak for sample in mine]),
     )
 

@@ -91,16 +91,22 @@ class Benchmark:
     def _samples_of(self, kernel: Kernel, works: Sequence[Work], round: int) -> Iterator[Sample]:
         if not works:
             return
+        before = self.ours.matrix_bytes
         calls_of = _MAKERS[kernel.kind](self, kernel)
+        packed = self.ours.matrix_bytes - before
         runners = kernel.runners()
         first = round % len(runners)
         for one in works:
-            turns = {runner: itertools.cycle(calls) for runner, calls in calls_of(one.m).items()}
+            calls = calls_of(one.m)
+            turns = {runner: itertools.cycle(of_one) for runner, of_one in calls.items()}
             for runner in runners[first:] + runners[:first]:
                 bandwidth = self._rate(self.bandwidth) if kernel.streams and one.m < MANY else None
                 peak = self._rate(self.peak) if one.flops and one.m > FEW else None
                 seconds = self._seconds(turns[runner], runner != OURS)
-                yield Sample(round, kernel.name, one.m, runner, seconds, bandwidth, peak)
+                moved = one.bytes
+                if runner == OURS and one.weights:
+                    moved += packed // len(calls[runner]) - one.weights
+                yield Sample(round, kernel.name, one.m, runner, seconds, moved, bandwidth, peak)
 
     def draw(self, *size: int) -> Tensor:
         return torch.randn(size, dtype=torch.float32).to(self.dtype)
