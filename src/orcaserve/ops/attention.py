@@ -1,6 +1,7 @@
 """Attention over a paged KV cache, twice: the literal Split -> attend -> Merge, and the fast path with the promise.
 
-Caches are [num_blocks, block_size, kv heads, d] in the model's dtype. Both functions read back what was stored.
+Caches are [num_blocks, block_size, kv heads, d] in the model's dtype, or `ScaledBytes`. Both functions read back what
+was stored.
 
 `attention` gives a query bits that depend on its own value, its position and its own keys and values alone: not on who
 else is in the batch, on how its prompt was cut into chunks, on decode or prefill, or on the block table. How: the
@@ -25,16 +26,60 @@ QUERY_ROWS = 8  # rows of a query tile: positions * query heads per kv head; wid
 _GROUP_ITEMS = 64  # (tile, kv head) items that gather keys of their own at a time, so that the copies stay in cache
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+_NOTHING = 1e-30  # vectors whose values are no larger become zero: the inverse might be infinite
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ScaledBytes:
+    """A cache of 8 bits: values, whole numbers from -127 to 127, times the scale of their token and head.
+
+    values: int8 [num_blocks, block_size, kv heads, d]. scales: float32 [num_blocks, block_size, kv heads]; NaN where a
+    value was not finite, for bytes cannot say so.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, *shape: int) -> ScaledBytes:
+        """Left as it comes."""
+        return cls(torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1]))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def store(self, new: Tensor, slots: Tensor) -> None:
+        """Writes new [n, kv heads, d] at `slots` (int64 [n])."""
+        new = new.float()
+        most = new.abs().amax(-1)
+        factors = torch.where(most > _NOTHING, torch.full_like(most, 127.0) / most, 0.0)
+        whole = (new * factors[..., None]).round().nan_to_num(0.0)
+        self.values.flatten(0, 1).index_copy_(0, slots, whole.to(torch.int8))
+        self.scales.flatten(0, 1).index_copy_(0, slots, most / 127.0 + most * 0.0)
+
+    def read(self, places: Tensor) -> Tensor:
+        """float32 [n, d] of the vectors at `places` (int64 [n] of slot * kv heads + head)."""
+        values = self.values.view(-1, self.shape[3]).index_select(0, places)
+        return values * self.scales.view(-1).index_select(0, places)[:, None]
+
+
+Cache = Tensor | ScaledBytes
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Cache, v_cache: Cache, slots: Tensor) -> None:
     """Writes k and v [ΣL, kv heads, d] at `slots` (int64 [ΣL]) of the caches."""
     for new, cache in ((k, k_cache), (v, v_cache)):
-        cache.view(cache.shape[0] * cache.shape[1], -1).index_copy_(0, slots, new.reshape(new.shape[0], -1))
+        if isinstance(cache, ScaledBytes):
+            cache.store(new, slots)
+        else:
+            cache.view(cache.shape[0] * cache.shape[1], -1).index_copy_(0, slots, new.reshape(new.shape[0], -1))
 
 
 def split_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     layout: Layout,
     *,
     scale: float,
@@ -55,8 +100,8 @@ def split_attention(
 
 def _attend_one(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     row: Row,
     block_size: int,
     scale: float,
@@ -66,8 +111,10 @@ def _attend_one(
     seen = torch.arange(row.end)
     own = torch.arange(row.start, row.end)[:, None]
     slots = torch.from_numpy(row.blocks)[seen // block_size] * block_size + seen % block_size
-    group = q.shape[1] // k_cache.shape[2]
-    k, v = (cache.flatten(0, 1)[slots].float().repeat_interleave(group, dim=1) for cache in (k_cache, v_cache))
+    kv_heads, d = k_cache.shape[2:]
+    group = q.shape[1] // kv_heads
+    places = (slots[:, None] * kv_heads + torch.arange(kv_heads)).flatten()
+    k, v = (_vectors(cache, places).view(-1, kv_heads, d).repeat_interleave(group, 1) for cache in (k_cache, v_cache))
     scores = torch.einsum("qhd,khd->hqk", q.float() * scale, k)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -80,8 +127,8 @@ def _attend_one(
 
 def attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     layout: Layout,
     *,
     scale: float,
@@ -219,7 +266,7 @@ def _mask(own: Tensor, seen: Tensor, shape: _Shape, window: int | None) -> Tenso
 
 
 def _attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, tiles: _Tiles, shape: _Shape, scale: float, softcap: float | None
+    q: Tensor, k_cache: Cache, v_cache: Cache, tiles: _Tiles, shape: _Shape, scale: float, softcap: float | None
 ) -> Tensor:
     """The answers of the tiles' tokens, [n, heads, d] in the dtype of q."""
     split = (-1, shape.positions, shape.kv_heads, shape.group, shape.d)
@@ -258,6 +305,13 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def _read(cache: Tensor, places: Tensor) -> Tensor:
+def _read(cache: Cache, places: Tensor) -> Tensor:
     """The spans at `places` as float32 [kv heads, spans, SPAN, d]: gathered by head, then widened in one sweep."""
-    return cache.view(-1, cache.shape[3]).index_select(0, places).float().view(cache.shape[2], -1, SPAN, cache.shape[3])
+    return _vectors(cache, places).view(cache.shape[2], -1, SPAN, cache.shape[3])
+
+
+def _vectors(cache: Cache, places: Tensor) -> Tensor:
+    """float32 [n, d] of the vectors at `places` (int64 [n] of slot * kv heads + head)."""
+    if isinstance(cache, ScaledBytes):
+        return cache.read(places)
+    return cache.view(-1, cache.shape[3]).index_select(0, places).float()

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from orcaserve.core.config import KVDtype
 from orcaserve.ops.draw import Draw
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.rotary import Rotary
@@ -60,12 +61,15 @@ class Kernels(Protocol):
 
     name: goes into the numerics profile; it changes whenever bits may.
     block_multiple: a block of the KV cache has a multiple of so many tokens.
+    kv_dtype: what its caches keep; "auto": the dtype of the activations.
     """
 
     @property
     def name(self) -> str: ...
     @property
     def block_multiple(self) -> int: ...
+    @property
+    def kv_dtype(self) -> KVDtype: ...
 
     def linear(
         self,
@@ -146,7 +150,7 @@ class Kernels(Protocol):
     def kv_cache(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> KVCache:
-        """One layer's cache. Its memory is taken when it is written to."""
+        """One layer's cache for activations of a dtype. Its memory is taken when it is written to."""
         ...
 
     def weight_bytes(self, n: int, k: int, dtype: torch.dtype, *, wide: bool = False) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orcaserve.core.config import Quantization
+from orcaserve.core.config import KVDtype, Quantization
 from orcaserve.ops.draw import Draw
 from orcaserve.ops.kernels import Part
 from orcaserve.ops.layout import Layout
@@ -278,17 +278,22 @@ class NativeKernels:
     quantization: "int8" keeps weights in 8 bits, with a scale for each column and segment of K; "int4" in 4 bits, with
         a scale for every GROUP values of a column, but the output matrix in 8. Activations are brought to 8 bits row by
         row where they meet such weights; everything else stays as it is.
+    kv_dtype: "int8" keeps keys and values in 8 bits, with a scale for each token and head.
     """
 
     block_multiple = 16
 
-    def __init__(self, threads: int, isa: str | None = None, *, quantization: Quantization = "none") -> None:
+    def __init__(
+        self, threads: int, isa: str | None = None, *, quantization: Quantization = "none", kv_dtype: KVDtype = "auto"
+    ) -> None:
         known = instruction_sets()
         if not known or (isa is not None and isa not in known):
             raise ValueError(f"there are no native kernels for {isa or 'this machine'}")
         self._engine = _native.Engine(isa or known[0], threads)
         self._quantization = quantization
+        self.kv_dtype = kv_dtype
         self.name = f"native-{VERSION}-{self._engine.isa}" + ("" if quantization == "none" else f"-{quantization}")
+        self.name += "" if kv_dtype == "auto" else f"-kv-{kv_dtype}"
 
     def linear(
         self,
@@ -377,7 +382,7 @@ class NativeKernels:
     ) -> NativeCache:
         if block_size % self.block_multiple:
             raise ValueError(f"blocks of {block_size} tokens are not multiples of {self.block_multiple}")
-        native = _native.Cache(_dtype(dtype), num_blocks * block_size, num_kv_heads, head_dim)
+        native = _native.Cache(_dtype(dtype), self.kv_dtype == "int8", num_blocks * block_size, num_kv_heads, head_dim)
         return NativeCache(native, num_kv_heads, head_dim, dtype)
 
     def _format(self, wide: bool = False, exact: bool = False) -> Format:
@@ -395,7 +400,8 @@ class NativeKernels:
                 return n * -(-k // GROUP) * (GROUP // 2 + 2)
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return num_kv_heads * (head_dim + -(-head_dim // 16) * 16) * dtype.itemsize
+        values = head_dim + -(-head_dim // 16) * 16
+        return num_kv_heads * (values + 8 if self.kv_dtype == "int8" else values * dtype.itemsize)
 
     def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         rows, vocab = logits.shape

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orcaserve.core.config import KVDtype
 from orcaserve.ops.activation import ACTIVATIONS
-from orcaserve.ops.attention import attention, store_kv
+from orcaserve.ops.attention import Cache, ScaledBytes, attention, store_kv
 from orcaserve.ops.draw import Draw, draw
 from orcaserve.ops.halves import ComposedAttention, ComposedMLP
 from orcaserve.ops.kernels import Heads, Linear, Part
@@ -24,8 +25,8 @@ from orcaserve.ops.vocabulary import Logprobs, logprobs, peaks
 class TorchCache:
     """k, v: [num_blocks, block_size, kv heads, d]."""
 
-    k: Tensor
-    v: Tensor
+    k: Cache
+    v: Cache
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -69,10 +70,13 @@ class TorchHeads:
 
 
 class TorchKernels:
-    """`Kernels` of torch's operators on tiles of fixed shapes."""
+    """`Kernels` of torch's operators on tiles of fixed shapes. kv_dtype: "int8" keeps keys and values in 8 bits."""
 
-    name = "torch-2"
     block_multiple = 1
+
+    def __init__(self, *, kv_dtype: KVDtype = "auto") -> None:
+        self.kv_dtype = kv_dtype
+        self.name = "torch-2" + ("" if kv_dtype == "auto" else f"-kv-{kv_dtype}")
 
     def linear(
         self,
@@ -149,13 +153,15 @@ class TorchKernels:
     ) -> TorchCache:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         # left as it comes: nothing reads a slot before its own request has written it
+        if self.kv_dtype == "int8":
+            return TorchCache(ScaledBytes.empty(*shape), ScaledBytes.empty(*shape))
         return TorchCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
 
     def weight_bytes(self, n: int, k: int, dtype: torch.dtype, *, wide: bool = False) -> int:
         return n * k * dtype.itemsize
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return 2 * num_kv_heads * head_dim * dtype.itemsize
+        return 2 * num_kv_heads * (head_dim + 4 if self.kv_dtype == "int8" else head_dim * dtype.itemsize)
 
     def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         return peaks(logits)
