@@ -11,6 +11,7 @@ namespace orca {
 namespace ORCA_ISA {
 
 constexpr int kGroups = static_cast<int>(kSpan / kGroup);
+constexpr float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // How keys and values lie in the caches (`Cache`), and what meets them (`Operand`): queries and shares.
 //
@@ -237,14 +238,16 @@ private:
         score<S, R>(queries, factors_ + r0, keys, groups, g_.d, ahead ? key_size() : 0, scores_);
         bool any = false;
         float peaks[R];
-        for (int r = 0; r < R; ++r) any |= soften(r, position(r0 + r), start, groups, values, &peaks[r]);
+        for (int r = 0; r < R; ++r) any |= soften(r, r0 + r, start, groups, values, &peaks[r]);
         if (!any) return;
         values_of<S, R>(shares_, units_, values, positions, padded_, ahead ? value_size() : 0, here_);
         for (int r = 0; r < R; ++r) merge(r0 + r, peaks[r], mass_here_[r], here_ + r * padded_);
     }
 
-    // The scores of a row become shares relative to the row's own greatest; false if it sees none of the span.
-    bool soften(int r, int own, int start, int groups, const Cache* const* values, float* peak) {
+    // The scores of a row (the r-th of those at hand) become shares relative to the row's own greatest; false if it sees
+    // none of the span.
+    bool soften(int r, int row, int start, int groups, const Cache* const* values, float* peak) {
+        const int own = position(row);
         float* scores = scores_ + r * kSpan;
         Operand* shares = shares_ + r * kSpan;
         const int end = std::min<int>(groups * static_cast<int>(kGroup), own + 1 - start);
@@ -257,10 +260,12 @@ private:
             return false;
         }
         const Vec nothing = set1(-__builtin_inff());
+        const float* slope = g_.slopes == nullptr ? nullptr : g_.slopes + head_ * group_ + row % group_;
         Vec highest = nothing;
         for (int at = 0; at < groups * kGroup; at += 16) {
             Vec x = load(scores + at);
             if (g_.softcap != 0.0f) x = set1(g_.softcap) * tanh(x / set1(g_.softcap));
+            if (slope != nullptr) x = fma(set1(*slope), set1(static_cast<float>(start + at - own)) + load(kLanes), x);
             x = first(end - at, x, nothing);
             x = first(begin - at, nothing, x);
             store(scores + at, x);

@@ -120,6 +120,7 @@ struct Attention {
     float softcap;        // scores become softcap * tanh(score / softcap); 0: as they are
     void* out;            // [m, heads * d]
     bool bytes;           // caches of 8 bits
+    const float* slopes;  // [heads] of ALiBi, or null: slope * (position of the key - of the query) is added to a score
 };
 
 // Over each row of logits [rows, vocab].

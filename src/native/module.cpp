@@ -120,6 +120,7 @@ struct View {
     float scale;
     int window;
     float softcap;
+    const float* slopes;
 };
 
 // residual + out_norm(out(attention(heads(qkv(norm(x)))))), the norms where there are any
@@ -283,7 +284,7 @@ private:
         kernels_->attention(pool_, cache.dtype,
                             {q, cache.k.data(), cache.v.data(), rows.tiles, rows.num_tiles, rows.tables,
                              rows.block_size, part.heads, part.kv_heads, part.d, view.scale, view.window, view.softcap, out,
-                             cache.bytes});
+                             cache.bytes, view.slopes});
     }
 
     // The second product of a half, its norm if it has one, and the sum with the residual.
@@ -341,7 +342,10 @@ NB_MODULE(_native, m) {
                             int rotary, bool interleaved) {
             new (self) HeadsPart{heads, kv_heads, d, read<float>(q_norm), read<float>(k_norm), eps, rotary, interleaved};
         }, "heads"_a, "kv_heads"_a, "d"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "rotary"_a, "interleaved"_a);
-    nb::class_<View>(m, "View").def(nb::init<float, int, float>(), "scale"_a, "window"_a, "softcap"_a);
+    nb::class_<View>(m, "View")
+        .def("__init__", [](View* self, float scale, int window, float softcap, Address slopes) {
+            new (self) View{scale, window, softcap, read<float>(slopes)};
+        }, "scale"_a, "window"_a, "softcap"_a, "slopes"_a);
     nb::class_<AttentionHalf>(m, "AttentionHalf")
         .def("__init__", [](AttentionHalf* self, const NormPart* norm, const Linear& qkv, const HeadsPart& heads,
                             const View& view, const Linear& out, const NormPart* out_norm) {

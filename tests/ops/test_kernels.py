@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from orcaserve.model.alibi import alibi_slopes
 from orcaserve.ops.attention import split_attention, store_kv
 from orcaserve.ops.halves import ComposedAttention, ComposedMLP
 from orcaserve.ops.layout import Layout
@@ -313,6 +314,8 @@ def frequencies(dim: int) -> torch.Tensor:
         (1, 20, 1, 8, 8, False, {}),
         (1, 64, 1, 12, 12, True, {}),
         (2, 8, 4, 64, 64, False, {"window": 100}),
+        (1, 6, 3, 32, 0, False, {"slopes": torch.tensor(alibi_slopes(6))}),
+        (2, 8, 1, 16, 0, False, {"slopes": torch.tensor(alibi_slopes(8)), "window": 150, "softcap": 9.0}),
     ],
 )
 def test_attention(name, threads, dtype, heads, kv_heads, d, rotary_dim, norms, options):

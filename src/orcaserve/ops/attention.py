@@ -85,14 +85,16 @@ def split_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """q [ΣL, heads, d] -> [ΣL, heads, d]: split by request, attend each against its own cache, merge.
 
     window: a query at p sees positions > p - window. softcap: scores become softcap * tanh(score / softcap).
+    slopes: float32 [heads] of ALiBi: slope * (position of the key - position of the query) is added to a score.
     """
     return torch.cat(
         [
-            _attend_one(part, k_cache, v_cache, row, layout.block_size, scale, window, softcap)
+            _attend_one(part, k_cache, v_cache, row, layout.block_size, scale, window, softcap, slopes)
             for part, row in zip(q.split([row.num_tokens for row in layout.rows]), layout.rows, strict=True)
         ]
     )
@@ -107,6 +109,7 @@ def _attend_one(
     scale: float,
     window: int | None,
     softcap: float | None,
+    slopes: Tensor | None,
 ) -> Tensor:
     seen = torch.arange(row.end)
     own = torch.arange(row.start, row.end)[:, None]
@@ -118,6 +121,8 @@ def _attend_one(
     scores = torch.einsum("qhd,khd->hqk", q.float() * scale, k)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores + slopes[:, None, None] * (seen - own)
     hidden = seen > own
     if window is not None:
         hidden |= seen <= own - window
@@ -134,14 +139,16 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """As `split_attention`, with the promise; the two agree but for rounding."""
     heads, kv_heads = q.shape[1], k_cache.shape[2]
     shape = _Shape(max(1, QUERY_ROWS * kv_heads // heads), heads // kv_heads, kv_heads, q.shape[2])
     plan = layout.derived((shape, window), lambda: _plan(layout, shape, window))
+    by_kv_head = None if slopes is None else slopes.view(kv_heads, 1, 1, -1, 1)
     out = torch.empty_like(q)
     for tiles in plan:
-        out.index_copy_(0, tiles.tokens, _attend(q, k_cache, v_cache, tiles, shape, scale, softcap))
+        out.index_copy_(0, tiles.tokens, _attend(q, k_cache, v_cache, tiles, shape, scale, softcap, by_kv_head))
     return out
 
 
@@ -163,12 +170,19 @@ class _Step:
         span. Positions that are not stored yet stand as the last one that is, so that only the request's own values
         are ever read.
     mask: float32 [hi - lo, positions * group, SPAN], 0 or -inf; None where all is visible.
+    own: int64 [hi - lo, positions], of the queries; seen: int64 [hi - lo or 1, SPAN], of the keys.
     """
 
     lo: int
     hi: int
     places: Tensor
     mask: Tensor | None
+    own: Tensor
+    seen: Tensor
+
+    def distances(self) -> Tensor:
+        """float32 [hi - lo, positions, 1, SPAN], from the query to the key."""
+        return (self.seen[:, None, :] - self.own[:, :, None])[:, :, None].float()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -225,7 +239,7 @@ def _single_tiles(rows: Sequence[Row], block_size: int, shape: _Shape, window: i
         seen = (span[:n] + step) * SPAN + torch.arange(SPAN)
         stored = torch.minimum(seen, last[:n])
         slots = blocks[offset[:n] + stored // block_size] * block_size + stored % block_size
-        steps.append(_Step(0, n, _places(slots.flatten(), shape), _mask(own[:n], seen, shape, window)))
+        steps.append(_Step(0, n, _places(slots.flatten(), shape), _mask(own[:n], seen, shape, window), own[:n], seen))
     return _Tiles(queries, queries[used], used, tuple(steps))
 
 
@@ -245,7 +259,8 @@ def _row_tiles(row: Row, block_size: int, shape: _Shape, window: int | None) -> 
         hi = min(tiles, -(-past // shape.positions))
         stored = seen.clamp(max=row.end - 1)
         slots = torch.from_numpy(row.blocks)[stored // block_size] * block_size + stored % block_size
-        steps.append(_Step(lo, hi, _places(slots, shape), _mask(own[lo:hi], seen[None], shape, window)))
+        places, mask = _places(slots, shape), _mask(own[lo:hi], seen[None], shape, window)
+        steps.append(_Step(lo, hi, places, mask, own[lo:hi], seen[None]))
     return _Tiles(queries, queries[used], used, tuple(steps))
 
 
@@ -266,9 +281,16 @@ def _mask(own: Tensor, seen: Tensor, shape: _Shape, window: int | None) -> Tenso
 
 
 def _attend(
-    q: Tensor, k_cache: Cache, v_cache: Cache, tiles: _Tiles, shape: _Shape, scale: float, softcap: float | None
+    q: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
+    tiles: _Tiles,
+    shape: _Shape,
+    scale: float,
+    softcap: float | None,
+    slopes: Tensor | None,
 ) -> Tensor:
-    """The answers of the tiles' tokens, [n, heads, d] in the dtype of q."""
+    """The answers of the tiles' tokens, [n, heads, d] in the dtype of q. slopes: float32 [kv heads, 1, 1, group, 1]."""
     split = (-1, shape.positions, shape.kv_heads, shape.group, shape.d)
     queries = q.index_select(0, tiles.queries).view(split).permute(2, 0, 1, 3, 4).float().mul(scale)
     queries = queries.reshape(shape.kv_heads, -1, shape.positions * shape.group, shape.d)
@@ -280,6 +302,8 @@ def _attend(
         scores = _products(queries[:, now], _read(k_cache, step.places).transpose(2, 3))
         if softcap is not None:
             scores = torch.tanh(scores.div_(softcap)).mul_(softcap)
+        if slopes is not None:
+            scores.add_((slopes * step.distances()).flatten(2, 3))
         if step.mask is not None:
             scores.add_(step.mask)
         higher = torch.maximum(peak[:, now], scores.amax(-1, keepdim=True))

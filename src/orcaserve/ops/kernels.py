@@ -96,7 +96,7 @@ class Kernels(Protocol):
 
     def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part: ...
 
-    def layer_norm(self, weight: Tensor, bias: Tensor, eps: float) -> Part: ...
+    def layer_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> Part: ...
 
     def heads(
         self,
@@ -121,10 +121,12 @@ class Kernels(Protocol):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> Tensor:
         """[M, heads * d] -> the same: every token against the cached keys and values of its request up to itself.
 
         window: a query at p sees positions > p - window. softcap: scores become softcap * tanh(score / softcap).
+        slopes: float32 [heads] of ALiBi: slope * (position of the key - position of the query) is added to a score.
         """
         ...
 
@@ -139,6 +141,7 @@ class Kernels(Protocol):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> AttentionHalf:
         """Half a layer of parts that these kernels built."""
         ...

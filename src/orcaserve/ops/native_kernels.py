@@ -194,9 +194,10 @@ class NativeAttention:
         out: NativeLinear,
         out_norm: NativeNorm | None,
         view: Any,
+        slopes: Tensor | None,
     ) -> None:
         self._engine, self._heads = engine, heads
-        self._parts = norm, qkv, heads, out, out_norm  # whose tensors the native half reads
+        self._parts = norm, qkv, heads, out, out_norm, slopes  # whose tensors the native half reads
         self._native = _native.AttentionHalf(_part(norm), qkv.native, heads.native, view, out.native, _part(out_norm))
 
     def __call__(self, x: Tensor, layout: Layout, cache: NativeCache, residual: Tensor) -> Tensor:
@@ -320,7 +321,7 @@ class NativeKernels:
         factor = _factor(weight, plus_one)
         return NativeNorm(self._engine, factor, None, eps, centred=False, dtype=_dtype(weight.dtype))
 
-    def layer_norm(self, weight: Tensor, bias: Tensor, eps: float) -> Part:
+    def layer_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> Part:
         return NativeNorm(self._engine, weight, bias, eps, centred=True, dtype=_dtype(weight.dtype))
 
     def heads(
@@ -348,13 +349,14 @@ class NativeKernels:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> Tensor:
         d, kv_heads = cache.head_dim, cache.num_kv_heads
         heads = q.shape[1] // d
         out = torch.empty_like(q)
         shape = _native.Heads(heads, kv_heads, d, 0, 0, 0.0, 0, False)
         rows = _rows(layout, heads, kv_heads)
-        view = _view(scale, window, softcap)
+        view = _view(scale, window, softcap, slopes)
         self._engine.attention(shape, view, rows.native, cache.native, q.data_ptr(), out.data_ptr())
         return out
 
@@ -369,8 +371,10 @@ class NativeKernels:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> NativeAttention:
-        return NativeAttention(self._engine, norm, qkv, heads, out, out_norm, _view(scale, window, softcap))
+        view = _view(scale, window, softcap, slopes)
+        return NativeAttention(self._engine, norm, qkv, heads, out, out_norm, view, slopes)
 
     def mlp_half(
         self, norm: NativeNorm | None, inner: NativeLinear, down: NativeLinear, out_norm: NativeNorm | None
@@ -452,8 +456,9 @@ class NativeKernels:
         return found
 
 
-def _view(scale: float, window: int | None, softcap: float | None) -> Any:
-    return _native.View(scale, window or 0, softcap or 0.0)
+def _view(scale: float, window: int | None, softcap: float | None, slopes: Tensor | None) -> Any:
+    """slopes: float32; whoever calls keeps them."""
+    return _native.View(scale, window or 0, softcap or 0.0, _address(slopes))
 
 
 def _factor(weight: Tensor, plus_one: bool) -> Tensor:

@@ -101,7 +101,7 @@ class TorchKernels:
     def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part:
         return lambda x: rms_norm(x, weight, eps, plus_one=plus_one)
 
-    def layer_norm(self, weight: Tensor, bias: Tensor, eps: float) -> Part:
+    def layer_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> Part:
         return lambda x: layer_norm(x, weight, bias, eps)
 
     def heads(
@@ -127,9 +127,11 @@ class TorchKernels:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> Tensor:
         by_head = q.unflatten(-1, (-1, cache.k.shape[3]))
-        return attention(by_head, cache.k, cache.v, layout, scale=scale, window=window, softcap=softcap).flatten(1)
+        out = attention(by_head, cache.k, cache.v, layout, scale=scale, window=window, softcap=softcap, slopes=slopes)
+        return out.flatten(1)
 
     def attention_half(
         self,
@@ -142,8 +144,9 @@ class TorchKernels:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> ComposedAttention:
-        return ComposedAttention(self, norm, qkv, heads, out, out_norm, scale, window, softcap)
+        return ComposedAttention(self, norm, qkv, heads, out, out_norm, scale, window, softcap, slopes)
 
     def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Part | None) -> ComposedMLP:
         return ComposedMLP(norm, inner, down, out_norm)
