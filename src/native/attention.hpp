@@ -11,71 +11,122 @@ namespace orca {
 namespace ORCA_ISA {
 
 constexpr int kGroups = static_cast<int>(kSpan / kGroup);
+constexpr float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// scores [R][kSpan] of R query rows against `count` groups of keys. What lies `ahead` of what it reads is fetched, unless
-// that is 0.
-template <class T, int R>
-void score(const T* const* queries, const T* const* keys, int count, int d, float scale, std::int64_t ahead,
-           float* scores) {
-    constexpr int P = Type<T>::PAIR;
+// How keys and values lie in the caches (`Cache`), and what meets them (`Operand`): queries and shares.
+//
+// In the dtype of the activations, operands are as they come.
+template <class T>
+struct Plain {
+    static constexpr bool BYTES = false;
+    static constexpr int PAIR = Type<T>::PAIR;
+    using Cache = T;
+    using Operand = T;
+    using Sum = Vec;
+    static Sum nothing() { return zero(); }
+    static auto broadcast(const Operand* p) { return Type<T>::broadcast(p); }
+    static Sum multiply(typename Type<T>::One a, const Cache* b, Sum c) { return Type<T>::multiply(a, b, c); }
+    static Vec floats(Sum a) { return a; }
+};
+
+// In 8 bits, operands are brought to 16: both are whole numbers, so that sums are exact in whatever order, and operands
+// lose less than by rounding to bfloat16. What one of them means (a scale) is multiplied in behind the sum; the scales
+// of values, which differ from position to position, go into the shares before.
+struct Bytes {
+    static constexpr bool BYTES = true;
+    static constexpr int PAIR = 2;
+    using Cache = std::int8_t;
+    using Operand = std::int16_t;
+    using Sum = Ints;
+    static Sum nothing() { return no_ints(); }
+    static Two broadcast(const Operand* p) { return broadcast_two(p); }
+    static Sum multiply(Two a, const Cache* b, Sum c) { return multiply_shorts(a, b, c); }
+    static Vec floats(Sum a) { return to_floats(a); }
+};
+constexpr float kMostOfQuery = 16383.0f;  // 16383 * 128 * kLargestHead fits a sum
+constexpr float kMostOfShare = 32767.0f;  // 32767 * 128 * kSpan too
+
+inline Vec scales_behind(const void* data) { return load(static_cast<const float*>(data)); }
+
+// scores [R][kSpan] of R query rows, each times its factor, against `count` groups of keys. What lies `ahead` of what it
+// reads is fetched, unless that is 0.
+template <class S, int R>
+void score(const typename S::Operand* const* queries, const float* factors, const typename S::Cache* const* keys, int count,
+           int d, std::int64_t ahead, float* scores) {
+    constexpr int P = S::PAIR;
+    constexpr int line = P * static_cast<int>(std::max<std::size_t>(1, 64 / (kGroup * P * sizeof(typename S::Cache))));
     for (int group = 0; group < count; group += WIDE) {
-        Vec sums[R][WIDE];
-        const T* k[WIDE];
+        typename S::Sum sums[R][WIDE];
+        const typename S::Cache* k[WIDE];
         for (int j = 0; j < WIDE; ++j) k[j] = keys[std::min(group + j, count - 1)];
         ORCA_UNROLL for (int r = 0; r < R; ++r)
-            ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = zero();
+            ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = S::nothing();
         for (int i = 0; i < d; i += P) {
-            if (ahead != 0)
+            if (ahead != 0 && (line == P || i % line == 0))
                 for (int j = 0; j < WIDE; ++j) __builtin_prefetch(k[j] + i * kGroup + ahead, 0, 2);
             ORCA_UNROLL for (int r = 0; r < R; ++r) {
-                const auto one = Type<T>::broadcast(queries[r] + i);
-                ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = Type<T>::multiply(one, k[j] + i * kGroup, sums[r][j]);
+                const auto one = S::broadcast(queries[r] + i);
+                ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = S::multiply(one, k[j] + i * kGroup, sums[r][j]);
             }
         }
         for (int r = 0; r < R; ++r)
             for (int j = 0; j < WIDE && group + j < count; ++j) {
-                store(scores + r * kSpan + (group + j) * kGroup, sums[r][j] * set1(scale));
+                Vec factor = set1(factors[r]);
+                if constexpr (S::BYTES) factor = factor * scales_behind(k[j] + ceil_div(d, P) * P * kGroup);
+                store(scores + r * kSpan + (group + j) * kGroup, S::floats(sums[r][j]) * factor);
             }
     }
 }
 
 // out [R][padded] += shares [R][kSpan] times the values of the first `positions` positions; WIDE vectors at a time.
-template <class T, int R, int W>
-void gather_values(const T* shares, const T* const* values, int positions, int padded, int column, std::int64_t ahead,
-                   float* out) {
-    constexpr int P = Type<T>::PAIR;
-    Vec sums[R][W];
+// factors: what a row's shares are multiples of, of 8 bits.
+template <class S, int R, int W>
+void gather_values(const typename S::Operand* shares, const float* factors, const typename S::Cache* const* values,
+                   int positions, int padded, int column, std::int64_t ahead, float* out) {
+    constexpr int P = S::PAIR;
+    constexpr int line = static_cast<int>(std::max<std::size_t>(1, 64 / (16 * P * sizeof(typename S::Cache))));
+    typename S::Sum sums[R][W];
     ORCA_UNROLL for (int r = 0; r < R; ++r)
-        ORCA_UNROLL for (int j = 0; j < W; ++j) sums[r][j] = zero();
+        ORCA_UNROLL for (int j = 0; j < W; ++j) sums[r][j] = S::nothing();
     for (int group = 0; group * kGroup < positions; ++group) {
         const int end = std::min<int>(kGroup, positions - group * kGroup);
-        const T* v = values[group] + column * P;
-        const T* share = shares + group * kGroup;
+        const typename S::Cache* v = values[group] + column * P;
+        const typename S::Operand* share = shares + group * kGroup;
         for (int at = 0; at < end; at += P, v += padded * P, share += P) {
             if (ahead != 0)
-                for (int j = 0; j < W; ++j) __builtin_prefetch(v + j * 16 * P + ahead, 0, 2);
+                for (int j = 0; j < W; j += line) __builtin_prefetch(v + j * 16 * P + ahead, 0, 2);
             ORCA_UNROLL for (int r = 0; r < R; ++r) {
-                const auto one = Type<T>::broadcast(share + r * kSpan);
-                ORCA_UNROLL for (int j = 0; j < W; ++j) sums[r][j] = Type<T>::multiply(one, v + j * 16 * P, sums[r][j]);
+                const auto one = S::broadcast(share + r * kSpan);
+                ORCA_UNROLL for (int j = 0; j < W; ++j) sums[r][j] = S::multiply(one, v + j * 16 * P, sums[r][j]);
             }
         }
     }
     ORCA_UNROLL for (int r = 0; r < R; ++r)
-        ORCA_UNROLL for (int j = 0; j < W; ++j) store(out + r * padded + column + j * 16, sums[r][j]);
+        ORCA_UNROLL for (int j = 0; j < W; ++j) {
+            Vec all = S::floats(sums[r][j]);
+            if constexpr (S::BYTES) all = all * set1(factors[r]);
+            store(out + r * padded + column + j * 16, all);
+        }
 }
 
-template <class T, int R>
-void values_of(const T* shares, const T* const* values, int positions, int padded, std::int64_t ahead, float* out) {
+template <class S, int R>
+void values_of(const typename S::Operand* shares, const float* factors, const typename S::Cache* const* values,
+               int positions, int padded, std::int64_t ahead, float* out) {
     int column = 0;
     for (; column + 16 * WIDE <= padded; column += 16 * WIDE) {
-        gather_values<T, R, WIDE>(shares, values, positions, padded, column, ahead, out);
+        gather_values<S, R, WIDE>(shares, factors, values, positions, padded, column, ahead, out);
     }
-    for (; column < padded; column += 16) gather_values<T, R, 1>(shares, values, positions, padded, column, ahead, out);
+    for (; column < padded; column += 16) {
+        gather_values<S, R, 1>(shares, factors, values, positions, padded, column, ahead, out);
+    }
 }
 
-// One tile of queries against one kv head, from its first span to its last.
-template <class T>
+// One tile of queries against one kv head, from its first span to its last. T: of activations; S: `Plain<T>` or `Bytes`.
+template <class T, class S>
 class TileWork {
+    using Cache = typename S::Cache;
+    using Operand = typename S::Operand;
+
 public:
     // ahead: whether the next head follows
     TileWork(const Attention& g, const Tile& tile, int head, bool ahead, void* scratch)
@@ -92,18 +143,23 @@ public:
         at += rows_;
         masses_ = at;
         at += rows_;
-        shares_ = reinterpret_cast<T*>(at);
+        factors_ = at;
+        at += rows_;
+        shares_ = reinterpret_cast<Operand*>(at);
+        queries_ = shares_ + kRows * kSpan;
     }
 
     static std::size_t bytes(const Attention& g, int most) {
         const std::size_t rows = static_cast<std::size_t>(most) * (g.heads / g.kv_heads), padded = ceil_div(g.d, 16) * 16;
-        return sizeof(float) * (rows * (padded + 2) + kRows * (kSpan + padded)) + sizeof(T) * kRows * kSpan + 64;
+        return sizeof(float) * (rows * (padded + 3) + kRows * (kSpan + padded)) +
+               sizeof(Operand) * (kRows * kSpan + (S::BYTES ? rows * padded : 0)) + 64;
     }
 
     void run() {
         for (int r = 0; r < rows_; ++r) peaks_[r] = -__builtin_inff();
         std::fill(masses_, masses_ + rows_, 0.0f);
         std::fill(sums_, sums_ + rows_ * padded_, 0.0f);
+        for (int r = 0; r < rows_; ++r) factors_[r] = S::BYTES ? g_.scale * shorten(r) : g_.scale;
         const int last = tile_.start + tile_.count - 1;
         int span = g_.window > 0 ? std::max(0, tile_.start - g_.window + 1) / static_cast<int>(kSpan) : 0;
         for (; span * kSpan <= last; ++span) meet(span * static_cast<int>(kSpan), last);
@@ -115,19 +171,34 @@ public:
     }
 
 private:
-    // Of one head of one group.
-    std::int64_t key_size() const { return ceil_div(g_.d, Type<T>::PAIR) * Type<T>::PAIR * kGroup; }
-    std::int64_t value_size() const { return padded_ * kGroup; }
+    // Of one head of one group, in values of the cache.
+    std::int64_t key_size() const { return key_bytes(g_.d, S::PAIR, sizeof(Cache), S::BYTES) / sizeof(Cache); }
+    std::int64_t value_size() const { return group_value_bytes(g_.d, sizeof(Cache), S::BYTES) / sizeof(Cache); }
     int position(int r) const { return tile_.start + r / group_; }
     std::int64_t row_of(int r) const {
         return static_cast<std::int64_t>(tile_.first + r / group_) * g_.heads + head_ * group_ + r % group_;
     }
 
+    const T* query(int r) const { return static_cast<const T*>(g_.q) + row_of(r) * g_.d; }
+
+    // Brings a query to 16 bits; returns what one of its numbers means.
+    float shorten(int r) {
+        if constexpr (S::BYTES) {
+            const float most = largest_size(query(r), g_.d);
+            const Vec factor = set1(most > kNothing ? kMostOfQuery / most : 0.0f);
+            for (int i = 0; i < padded_; i += 16) {
+                store_shorts(queries_ + r * padded_ + i, load_some(query(r) + i, g_.d - i) * factor);
+            }
+            return most / kMostOfQuery;
+        }
+        return 1.0f;
+    }
+
     void meet(int start, int last) {
         const int positions = std::min<int>(kSpan, last + 1 - start);
         const int groups = static_cast<int>(ceil_div(positions, kGroup));
-        const T* keys[kGroups];
-        const T* values[kGroups];
+        const Cache* keys[kGroups];
+        const Cache* values[kGroups];
         find(start, groups, keys, values);
         for (int r = 0; r < rows_; r += kRows) {
             switch (std::min(kRows, rows_ - r)) {
@@ -141,49 +212,60 @@ private:
         }
     }
 
-    void find(int start, int groups, const T** keys, const T** values) const {
+    void find(int start, int groups, const Cache** keys, const Cache** values) const {
         const std::int32_t* table = g_.tables + tile_.table;
         for (int i = 0; i < groups; ++i) {
             const int at = start + i * static_cast<int>(kGroup);
             const std::int64_t slot = static_cast<std::int64_t>(table[at / g_.block_size]) * g_.block_size + at % g_.block_size;
             const std::int64_t place = slot / kGroup * g_.kv_heads + head_;
-            keys[i] = static_cast<const T*>(g_.k_cache) + place * key_size();
-            values[i] = static_cast<const T*>(g_.v_cache) + place * value_size();
+            keys[i] = static_cast<const Cache*>(g_.k_cache) + place * key_size();
+            values[i] = static_cast<const Cache*>(g_.v_cache) + place * value_size();
         }
     }
 
     template <int R>
-    void rows_meet(int r0, int start, int positions, int groups, const T** keys, const T** values) {
-        const T* queries[R];
-        for (int r = 0; r < R; ++r) queries[r] = static_cast<const T*>(g_.q) + row_of(r0 + r) * g_.d;
+    void rows_meet(int r0, int start, int positions, int groups, const Cache** keys, const Cache** values) {
+        const Operand* queries[R];
+        for (int r = 0; r < R; ++r) {
+            if constexpr (S::BYTES) {
+                queries[r] = queries_ + (r0 + r) * padded_;
+            } else {
+                queries[r] = query(r0 + r);
+            }
+        }
         // The next head's keys and values lie behind this one's, group by group.
         const bool ahead = ahead_ && r0 == 0;
-        score<T, R>(queries, keys, groups, g_.d, g_.scale, ahead ? key_size() : 0, scores_);
+        score<S, R>(queries, factors_ + r0, keys, groups, g_.d, ahead ? key_size() : 0, scores_);
         bool any = false;
         float peaks[R];
-        for (int r = 0; r < R; ++r) any |= soften(r, position(r0 + r), start, groups, &peaks[r]);
+        for (int r = 0; r < R; ++r) any |= soften(r, r0 + r, start, groups, values, &peaks[r]);
         if (!any) return;
-        values_of<T, R>(shares_, values, positions, padded_, ahead ? value_size() : 0, here_);
+        values_of<S, R>(shares_, units_, values, positions, padded_, ahead ? value_size() : 0, here_);
         for (int r = 0; r < R; ++r) merge(r0 + r, peaks[r], mass_here_[r], here_ + r * padded_);
     }
 
-    // The scores of a row become shares relative to the row's own greatest; false if it sees none of the span.
-    bool soften(int r, int own, int start, int groups, float* peak) {
+    // The scores of a row (the r-th of those at hand) become shares relative to the row's own greatest; false if it sees
+    // none of the span.
+    bool soften(int r, int row, int start, int groups, const Cache* const* values, float* peak) {
+        const int own = position(row);
         float* scores = scores_ + r * kSpan;
-        T* shares = shares_ + r * kSpan;
+        Operand* shares = shares_ + r * kSpan;
         const int end = std::min<int>(groups * static_cast<int>(kGroup), own + 1 - start);
         const int begin = g_.window > 0 ? std::max(0, own - g_.window + 1 - start) : 0;
         mass_here_[r] = 0.0f;
+        units_[r] = 0.0f;
         *peak = -__builtin_inff();
         if (end <= begin) {
-            std::fill(shares, shares + groups * kGroup, T{});
+            std::fill(shares, shares + groups * kGroup, Operand{});
             return false;
         }
         const Vec nothing = set1(-__builtin_inff());
+        const float* slope = g_.slopes == nullptr ? nullptr : g_.slopes + head_ * group_ + row % group_;
         Vec highest = nothing;
         for (int at = 0; at < groups * kGroup; at += 16) {
             Vec x = load(scores + at);
             if (g_.softcap != 0.0f) x = set1(g_.softcap) * tanh(x / set1(g_.softcap));
+            if (slope != nullptr) x = fma(set1(*slope), set1(static_cast<float>(start + at - own)) + load(kLanes), x);
             x = first(end - at, x, nothing);
             x = first(begin - at, nothing, x);
             store(scores + at, x);
@@ -191,15 +273,30 @@ private:
         }
         *peak = largest(highest);
         const Vec pivot = set1(*peak);
-        Vec mass = zero();
+        Vec mass = zero(), greatest = zero();
         for (int at = 0; at < groups * kGroup; at += 16) {
             Vec x = exp(load(scores + at) - pivot);
             x = first(end - at, x, zero());
             x = first(begin - at, zero(), x);
             mass = mass + x;
-            Type<T>::store16(shares + at, x);
+            if constexpr (S::BYTES) {
+                x = x * scales_behind(values[at / kGroup] + padded_ * kGroup);
+                x = first(end - at, x, zero());  // again: a scale that no one has written may be NaN
+                x = first(begin - at, zero(), x);
+                mass = fma(x, zero(), mass);  // and if one that was written is, the row must become so
+                store(scores + at, x);
+                greatest = max(greatest, x);
+            } else {
+                Type<T>::store16(shares + at, x);
+            }
         }
         mass_here_[r] = sum(mass);
+        if constexpr (S::BYTES) {
+            const float most = largest(greatest);
+            const Vec factor = set1(most > kNothing ? kMostOfShare / most : 0.0f);
+            for (int at = 0; at < groups * kGroup; at += 16) store_shorts(shares + at, load(scores + at) * factor);
+            units_[r] = most / kMostOfShare;
+        }
         return true;
     }
 
@@ -227,15 +324,18 @@ private:
     float* sums_;
     float* peaks_;
     float* masses_;
-    T* shares_;
+    float* factors_;    // [rows]: what scores are multiplied with
+    Operand* shares_;
+    Operand* queries_;  // [rows][padded], of 8 bits
     float mass_here_[kRows];
+    float units_[kRows];  // what one of a row's shares means, of 8 bits
 };
 
-template <class T>
-void attention(Pool& pool, const Attention& g) {
+template <class T, class S>
+void attention_over(Pool& pool, const Attention& g) {
     int most = 0;
     for (std::int64_t i = 0; i < g.num_tiles; ++i) most = std::max(most, g.tiles[i].count);
-    const std::size_t bytes = TileWork<T>::bytes(g, most);
+    const std::size_t bytes = TileWork<T, S>::bytes(g, most);
     // Neighbouring heads of a tile go to one thread where there is work enough: each fetches what the next one reads.
     const std::int64_t most_heads = g.num_tiles * g.kv_heads / (pool.threads() * 4);
     const int together = static_cast<int>(std::clamp<std::int64_t>(most_heads, 1, g.kv_heads));
@@ -243,9 +343,18 @@ void attention(Pool& pool, const Attention& g) {
     pool.run(static_cast<std::uint32_t>(g.num_tiles * parts), [&](std::uint32_t item, int thread) {
         const int begin = static_cast<int>(item % parts) * together, end = std::min(g.kv_heads, begin + together);
         for (int head = begin; head < end; ++head) {
-            TileWork<T>(g, g.tiles[item / parts], head, head + 1 < end, pool.scratch(thread, bytes)).run();
+            TileWork<T, S>(g, g.tiles[item / parts], head, head + 1 < end, pool.scratch(thread, bytes)).run();
         }
     });
+}
+
+template <class T>
+void attention(Pool& pool, const Attention& g) {
+    if (g.bytes) {
+        attention_over<T, Bytes>(pool, g);
+    } else {
+        attention_over<T, Plain<T>>(pool, g);
+    }
 }
 
 }  // namespace ORCA_ISA

@@ -14,7 +14,9 @@
 // first four, the upper half its like of the next four, each 8 above what it means; then bfloat16 scales [64].
 //
 // KV caches: groups of 16 slots (slot = block * block_size + offset, block_size a multiple of 16), for every group and
-// head: keys as [d / PAIR][16][PAIR], values as [16 / PAIR][D][PAIR], where D is d rounded up to 16.
+// head: keys as [d / PAIR][16][PAIR], values as [16 / PAIR][D][PAIR], where D is d rounded up to 16. Caches of 8 bits have
+// PAIR = 2 whatever T is, d rounded up to it, and behind both keys and values of a group and head float32 scales [16], one
+// for every slot; values are symmetric about zero.
 #pragma once
 
 #include <cstdint>
@@ -114,6 +116,7 @@ struct Heads {
     void* q;  // [m, heads * d]
     void* k_cache;
     void* v_cache;
+    bool bytes;  // caches of 8 bits
 };
 
 // A run of queries of one request: positions [start, start + count), whose first stands at row `first` of the batch.
@@ -134,6 +137,8 @@ struct Attention {
     std::int32_t window;  // a query at p sees positions > p - window; 0: all
     float softcap;        // scores become softcap * tanh(score / softcap); 0: as they are
     void* out;            // [m, heads * d]
+    bool bytes;           // caches of 8 bits
+    const float* slopes;  // [heads] of ALiBi, or null: slope * (position of the key - of the query) is added to a score
 };
 
 // Over each row of logits [rows, vocab].
@@ -201,6 +206,16 @@ constexpr std::int64_t block_bytes(const Packed& w, std::int64_t k, std::int64_t
     if (w.format == Format::int4) return depth / w.group * group_bytes(w.group);
     if (w.format == Format::coded) return static_cast<std::int64_t>(sizeof(Code)) + depth / 2 * kCodedStep;
     return depth * kBlock * (w.format == Format::int8 ? 1 : 4 / pair);
+}
+
+// Bytes of the keys, or of the values, of a group of slots and one head. pair, size: of the dtype, unless of 8 bits.
+constexpr std::int64_t key_bytes(int d, std::int64_t pair, std::int64_t size, bool bytes) {
+    if (bytes) return ceil_div(d, 2) * 2 * kGroup + kGroup * 4;
+    return ceil_div(d, pair) * pair * kGroup * size;
+}
+constexpr std::int64_t group_value_bytes(int d, std::int64_t size, bool bytes) {
+    const std::int64_t padded = ceil_div(d, 16) * 16;
+    return bytes ? padded * kGroup + kGroup * 4 : padded * kGroup * size;
 }
 
 struct Kernels {

@@ -138,6 +138,7 @@ struct View {
     float scale;
     int window;
     float softcap;
+    const float* slopes;
 };
 
 // residual + out_norm(out(attention(heads(qkv(norm(x)))))), the norms where there are any
@@ -158,12 +159,14 @@ struct MLPHalf {
     const NormPart* out_norm;
 };
 
-// One layer's keys and values.
+// One layer's keys and values, of 8 bits or in the dtype of the activations.
 struct Cache {
-    Cache(Dtype dtype, std::int64_t slots, int kv_heads, int d)
-        : dtype(dtype), k(slots * kv_heads * d * value_bytes(dtype)),
-          v(slots * kv_heads * ceil_div(d, 16) * 16 * value_bytes(dtype)) {}
+    Cache(Dtype dtype, bool bytes, std::int64_t slots, int kv_heads, int d)
+        : dtype(dtype), bytes(bytes),
+          k(slots / kGroup * kv_heads * key_bytes(d, dtype == Dtype::bf16 ? 2 : 1, value_bytes(dtype), bytes)),
+          v(slots / kGroup * kv_heads * group_value_bytes(d, value_bytes(dtype), bytes)) {}
     const Dtype dtype;
+    const bool bytes;
     const Buffer k, v;
 };
 
@@ -298,13 +301,15 @@ private:
     void place(const HeadsPart& part, const Rows& rows, Cache& cache, const void* qkv, const float* angles, void* q) {
         kernels_->heads(pool_, cache.dtype,
                         {qkv, rows.m, part.heads, part.kv_heads, part.d, part.q_norm, part.k_norm, part.eps, angles,
-                         part.rotary, part.interleaved, rows.positions, rows.slots, q, cache.k.data(), cache.v.data()});
+                         part.rotary, part.interleaved, rows.positions, rows.slots, q, cache.k.data(), cache.v.data(),
+                         cache.bytes});
     }
 
     void attend(const HeadsPart& part, const View& view, const Rows& rows, Cache& cache, const void* q, void* out) {
         kernels_->attention(pool_, cache.dtype,
                             {q, cache.k.data(), cache.v.data(), rows.tiles, rows.num_tiles, rows.tables,
-                             rows.block_size, part.heads, part.kv_heads, part.d, view.scale, view.window, view.softcap, out});
+                             rows.block_size, part.heads, part.kv_heads, part.d, view.scale, view.window, view.softcap, out,
+                             cache.bytes, view.slopes});
     }
 
     // The second product of a half, its norm if it has one, and the sum with the residual.
@@ -362,7 +367,10 @@ NB_MODULE(_native, m) {
                             int rotary, bool interleaved) {
             new (self) HeadsPart{heads, kv_heads, d, read<float>(q_norm), read<float>(k_norm), eps, rotary, interleaved};
         }, "heads"_a, "kv_heads"_a, "d"_a, "q_norm"_a, "k_norm"_a, "eps"_a, "rotary"_a, "interleaved"_a);
-    nb::class_<View>(m, "View").def(nb::init<float, int, float>(), "scale"_a, "window"_a, "softcap"_a);
+    nb::class_<View>(m, "View")
+        .def("__init__", [](View* self, float scale, int window, float softcap, Address slopes) {
+            new (self) View{scale, window, softcap, read<float>(slopes)};
+        }, "scale"_a, "window"_a, "softcap"_a, "slopes"_a);
     nb::class_<AttentionHalf>(m, "AttentionHalf")
         .def("__init__", [](AttentionHalf* self, const NormPart* norm, const Linear& qkv, const HeadsPart& heads,
                             const View& view, const Linear& out, const NormPart* out_norm) {
@@ -375,7 +383,7 @@ NB_MODULE(_native, m) {
              nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
              "norm"_a.none(), "inner"_a, "down"_a, "out_norm"_a.none());
     nb::class_<Cache>(m, "Cache")
-        .def(nb::init<Dtype, std::int64_t, int, int>(), "dtype"_a, "slots"_a, "kv_heads"_a, "d"_a)
+        .def(nb::init<Dtype, bool, std::int64_t, int, int>(), "dtype"_a, "bytes"_a, "slots"_a, "kv_heads"_a, "d"_a)
         .def_prop_ro("buffers", [](const Cache& c) {
             return std::vector<std::pair<Address, std::size_t>>{{reinterpret_cast<Address>(c.k.data()), c.k.bytes()},
                                                                 {reinterpret_cast<Address>(c.v.data()), c.v.bytes()}};

@@ -124,6 +124,58 @@ void store_value(const Heads& g, const T* x, std::int64_t row, std::int64_t stri
     }
 }
 
+// The greatest size of n values; NaN if one of them is not finite.
+template <class T>
+float largest_size(const T* x, std::int64_t n) {
+    Vec greatest = zero(), strange = zero();
+    for (std::int64_t i = 0; i < n; i += 16) {
+        const Vec a = load_some(x + i, n - i);
+        greatest = max(greatest, max(a, zero() - a));
+        strange = fma(a, zero(), strange);  // a comparison may lose a NaN, a product does not
+    }
+    return largest(greatest) + sum(strange);
+}
+
+constexpr float kNothing = 1e-30f;  // values that are no larger are brought to zero: their inverse might be infinite
+
+// Brings n values to whole numbers from -127 to 127, with room for 16 more; returns what one of them means.
+inline float to_bytes(const float* x, std::int64_t n, std::int8_t* out) {
+    const float most = largest_size(x, n);
+    const Vec factor = set1(most > kNothing ? 127.0f / most : 0.0f);
+    for (std::int64_t i = 0; i < n; i += 16) {
+        std::uint8_t above[16];
+        store_bytes(above, load_some(x + i, n - i) * factor);
+        for (int j = 0; j < 16; ++j) out[i + j] = static_cast<std::int8_t>(above[j] ^ 0x80);
+    }
+    return most / 127.0f;
+}
+
+// Where a group's keys or values of a head begin, in a cache of 8 bits.
+inline std::int8_t* bytes_at(const Heads& g, void* cache, std::int64_t slot, int head, std::int64_t size) {
+    return static_cast<std::int8_t*>(cache) + (slot / kGroup * g.kv_heads + head) * size;
+}
+
+// x: float32 [d] with room for 16 more.
+inline void store_key_bytes(const Heads& g, const float* x, std::int64_t slot, int head) {
+    std::int8_t bytes[kLargestHead + 16] = {};
+    const float scale = to_bytes(x, g.d, bytes);
+    const std::int64_t offset = slot % kGroup, padded = ceil_div(g.d, 2) * 2;
+    std::int8_t* to = bytes_at(g, g.k_cache, slot, head, key_bytes(g.d, 2, 1, true));
+    for (std::int64_t i = 0; i < padded; i += 2) std::memcpy(to + i * kGroup + offset * 2, bytes + i, 2);
+    std::memcpy(to + padded * kGroup + offset * 4, &scale, 4);
+}
+
+// The other of a pair is left alone: whatever lies there is a finite number until it is written.
+inline void store_value_bytes(const Heads& g, const float* x, std::int64_t slot, int head) {
+    std::int8_t bytes[kLargestHead + 16];
+    const float scale = to_bytes(x, g.d, bytes);
+    const std::int64_t offset = slot % kGroup, padded = ceil_div(g.d, 16) * 16;
+    std::int8_t* to = bytes_at(g, g.v_cache, slot, head, group_value_bytes(g.d, 1, true));
+    std::int8_t* pair = to + offset / 2 * padded * 2 + offset % 2;
+    for (int i = 0; i < g.d; ++i) pair[i * 2] = bytes[i];
+    std::memcpy(to + padded * kGroup + offset * 4, &scale, 4);
+}
+
 template <class T>
 void heads(Pool& pool, const Heads& g) {
     const int all = g.heads + 2 * g.kv_heads;
@@ -138,16 +190,23 @@ void heads(Pool& pool, const Heads& g) {
         for (int head = 0; head < all; ++head) {
             for (std::int64_t row = begin; row < end; ++row) {
                 const T* x = static_cast<const T*>(g.qkv) + row * stride + head * g.d;
-                if (head >= g.heads + g.kv_heads) {
-                    store_value(g, x, row, stride, head - g.heads - g.kv_heads);
+                const int value = head - g.heads - g.kv_heads;
+                if (value >= 0 && !g.bytes) {
+                    store_value(g, x, row, stride, value);
                     continue;
                 }
                 const float* angles = g.angles == nullptr ? nullptr : g.angles + g.positions[row] * g.rotary;
                 for (int i = 0; i < g.d; i += 16) store(wide + i, load_some(x + i, g.d - i));
+                if (value >= 0) {
+                    store_value_bytes(g, wide, g.slots[row], value);
+                    continue;
+                }
                 turn(g, wide, head < g.heads ? g.q_norm : g.k_norm, angles);
                 if (head < g.heads) {
                     T* q = static_cast<T*>(g.q) + (row * g.heads + head) * g.d;
                     for (int i = 0; i < g.d; i += 16) store_some(q + i, load(wide + i), g.d - i);
+                } else if (g.bytes) {
+                    store_key_bytes(g, wide, g.slots[row], head - g.heads);
                 } else {
                     for (int i = 0; i < g.d; i += 16) Type<T>::store16(narrow_ + i, load(wide + i));
                     store_key(g, narrow_, g.slots[row], head - g.heads);

@@ -482,6 +482,68 @@ inline Ints multiply_halves(const Halves& w, Four a, Ints c) {
 inline Ints set_ints(std::int32_t x) { return {ints16{} + x}; }
 #endif
 
+// --- products of 16 bits with 8: sixteen sums of two products each; exact in whatever order ---
+//
+// The left values are whole numbers in [-32767, 32767], the right ones bytes, [16][2] of them in a step.
+
+#if defined(__AVX512F__)
+// round(a) for a in [-32767, 32767].
+inline void store_shorts(std::int16_t* p, Vec a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
+}
+struct Two {
+    __m512i v;
+};
+inline Two broadcast_two(const std::int16_t* p) {
+    std::int32_t two;
+    std::memcpy(&two, p, 4);
+    return {_mm512_set1_epi32(two)};
+}
+inline Ints multiply_shorts(Two a, const std::int8_t* b, Ints c) {
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+#if defined(__AVX512VNNI__)
+    asm("vpdpwssd %2, %1, %0" : "+v"(c.v) : "v"(a.v), "v"(wide));
+    return c;
+#else
+    return {_mm512_add_epi32(c.v, _mm512_madd_epi16(a.v, wide))};
+#endif
+}
+#elif defined(__AVX2__)
+inline void store_shorts(std::int16_t* p, Vec x) {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
+}
+struct Two {
+    __m256i v;
+};
+inline Two broadcast_two(const std::int16_t* p) {
+    std::int32_t two;
+    std::memcpy(&two, p, 4);
+    return {_mm256_set1_epi32(two)};
+}
+inline Ints multiply_shorts(Two a, const std::int8_t* b, Ints c) {
+    const __m256i low = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b)));
+    const __m256i high = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 16)));
+    return {_mm256_add_epi32(c.a, _mm256_madd_epi16(a.v, low)), _mm256_add_epi32(c.b, _mm256_madd_epi16(a.v, high))};
+}
+#else
+inline void store_shorts(std::int16_t* p, Vec a) {
+    const Vec whole = round(a);
+    for (int i = 0; i < 16; ++i) {
+        const float value = whole.v[i];
+        p[i] = static_cast<std::int16_t>(value >= -32767.0f && value <= 32767.0f ? static_cast<int>(value) : 0);
+    }
+}
+struct Two {
+    std::int32_t at[2];
+};
+inline Two broadcast_two(const std::int16_t* p) { return {{p[0], p[1]}}; }
+inline Ints multiply_shorts(Two a, const std::int8_t* b, Ints c) {
+    for (int lane = 0; lane < 16; ++lane) c.v[lane] += a.at[0] * b[lane * 2] + a.at[1] * b[lane * 2 + 1];
+    return c;
+}
+#endif
+
 // How many vectors side by side a product's register tile has: the accumulators must fit the registers.
 #if defined(__AVX512F__)
 constexpr int WIDE = 4;

@@ -57,6 +57,14 @@ def engine_options(command: Any) -> Any:
             help="Keep weights in 8 or 4 bits: a half or a third of the memory traffic.",
         ),
         click.option(
+            "--kv-cache-dtype",
+            "kv_dtype",
+            type=click.Choice(["auto", "int8"]),
+            default="auto",
+            show_default=True,
+            help="int8 keeps keys and values in 8 bits: half the memory of bfloat16.",
+        ),
+        click.option(
             "--kernels", default="auto", show_default=True, help="auto, torch, or an instruction set: avx2, portable, …"
         ),
         click.option("--backend", type=click.Choice(["auto", "native", "transformers"]), default="auto"),

@@ -275,6 +275,20 @@ def test_quantised_weights_say_almost_the_same(
     assert divergence < most_divergence and agreed > least_agreement
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", kernel_sets.TWIN_AND_BEST)
+def test_keys_and_values_in_bytes_say_almost_the_same(
+    held_out_ids: list[list[int]], name: str, dtype: torch.dtype
+) -> None:
+    """Against the same decoder whose keys and values have its dtype."""
+    texts = held_out_ids if name != "torch" else held_out_ids[:10]
+    full, few = (logits_of(kernel_sets.make(kind), dtype, texts).log_softmax(-1) for kind in (name, f"{name} kv-int8"))
+    divergence = (full.exp() * (full - few)).sum(-1).mean()
+    agreed = (full.argmax(-1) == few.argmax(-1)).float().mean()
+    print(f"KL divergence {divergence:.6f} nats, top-1 agreement {agreed:.4f} on {full.shape[0]} tokens")
+    assert divergence < 0.001 and agreed > 0.98
+
+
 @pytest.mark.parametrize("name", kernel_sets.TWIN_AND_BEST)
 def test_bfloat16_is_as_near_to_float32_as_its_rounding(
     model: PreTrainedModel, held_out_ids: list[list[int]], name: str

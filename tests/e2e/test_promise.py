@@ -56,6 +56,7 @@ async def crowd(url: str, bodies: list[dict], rng: random.Random) -> list[tuple]
         pytest.param(["--dtype", "bfloat16"], "768KiB", id="bfloat16"),
         pytest.param(["--quantization", "int8"], "768KiB", id="int8", marks=kernel_sets.NEEDS_NATIVE),
         pytest.param(["--quantization", "int4"], "768KiB", id="int4", marks=kernel_sets.NEEDS_NATIVE),
+        pytest.param(["--dtype", "bfloat16", "--kv-cache-dtype", "int8"], "448KiB", id="kv-int8"),
         pytest.param(["--kernels", "torch"], "768KiB", id="torch"),
     ],
 )

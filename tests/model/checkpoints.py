@@ -53,6 +53,16 @@ _OPT = {
     "vocab_size": VOCAB,
     "word_embed_proj_dim": 32,
 }
+_BLOOM = {
+    "hidden_size": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "seq_length": 128,
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MPT = {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 128, "vocab_size": VOCAB}
 _LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 _QWEN = {**_SMALL, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
 _GEMMA = {**_SMALL, "head_dim": 12}
@@ -86,6 +96,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             **_rope("default", partial_rotary_factor=0.5),
         },
     ),
+    "bloom": ("BloomConfig", _BLOOM),
+    "bloom-six-heads": ("BloomConfig", {**_BLOOM, "hidden_size": 48, "n_head": 6, "tie_word_embeddings": False}),
+    "mpt": ("MptConfig", _MPT),
+    "mpt-six-heads": ("MptConfig", {**_MPT, "d_model": 48, "n_heads": 6, "attn_config": {"alibi_bias_max": 8}}),
     "llama-2": ("LlamaConfig", _SMALL),
     "llama-tied-biased": (
         "LlamaConfig",

@@ -76,6 +76,25 @@ def test_config(folder: Path, values: dict[str, Any], says: str) -> None:
     assert says in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"clip_qkv": 6}, "clip_qkv = 6 is not supported"),
+        ({"softmax_scale": 0.1}, "softmax_scale = 0.1 is not supported"),
+        ({"alibi": False}, "alibi = false is not supported"),
+        ({"attn_type": "multiquery_attention"}, 'attn_type = "multiquery_attention" is not supported'),
+    ],
+)
+def test_other_attention_of_mpt(tmp_path: Path, values: dict[str, Any], says: str) -> None:
+    """Under the name that the checkpoints of its makers give it."""
+    make_model(*CASES["mpt"], 0).save_pretrained(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())["attn_config"]
+    change(tmp_path, architectures=["MPTForCausalLM"])
+    assert read_config(tmp_path).architecture == "MptForCausalLM"
+    change(tmp_path, attn_config={**own, **values})
+    assert says in refusal(tmp_path)
+
+
 def test_unknown_architecture_names_what_would_help(folder: Path) -> None:
     change(folder, architectures=["MambaForCausalLM"])
     message = refusal(folder)

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch.nn import functional
 
+from orcaserve.model.alibi import alibi_slopes
 from orcaserve.ops.attention import split_attention, store_kv
 from orcaserve.ops.halves import ComposedAttention, ComposedMLP
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.rotary import Rotary
-from orcaserve.ops.torch_kernels import TorchCache
 
 DTYPES = [torch.float32, torch.bfloat16]
 every_set = pytest.mark.parametrize("name", kernel_sets.EVERY)
+every_cache = pytest.mark.parametrize("name", [*kernel_sets.EVERY, *kernel_sets.KV_BYTES])
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -281,14 +282,16 @@ class World:
         for r, n in enumerate(self.lengths):
             blocks = -(-n // 16)
             layout = Layout.build([(0, n, list(range(blocks)))], 16)
-            cache = TorchCache(*(torch.zeros(blocks, 16, self.kv_heads, self.d) for _ in "kv"))
+            in_bytes = self.kernels.kv_dtype == "int8"
+            twin = kernel_sets.make("torch kv-int8" if in_bytes else "torch")
+            cache = twin.kv_cache(blocks, 16, self.kv_heads, self.d, torch.float32)
             wide = [None if norm is None else norm.float() for norm in self.norms]
-            twin = kernel_sets.make("torch")
             part = twin.heads(self.heads, self.kv_heads, self.d, *wide, 1e-6, False, self.rotary)
             q = part(self.qkv[r].float(), layout, cache)
-            k, v = cache.k.flatten(0, 1)[:n].clone(), cache.v.flatten(0, 1)[:n].clone()
-            # what attention reads back is what was stored, in the dtype of the cache
-            store_kv(k.to(self.dtype).float(), v.to(self.dtype).float(), cache.k, cache.v, layout.slots)
+            if not in_bytes:
+                k, v = cache.k.flatten(0, 1)[:n].clone(), cache.v.flatten(0, 1)[:n].clone()
+                # what attention reads back is what was stored, in the dtype of the cache
+                store_kv(k.to(self.dtype).float(), v.to(self.dtype).float(), cache.k, cache.v, layout.slots)
             q = q.to(self.dtype).float().unflatten(1, (-1, self.d))
             outs.append(split_attention(q, cache.k, cache.v, layout, scale=self.d**-0.5, **options).flatten(1))
         return outs
@@ -298,7 +301,7 @@ def frequencies(dim: int) -> torch.Tensor:
     return 10000.0 ** -(torch.arange(0, dim, 2, dtype=torch.float32) / dim)
 
 
-@every_set
+@every_cache
 @both_dtypes
 @pytest.mark.parametrize(
     ("threads", "heads", "kv_heads", "d", "rotary_dim", "norms", "options"),
@@ -311,6 +314,8 @@ def frequencies(dim: int) -> torch.Tensor:
         (1, 20, 1, 8, 8, False, {}),
         (1, 64, 1, 12, 12, True, {}),
         (2, 8, 4, 64, 64, False, {"window": 100}),
+        (1, 6, 3, 32, 0, False, {"slopes": torch.tensor(alibi_slopes(6))}),
+        (2, 8, 1, 16, 0, False, {"slopes": torch.tensor(alibi_slopes(8)), "window": 150, "softcap": 9.0}),
     ],
 )
 def test_attention(name, threads, dtype, heads, kv_heads, d, rotary_dim, norms, options):
@@ -326,7 +331,13 @@ def test_attention(name, threads, dtype, heads, kv_heads, d, rotary_dim, norms, 
         alone += world.step([(r, 0, n)], **options)
     found, wanted = torch.cat(alone).float(), torch.cat(world.by_definition(**options))
     # The native kernels round the shares and the result to bfloat16; torch also the scores, which may be as high as 16.
-    of_all, of_one = (2e-5, 2e-5) if dtype == torch.float32 else (0.02, 0.15) if name == "torch" else (0.004, 0.01)
+    # With caches of 8 bits they round queries to 14 bits and shares to 15; and where a key's value lies between two whole
+    # numbers, another last bit of its rotation makes it a whole one more.
+    of_all, of_one = (0.02, 0.15) if "torch" in name else (0.004, 0.01)
+    if dtype == torch.float32:
+        of_all, of_one = (1e-3, 0.03) if name in kernel_sets.KV_BYTES[1:] else (2e-5, 2e-5)
+    off = (found - wanted).abs()
+    print("off by", float(off.norm() / wanted.norm()), float((off / (1 + wanted.abs())).max()))
     assert (found - wanted).norm() <= of_all * wanted.norm()
     assert ((found - wanted).abs() <= of_one * (1 + wanted.abs())).all()
     world.fresh()
@@ -338,7 +349,39 @@ def test_attention(name, threads, dtype, heads, kv_heads, d, rotary_dim, norms, 
             assert torch.equal(out, alone[r]), (seed, most, r)
 
 
-@every_set
+@pytest.mark.parametrize("name", kernel_sets.KV_BYTES)
+@both_dtypes
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf])
+def test_what_is_not_a_number_shows_in_its_own_request_alone(name, dtype, strange):
+    """Bytes cannot say so: the scale of the token and head does."""
+    d, lengths = 16, [50, 50, 3]
+    world = World(name, 5, heads=2, kv_heads=1, d=d, lengths=lengths, dtype=dtype)
+    parts = [(r, 0, n) for r, n in enumerate(lengths)]
+    world.fresh()
+    clean = world.step(parts)
+    for column in (2 * d + 3, 3 * d + 3):  # of keys, of values
+        world.fresh()
+        before = world.qkv[1][20, column].clone()
+        world.qkv[1][20, column] = strange
+        dirty = world.step(parts)
+        world.qkv[1][20, column] = before
+        assert torch.equal(dirty[0], clean[0]) and torch.equal(dirty[2], clean[2])
+        if "torch" not in name:  # where a span adds zero times whatever the request's own values are
+            assert torch.equal(dirty[1][:20], clean[1][:20])
+        assert not dirty[1][20:].isfinite().any(1).any()
+
+
+@pytest.mark.parametrize("name", kernel_sets.KV_BYTES)
+def test_bytes_of_nothing_and_of_next_to_nothing(name):
+    world = World(name, 6, heads=2, kv_heads=2, d=16, lengths=[40], dtype=torch.float32)
+    world.qkv[0][:, 64:] *= 1e-35
+    world.qkv[0][7] = 0.0
+    world.fresh()
+    [out] = world.step([(0, 0, 40)])
+    assert (out.abs() < 1e-30).all()
+
+
+@every_cache
 @both_dtypes
 @pytest.mark.parametrize("out_norms", [False, True])
 def test_halves_are_what_they_are_made_of(name, dtype, out_norms):

@@ -52,6 +52,17 @@ def test_the_profile_tells_dtypes_apart(folder):
     assert profiles[0] == profiles[1] != profiles[2]
 
 
+def test_keys_and_values_in_bytes_hold_more_and_have_a_profile_of_their_own(folder):
+    plain, few = (
+        build(EngineOptions(model=str(folder), threads=1, kv_memory=1 << 20, dtype="bfloat16", kv_dtype=kv_dtype))[1]
+        for kv_dtype in ("auto", "int8")
+    )
+    # heads of 8 dimensions take 12 bytes with their scale, not 16; native values are padded to 16 dimensions
+    assert few.num_blocks >= 1.3 * plain.num_blocks
+    assert few.profile != plain.profile and few.deterministic
+    assert next(line for line in few.budget if line.name == "KV cache").num_bytes <= 1 << 20
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -60,6 +71,7 @@ def test_the_profile_tells_dtypes_apart(folder):
         ({"max_model_len": 4096}, "128"),
         ({"policy": "none"}, "no policy none"),
         ({"kernels": "torch", "quantization": "int8"}, "need the native kernels"),
+        ({"backend": "transformers", "kv_dtype": "int8"}, "not in int8; leave out --kv-cache-dtype"),
         ({"kernels": "sse9"}, "no kernels for sse9; there are .*torch"),
     ],
 )

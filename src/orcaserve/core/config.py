@@ -8,6 +8,7 @@ import msgspec
 
 Dtype = Literal["auto", "bfloat16", "float32"]
 Quantization = Literal["none", "int8", "int4"]
+KVDtype = Literal["auto", "int8"]
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +24,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     quantization: what linear maps are kept in: "none" (the dtype), or "int8" or "int4" (made while it loads).
     kernels: "auto" (the best native kernels that the machine runs), "torch" (operators of torch), or the name of an
         instruction set.
+    kv_dtype: what keys and values are kept in: "auto" (the dtype), or "int8" (with a scale for every token and head).
     check: verify the scheduler's invariants after every step.
     """
 
@@ -39,6 +41,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     backend: Literal["auto", "native", "transformers"] = "auto"
     quantization: Quantization = "none"
     kernels: str = "auto"
+    kv_dtype: KVDtype = "auto"
     check: bool = False
 
 

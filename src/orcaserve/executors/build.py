@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from orcaserve.core.config import EngineInfo, EngineOptions, ModelError, Quantization
+from orcaserve.core.config import EngineInfo, EngineOptions, KVDtype, ModelError, Quantization
 from orcaserve.core.policy import POLICIES
 from orcaserve.executors.local import LocalExecutor
 from orcaserve.model.load import load_model
@@ -38,7 +38,7 @@ def build(options: EngineOptions, progress: Progress | None = None) -> tuple[Loc
     threads = options.threads or usable_cpus()
     available = available_memory()
     _check_files(Path(options.model), available)
-    kernels = make_kernels(options.kernels, options.quantization, threads)
+    kernels = make_kernels(options.kernels, options.quantization, threads, options.kv_dtype)
 
     model = load_model(
         options.model,
@@ -89,23 +89,26 @@ def build(options: EngineOptions, progress: Progress | None = None) -> tuple[Loc
     return LocalExecutor(worker), info
 
 
-def make_kernels(wish: str, quantization: Quantization, threads: int) -> Kernels:
+def make_kernels(wish: str, quantization: Quantization, threads: int, kv_dtype: KVDtype = "auto") -> Kernels:
     """ "auto": the best native kernels that run here, torch's operators where there are none; "torch"; or a name."""
     known = instruction_sets()
     if wish == "torch" or (wish == "auto" and not known):
         if quantization != "none":
             raise ModelError(f"{quantization} weights need the native kernels, which are not installed or not chosen")
         torch.set_num_threads(threads)
-        return TorchKernels()
+        return TorchKernels(kv_dtype=kv_dtype)
     if wish != "auto" and wish not in known:
         raise ModelError(f"this machine has no kernels for {wish}; there are {', '.join([*known, 'torch'])}")
     # What torch still does is small, and its threads would only stand in the way of ours.
     torch.set_num_threads(1)
-    return NativeKernels(threads, None if wish == "auto" else wish, quantization=quantization)
+    return NativeKernels(threads, None if wish == "auto" else wish, quantization=quantization, kv_dtype=kv_dtype)
 
 
 def numerics_profile(kernels: str, dtype: str, backend: str) -> str:
-    """Short hash of all that decides bits beside the model's files and the request; residual and KV have the dtype."""
+    """Short hash of all that decides bits beside the model's files and the request.
+
+    kernels: the set's name, which says in what weights and KV are kept; the residual has the dtype.
+    """
     parts = (
         kernels,
         backend,

@@ -122,6 +122,33 @@ _NEOX = MappingProxyType(
         "down": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
     }
 )
+_BLOOM = MappingProxyType(
+    {
+        "embed": "transformer.word_embeddings",
+        "embed_norm": "transformer.word_embeddings_layernorm",
+        "final_norm": "transformer.ln_f",
+        "head": "lm_head",
+        "attention_norm": "transformer.h.{i}.input_layernorm",
+        "qkv": "transformer.h.{i}.self_attention.query_key_value",
+        "o": "transformer.h.{i}.self_attention.dense",
+        "mlp_norm": "transformer.h.{i}.post_attention_layernorm",
+        "up": "transformer.h.{i}.mlp.dense_h_to_4h",
+        "down": "transformer.h.{i}.mlp.dense_4h_to_h",
+    }
+)
+_MPT = MappingProxyType(
+    {
+        "embed": "transformer.wte",
+        "final_norm": "transformer.norm_f",
+        "head": "lm_head",
+        "attention_norm": "transformer.blocks.{i}.norm_1",
+        "qkv": "transformer.blocks.{i}.attn.Wqkv",
+        "o": "transformer.blocks.{i}.attn.out_proj",
+        "mlp_norm": "transformer.blocks.{i}.norm_2",
+        "up": "transformer.blocks.{i}.ffn.up_proj",
+        "down": "transformer.blocks.{i}.ffn.down_proj",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -134,16 +161,20 @@ class Architecture:
     block_switch: (config.json's switch, the block where that switch is false).
     qkv: three matrices; one with q, k and v below each other; or one with them side by side for every head.
     mlp: "plain": down(act(up(x))); "gated": down(act(gate(x)) * up(x)); "gated_fused": gate and up in one matrix.
+    norm_bias: layer norms have a bias; rms norms never do.
     learned_positions: None, or the number of rows that the table of learned positions has before position 0.
+    alibi: positions are told by ALiBi, with slopes that follow from the number of heads; neither learned nor rotated.
     windows: which layers see only the last `sliding_window` positions where config.json does not list them.
     biases: which roles have a bias: pairs (config.json's switch or None for always, roles).
     transposed: matrices are stored as [in, out].
     experts: layers may be mixtures of experts.
     scaled_embedding: embeddings are multiplied by the root of hidden_size.
-    nested: the key of config.json's object that holds the numbers; None: config.json itself.
+    nested: the key of config.json's object that holds numbers as well, and first of all; None: config.json alone.
     keys: exceptions to COMMON_KEYS; () where the family does not have the number.
     defaults: values of config.json's keys that checkpoints leave out.
     unsupported: values of config.json's keys that mean another computation than ours.
+    unknown: keys of config.json that do so whatever they are set to, unless to null.
+    aliases: other names that checkpoints give the architecture.
     """
 
     name: str
@@ -154,7 +185,9 @@ class Architecture:
     block_switch: tuple[str, Block] | None = None
     qkv: Literal["separate", "stacked", "per_head"] = "separate"
     mlp: Literal["plain", "gated", "gated_fused"] = "gated"
+    norm_bias: bool = True
     learned_positions: int | None = None
+    alibi: bool = False
     windows: Literal["none", "all", "alternate", "pattern", "upper"] = "none"
     biases: tuple[tuple[str | None, tuple[str, ...]], ...] = ()
     qk_norm: bool = False
@@ -165,6 +198,8 @@ class Architecture:
     keys: Keys = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     unsupported: tuple[tuple[str, Any], ...] = ()
+    unknown: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
 
 
 _ATTENTION = ("q", "k", "v", "o")
@@ -271,6 +306,63 @@ ROWS: tuple[Architecture, ...] = (
             "rotary_pct": 0.25,
             "rotary_emb_base": 10000.0,
         },
+    ),
+    Architecture(
+        name="BloomForCausalLM",
+        model_type="bloom",
+        names=_BLOOM,
+        norm="layer",
+        qkv="per_head",
+        mlp="plain",
+        alibi=True,
+        biases=((None, ("qkv", "o", "up", "down")),),
+        keys={
+            "hidden_size": ("hidden_size", "n_embed"),
+            "num_layers": ("n_layer", "num_hidden_layers"),
+            "num_heads": ("n_head", "num_attention_heads"),
+            "num_kv_heads": (),
+            "intermediate_size": ("n_inner",),
+            "max_positions": ("seq_length",),
+            "norm_eps": ("layer_norm_epsilon",),
+        },
+        defaults={
+            "hidden_act": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "seq_length": 2048,
+            "tie_word_embeddings": True,
+        },
+        unsupported=(("apply_residual_connection_post_layernorm", True),),
+    ),
+    Architecture(
+        name="MptForCausalLM",
+        model_type="mpt",
+        names=_MPT,
+        norm="layer",
+        norm_bias=False,
+        qkv="stacked",
+        mlp="plain",
+        alibi=True,
+        nested="attn_config",
+        keys={
+            "hidden_size": ("d_model",),
+            "num_layers": ("n_layers",),
+            "num_heads": ("n_heads",),
+            "num_kv_heads": (),
+            "intermediate_size": (),
+            "max_positions": ("max_seq_len",),
+            "norm_eps": ("layer_norm_epsilon",),
+        },
+        defaults={"hidden_act": "gelu", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
+        unsupported=(
+            ("alibi", False),
+            ("rope", True),
+            ("attn_type", "multiquery_attention"),
+            ("prefix_lm", True),
+            ("qk_ln", True),
+            ("no_bias", False),
+        ),
+        unknown=("clip_qkv", "softmax_scale", "logit_scale"),
+        aliases=("MPTForCausalLM",),
     ),
     Architecture(
         name="LlamaForCausalLM",

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import msgspec
 
 from orcaserve.core.config import ModelError
-from orcaserve.model.architectures import ARCHITECTURES, COMMON_KEYS, MODEL_TYPES, Architecture, Block
+from orcaserve.model.alibi import alibi_slopes
+from orcaserve.model.architectures import ARCHITECTURES, COMMON_KEYS, MODEL_TYPES, ROWS, Architecture, Block
 from orcaserve.model.rope import Rope, rope
 
 _LIMIT = 1 << 31  # no size in a config.json is beyond it; what is, is not a model
@@ -49,7 +50,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     row: the architecture's row of the table. block: the row's, unless config.json switches it.
     dtype: of the checkpoint. embedding_size: width of embeddings and output matrix (hidden_size but for OPT-350m).
     max_positions: longest sequence that the positions allow.
-    biases: roles that have a bias. tied: the output matrix is the embedding.
+    biases: roles that have a bias. tied: the output matrix is the embedding. alibi: slope of each head; None without.
     attention_scale: factor to q·k. softcaps: None without. expert_*: 0 without experts.
     """
 
@@ -68,6 +69,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     activation: str
     biases: frozenset[str]
     tied: bool
+    alibi: tuple[float, ...] | None
     attention_scale: float
     attention_softcap: float | None
     final_softcap: float | None
@@ -135,7 +137,7 @@ def find_row(raw: Mapping[str, Any]) -> Architecture | None:
     """The row of the table for a config.json, None if there is none."""
     names = _architectures(raw)
     if names:
-        return next((ARCHITECTURES[name] for name in names if name in ARCHITECTURES), None)
+        return next((row for name in names for row in ROWS if name in (row.name, *row.aliases)), None)
     return MODEL_TYPES.get(str(raw.get("model_type")))
 
 
@@ -176,9 +178,11 @@ def read_generation(folder: str | Path) -> Generation:
 
 
 def _flat(raw: Mapping[str, Any], row: Architecture) -> dict[str, Any]:
-    """config.json with the numbers of a nested language model on top."""
+    """config.json with the numbers of its nested object on top, but for nulls that would hide one."""
     nested = raw.get(row.nested) if row.nested is not None else None
-    return {**raw, **nested} if isinstance(nested, dict) else dict(raw)
+    if not isinstance(nested, dict):
+        return dict(raw)
+    return {**raw, **{key: value for key, value in nested.items() if value is not None or key not in raw}}
 
 
 def _model_config(raw: Mapping[str, Any], row: Architecture, generation: Generation) -> ModelConfig:
@@ -202,6 +206,9 @@ def _model_config(raw: Mapping[str, Any], row: Architecture, generation: Generat
     for key, meaning in row.unsupported:
         if raw.get(key, not meaning) == meaning:
             raise ValueError(f"{key} = {json.dumps(meaning)} is not supported")
+    for key in row.unknown:
+        if raw.get(key) is not None:
+            raise ValueError(f"{key} = {json.dumps(raw[key])} is not supported")
 
     hidden_size, num_heads = number("hidden_size"), number("num_heads")
     head_dim = number("head_dim", hidden_size // num_heads)
@@ -213,13 +220,14 @@ def _model_config(raw: Mapping[str, Any], row: Architecture, generation: Generat
 
     windows = _windows(row, value, num_layers)
     ropes = {False: None, True: None}
-    if row.learned_positions is None:
+    rotates = row.learned_positions is None and not row.alibi
+    if rotates:
         ropes = {local: _rope(raw, value, local, head_dim, max_positions) for local in (False, True)}
     layers = tuple(
         LayerConfig(window, ropes[window is not None], row.experts and _is_sparse(value, i))
         for i, window in enumerate(windows)
     )
-    limits = [max_positions] if row.learned_positions is not None else []
+    limits = [] if rotates else [max_positions]
     limits += [layer.rope.max_positions or max_positions for layer in layers if layer.rope]
     sparse = any(layer.sparse for layer in layers)
     num_experts = number("num_experts") if sparse else 0
@@ -247,6 +255,7 @@ def _model_config(raw: Mapping[str, Any], row: Architecture, generation: Generat
         activation=text("activation", "silu"),
         biases=frozenset(role for switch, roles in row.biases if switch is None or value(switch) for role in roles),
         tied=bool(value("tie_word_embeddings", False)),
+        alibi=alibi_slopes(num_heads, float(value("alibi_bias_max", 8))) if row.alibi else None,
         attention_scale=float(value("query_pre_attn_scalar", head_dim)) ** -0.5,
         attention_softcap=_positive(value("attn_logit_softcapping")),
         final_softcap=_positive(value("final_logit_softcapping")),

@@ -36,6 +36,7 @@ class Embedding:
     """int64 token ids and positions [M] -> [M, H]. rows_before: rows of the table of positions before position 0."""
 
     tokens: Callable[[Tensor], Tensor]
+    norm: Part | None
     positions: Tensor | None
     rows_before: int
     project: Linear | None
@@ -43,6 +44,8 @@ class Embedding:
 
     def __call__(self, token_ids: Tensor, positions: Tensor) -> Tensor:
         x = self.tokens(token_ids)
+        if self.norm is not None:
+            x = self.norm(x)
         if self.scale is not None:
             x = x * torch.tensor(self.scale, dtype=x.dtype)  # rounded as the model was trained
         if self.project is not None:
@@ -171,6 +174,7 @@ class _Parts:
         self._config = config
         self._kernels = kernels
         self._weights = weights
+        self._slopes = None if config.alibi is None else torch.tensor(config.alibi, dtype=torch.float32)
         self._ropes: dict[Rope, Rotary] = {}  # one table of sines for all layers that rotate alike
 
     def embed(self, tokens: Tensor, head: Head | None) -> Embedding:
@@ -179,6 +183,7 @@ class _Parts:
         tied = head is not None and config.tied
         return Embedding(
             tokens=head.matrix.rows if tied and head is not None else lambda ids: embedding(ids, tokens),
+            norm=self._norm("embed_norm"),
             positions=weights.take_optional("positions.weight"),
             rows_before=config.row.learned_positions or 0,
             project=self._linear("project_in") if "project_in.weight" in weights else None,
@@ -233,6 +238,7 @@ class _Parts:
             scale=config.attention_scale,
             window=config.layers[i].window,
             softcap=config.attention_softcap,
+            slopes=self._slopes,
         )
 
     def _qkv(self, i: int) -> Linear:
@@ -288,7 +294,7 @@ class _Parts:
         if weight is None:
             return None
         if config.row.norm == "layer":
-            return self._kernels.layer_norm(weight, weights.take(f"{key}.bias"), config.norm_eps)
+            return self._kernels.layer_norm(weight, weights.take_optional(f"{key}.bias"), config.norm_eps)
         return self._kernels.rms_norm(weight, config.norm_eps, plus_one=config.row.norm == "rms_plus_one")
 
     def _linear(self, key: str, *, cut: bool = False, exact: bool = False) -> Linear:

@@ -37,6 +37,11 @@ def load_model(
         return Decoder.load(config, folder, compute_dtype(config, dtype), progress=progress, kernels=kernels)
     if not installed:
         raise ModelError("the transformers backend needs the extra: pip install 'orcaserve[transformers]'")
+    if kernels is not None and kernels.kv_dtype != "auto":
+        raise ModelError(
+            f"the transformers backend keeps keys and values in the model's dtype, not in {kernels.kv_dtype}; "
+            "leave out --kv-cache-dtype"
+        )
     from orcaserve.model.transformers_backend import TransformersDecoder  # an optional dependency
 
     wanted = None if dtype == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

@@ -43,6 +43,8 @@ def _tensors(config: ModelConfig, first: int, last: int) -> Iterator[tuple[str, 
     if begins or (ends and config.tied):
         yield "embed.weight", TensorSpec(names["embed"] + ".weight", (config.vocab_size, width))
     if begins:
+        if "embed_norm" in names:
+            yield from _norm(config, "embed_norm", width)
         if config.row.learned_positions is not None:
             rows = config.max_positions + config.row.learned_positions
             yield "positions.weight", TensorSpec(names["positions"] + ".weight", (rows, hidden))
@@ -95,7 +97,7 @@ def _norm(config: ModelConfig, role: str, size: int, i: int | None = None) -> It
     name = config.row.names[role].format(i=i)
     key = role if i is None else f"{i}.{role}"
     yield f"{key}.weight", TensorSpec(f"{name}.weight", (size,))
-    if config.row.norm == "layer":
+    if config.row.norm == "layer" and config.row.norm_bias:
         yield f"{key}.bias", TensorSpec(f"{name}.bias", (size,))
 
 

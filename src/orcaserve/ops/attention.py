@@ -1,6 +1,7 @@
 """Attention over a paged KV cache, twice: the literal Split -> attend -> Merge, and the fast path with the promise.
 
-Caches are [num_blocks, block_size, kv heads, d] in the model's dtype. Both functions read back what was stored.
+Caches are [num_blocks, block_size, kv heads, d] in the model's dtype, or `ScaledBytes`. Both functions read back what
+was stored.
 
 `attention` gives a query bits that depend on its own value, its position and its own keys and values alone: not on who
 else is in the batch, on how its prompt was cut into chunks, on decode or prefill, or on the block table. How: the
@@ -25,29 +26,75 @@ QUERY_ROWS = 8  # rows of a query tile: positions * query heads per kv head; wid
 _GROUP_ITEMS = 64  # (tile, kv head) items that gather keys of their own at a time, so that the copies stay in cache
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+_NOTHING = 1e-30  # vectors whose values are no larger become zero: the inverse might be infinite
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class ScaledBytes:
+    """A cache of 8 bits: values, whole numbers from -127 to 127, times the scale of their token and head.
+
+    values: int8 [num_blocks, block_size, kv heads, d]. scales: float32 [num_blocks, block_size, kv heads]; NaN where a
+    value was not finite, for bytes cannot say so.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @classmethod
+    def empty(cls, *shape: int) -> ScaledBytes:
+        """Left as it comes."""
+        return cls(torch.empty(shape, dtype=torch.int8), torch.empty(shape[:-1]))
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def store(self, new: Tensor, slots: Tensor) -> None:
+        """Writes new [n, kv heads, d] at `slots` (int64 [n])."""
+        new = new.float()
+        most = new.abs().amax(-1)
+        factors = torch.where(most > _NOTHING, torch.full_like(most, 127.0) / most, 0.0)
+        whole = (new * factors[..., None]).round().nan_to_num(0.0)
+        self.values.flatten(0, 1).index_copy_(0, slots, whole.to(torch.int8))
+        self.scales.flatten(0, 1).index_copy_(0, slots, most / 127.0 + most * 0.0)
+
+    def read(self, places: Tensor) -> Tensor:
+        """float32 [n, d] of the vectors at `places` (int64 [n] of slot * kv heads + head)."""
+        values = self.values.view(-1, self.shape[3]).index_select(0, places)
+        return values * self.scales.view(-1).index_select(0, places)[:, None]
+
+
+Cache = Tensor | ScaledBytes
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Cache, v_cache: Cache, slots: Tensor) -> None:
     """Writes k and v [ΣL, kv heads, d] at `slots` (int64 [ΣL]) of the caches."""
     for new, cache in ((k, k_cache), (v, v_cache)):
-        cache.view(cache.shape[0] * cache.shape[1], -1).index_copy_(0, slots, new.reshape(new.shape[0], -1))
+        if isinstance(cache, ScaledBytes):
+            cache.store(new, slots)
+        else:
+            cache.view(cache.shape[0] * cache.shape[1], -1).index_copy_(0, slots, new.reshape(new.shape[0], -1))
 
 
 def split_attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     layout: Layout,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """q [ΣL, heads, d] -> [ΣL, heads, d]: split by request, attend each against its own cache, merge.
 
     window: a query at p sees positions > p - window. softcap: scores become softcap * tanh(score / softcap).
+    slopes: float32 [heads] of ALiBi: slope * (position of the key - position of the query) is added to a score.
     """
     return torch.cat(
         [
-            _attend_one(part, k_cache, v_cache, row, layout.block_size, scale, window, softcap)
+            _attend_one(part, k_cache, v_cache, row, layout.block_size, scale, window, softcap, slopes)
             for part, row in zip(q.split([row.num_tokens for row in layout.rows]), layout.rows, strict=True)
         ]
     )
@@ -55,22 +102,27 @@ def split_attention(
 
 def _attend_one(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     row: Row,
     block_size: int,
     scale: float,
     window: int | None,
     softcap: float | None,
+    slopes: Tensor | None,
 ) -> Tensor:
     seen = torch.arange(row.end)
     own = torch.arange(row.start, row.end)[:, None]
     slots = torch.from_numpy(row.blocks)[seen // block_size] * block_size + seen % block_size
-    group = q.shape[1] // k_cache.shape[2]
-    k, v = (cache.flatten(0, 1)[slots].float().repeat_interleave(group, dim=1) for cache in (k_cache, v_cache))
+    kv_heads, d = k_cache.shape[2:]
+    group = q.shape[1] // kv_heads
+    places = (slots[:, None] * kv_heads + torch.arange(kv_heads)).flatten()
+    k, v = (_vectors(cache, places).view(-1, kv_heads, d).repeat_interleave(group, 1) for cache in (k_cache, v_cache))
     scores = torch.einsum("qhd,khd->hqk", q.float() * scale, k)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None:
+        scores = scores + slopes[:, None, None] * (seen - own)
     hidden = seen > own
     if window is not None:
         hidden |= seen <= own - window
@@ -80,21 +132,23 @@ def _attend_one(
 
 def attention(
     q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
     layout: Layout,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    slopes: Tensor | None = None,
 ) -> Tensor:
     """As `split_attention`, with the promise; the two agree but for rounding."""
     heads, kv_heads = q.shape[1], k_cache.shape[2]
     shape = _Shape(max(1, QUERY_ROWS * kv_heads // heads), heads // kv_heads, kv_heads, q.shape[2])
     plan = layout.derived((shape, window), lambda: _plan(layout, shape, window))
+    by_kv_head = None if slopes is None else slopes.view(kv_heads, 1, 1, -1, 1)
     out = torch.empty_like(q)
     for tiles in plan:
-        out.index_copy_(0, tiles.tokens, _attend(q, k_cache, v_cache, tiles, shape, scale, softcap))
+        out.index_copy_(0, tiles.tokens, _attend(q, k_cache, v_cache, tiles, shape, scale, softcap, by_kv_head))
     return out
 
 
@@ -116,12 +170,19 @@ class _Step:
         span. Positions that are not stored yet stand as the last one that is, so that only the request's own values
         are ever read.
     mask: float32 [hi - lo, positions * group, SPAN], 0 or -inf; None where all is visible.
+    own: int64 [hi - lo, positions], of the queries; seen: int64 [hi - lo or 1, SPAN], of the keys.
     """
 
     lo: int
     hi: int
     places: Tensor
     mask: Tensor | None
+    own: Tensor
+    seen: Tensor
+
+    def distances(self) -> Tensor:
+        """float32 [hi - lo, positions, 1, SPAN], from the query to the key."""
+        return (self.seen[:, None, :] - self.own[:, :, None])[:, :, None].float()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -178,7 +239,7 @@ def _single_tiles(rows: Sequence[Row], block_size: int, shape: _Shape, window: i
         seen = (span[:n] + step) * SPAN + torch.arange(SPAN)
         stored = torch.minimum(seen, last[:n])
         slots = blocks[offset[:n] + stored // block_size] * block_size + stored % block_size
-        steps.append(_Step(0, n, _places(slots.flatten(), shape), _mask(own[:n], seen, shape, window)))
+        steps.append(_Step(0, n, _places(slots.flatten(), shape), _mask(own[:n], seen, shape, window), own[:n], seen))
     return _Tiles(queries, queries[used], used, tuple(steps))
 
 
@@ -198,7 +259,8 @@ def _row_tiles(row: Row, block_size: int, shape: _Shape, window: int | None) -> 
         hi = min(tiles, -(-past // shape.positions))
         stored = seen.clamp(max=row.end - 1)
         slots = torch.from_numpy(row.blocks)[stored // block_size] * block_size + stored % block_size
-        steps.append(_Step(lo, hi, _places(slots, shape), _mask(own[lo:hi], seen[None], shape, window)))
+        places, mask = _places(slots, shape), _mask(own[lo:hi], seen[None], shape, window)
+        steps.append(_Step(lo, hi, places, mask, own[lo:hi], seen[None]))
     return _Tiles(queries, queries[used], used, tuple(steps))
 
 
@@ -219,9 +281,16 @@ def _mask(own: Tensor, seen: Tensor, shape: _Shape, window: int | None) -> Tenso
 
 
 def _attend(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, tiles: _Tiles, shape: _Shape, scale: float, softcap: float | None
+    q: Tensor,
+    k_cache: Cache,
+    v_cache: Cache,
+    tiles: _Tiles,
+    shape: _Shape,
+    scale: float,
+    softcap: float | None,
+    slopes: Tensor | None,
 ) -> Tensor:
-    """The answers of the tiles' tokens, [n, heads, d] in the dtype of q."""
+    """The answers of the tiles' tokens, [n, heads, d] in the dtype of q. slopes: float32 [kv heads, 1, 1, group, 1]."""
     split = (-1, shape.positions, shape.kv_heads, shape.group, shape.d)
     queries = q.index_select(0, tiles.queries).view(split).permute(2, 0, 1, 3, 4).float().mul(scale)
     queries = queries.reshape(shape.kv_heads, -1, shape.positions * shape.group, shape.d)
@@ -233,6 +302,8 @@ def _attend(
         scores = _products(queries[:, now], _read(k_cache, step.places).transpose(2, 3))
         if softcap is not None:
             scores = torch.tanh(scores.div_(softcap)).mul_(softcap)
+        if slopes is not None:
+            scores.add_((slopes * step.distances()).flatten(2, 3))
         if step.mask is not None:
             scores.add_(step.mask)
         higher = torch.maximum(peak[:, now], scores.amax(-1, keepdim=True))
@@ -258,6 +329,13 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def _read(cache: Tensor, places: Tensor) -> Tensor:
+def _read(cache: Cache, places: Tensor) -> Tensor:
     """The spans at `places` as float32 [kv heads, spans, SPAN, d]: gathered by head, then widened in one sweep."""
-    return cache.view(-1, cache.shape[3]).index_select(0, places).float().view(cache.shape[2], -1, SPAN, cache.shape[3])
+    return _vectors(cache, places).view(cache.shape[2], -1, SPAN, cache.shape[3])
+
+
+def _vectors(cache: Cache, places: Tensor) -> Tensor:
+    """float32 [n, d] of the vectors at `places` (int64 [n] of slot * kv heads + head)."""
+    if isinstance(cache, ScaledBytes):
+        return cache.read(places)
+    return cache.view(-1, cache.shape[3]).index_select(0, places).float()

@@ -23,11 +23,14 @@ class ComposedAttention:
     scale: float
     window: int | None
     softcap: float | None
+    slopes: Tensor | None = None
 
     def __call__(self, x: Tensor, layout: Layout, cache: KVCache, residual: Tensor) -> Tensor:
         x = x if self.norm is None else self.norm(x)
         q = self.heads(self.qkv(x), layout, cache)
-        mixed = self.kernels.attention(q, cache, layout, scale=self.scale, window=self.window, softcap=self.softcap)
+        mixed = self.kernels.attention(
+            q, cache, layout, scale=self.scale, window=self.window, softcap=self.softcap, slopes=self.slopes
+        )
         return _add(self.out, self.out_norm, mixed, residual)
 
 

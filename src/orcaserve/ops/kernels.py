@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from orcaserve.core.config import KVDtype
 from orcaserve.ops.draw import Draw
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.rotary import Rotary
@@ -61,6 +62,7 @@ class Kernels(Protocol):
     name: goes into the numerics profile; it changes whenever bits may.
     block_multiple: a block of the KV cache has a multiple of so many tokens.
     matrix_bytes: memory of the weights of all linear maps built so far.
+    kv_dtype: what its caches keep; "auto": the dtype of the activations.
     """
 
     @property
@@ -69,6 +71,8 @@ class Kernels(Protocol):
     def block_multiple(self) -> int: ...
     @property
     def matrix_bytes(self) -> int: ...
+    @property
+    def kv_dtype(self) -> KVDtype: ...
 
     def linear(
         self,
@@ -95,7 +99,7 @@ class Kernels(Protocol):
 
     def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part: ...
 
-    def layer_norm(self, weight: Tensor, bias: Tensor, eps: float) -> Part: ...
+    def layer_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> Part: ...
 
     def heads(
         self,
@@ -120,10 +124,12 @@ class Kernels(Protocol):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> Tensor:
         """[M, heads * d] -> the same: every token against the cached keys and values of its request up to itself.
 
         window: a query at p sees positions > p - window. softcap: scores become softcap * tanh(score / softcap).
+        slopes: float32 [heads] of ALiBi: slope * (position of the key - position of the query) is added to a score.
         """
         ...
 
@@ -138,6 +144,7 @@ class Kernels(Protocol):
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> AttentionHalf:
         """Half a layer of parts that these kernels built."""
         ...
@@ -149,7 +156,7 @@ class Kernels(Protocol):
     def kv_cache(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> KVCache:
-        """One layer's cache. Its memory is taken when it is written to."""
+        """One layer's cache for activations of a dtype. Its memory is taken when it is written to."""
         ...
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from orcaserve.core.config import Quantization
+from orcaserve.core.config import KVDtype, Quantization
 from orcaserve.ops.draw import Draw
 from orcaserve.ops.kernels import Part
 from orcaserve.ops.layout import Layout
@@ -195,9 +195,10 @@ class NativeAttention:
         out: NativeLinear,
         out_norm: NativeNorm | None,
         view: Any,
+        slopes: Tensor | None,
     ) -> None:
         self._engine, self._heads = engine, heads
-        self._parts = norm, qkv, heads, out, out_norm  # whose tensors the native half reads
+        self._parts = norm, qkv, heads, out, out_norm, slopes  # whose tensors the native half reads
         self._native = _native.AttentionHalf(_part(norm), qkv.native, heads.native, view, out.native, _part(out_norm))
 
     def __call__(self, x: Tensor, layout: Layout, cache: NativeCache, residual: Tensor) -> Tensor:
@@ -279,18 +280,23 @@ class NativeKernels:
     quantization: "int8" keeps weights in 8 bits, with a scale for each column and segment of K; "int4" in 4 bits, with
         a scale for every GROUP values of a column, but the output matrix in 8. Activations are brought to 8 bits row by
         row where they meet such weights; everything else stays as it is.
+    kv_dtype: "int8" keeps keys and values in 8 bits, with a scale for each token and head.
     """
 
     block_multiple = 16
 
-    def __init__(self, threads: int, isa: str | None = None, *, quantization: Quantization = "none") -> None:
+    def __init__(
+        self, threads: int, isa: str | None = None, *, quantization: Quantization = "none", kv_dtype: KVDtype = "auto"
+    ) -> None:
         known = instruction_sets()
         if not known or (isa is not None and isa not in known):
             raise ValueError(f"there are no native kernels for {isa or 'this machine'}")
         self._engine = _native.Engine(isa or known[0], threads)
         self._quantization = quantization
         self.matrix_bytes = 0
+        self.kv_dtype = kv_dtype
         self.name = f"native-{VERSION}-{self._engine.isa}" + ("" if quantization == "none" else f"-{quantization}")
+        self.name += "" if kv_dtype == "auto" else f"-kv-{kv_dtype}"
 
     def linear(
         self,
@@ -315,7 +321,7 @@ class NativeKernels:
         factor = _factor(weight, plus_one)
         return NativeNorm(self._engine, factor, None, eps, centred=False, dtype=_dtype(weight.dtype))
 
-    def layer_norm(self, weight: Tensor, bias: Tensor, eps: float) -> Part:
+    def layer_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> Part:
         return NativeNorm(self._engine, weight, bias, eps, centred=True, dtype=_dtype(weight.dtype))
 
     def heads(
@@ -343,13 +349,14 @@ class NativeKernels:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> Tensor:
         d, kv_heads = cache.head_dim, cache.num_kv_heads
         heads = q.shape[1] // d
         out = torch.empty_like(q)
         shape = _native.Heads(heads, kv_heads, d, 0, 0, 0.0, 0, False)
         rows = _rows(layout, heads, kv_heads)
-        view = _view(scale, window, softcap)
+        view = _view(scale, window, softcap, slopes)
         self._engine.attention(shape, view, rows.native, cache.native, q.data_ptr(), out.data_ptr())
         return out
 
@@ -364,8 +371,10 @@ class NativeKernels:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> NativeAttention:
-        return NativeAttention(self._engine, norm, qkv, heads, out, out_norm, _view(scale, window, softcap))
+        view = _view(scale, window, softcap, slopes)
+        return NativeAttention(self._engine, norm, qkv, heads, out, out_norm, view, slopes)
 
     def mlp_half(
         self, norm: NativeNorm | None, inner: NativeLinear, down: NativeLinear, out_norm: NativeNorm | None
@@ -377,7 +386,7 @@ class NativeKernels:
     ) -> NativeCache:
         if block_size % self.block_multiple:
             raise ValueError(f"blocks of {block_size} tokens are not multiples of {self.block_multiple}")
-        native = _native.Cache(_dtype(dtype), num_blocks * block_size, num_kv_heads, head_dim)
+        native = _native.Cache(_dtype(dtype), self.kv_dtype == "int8", num_blocks * block_size, num_kv_heads, head_dim)
         return NativeCache(native, num_kv_heads, head_dim, dtype)
 
     def _pack(self, parts: Sequence[tuple[Tensor, Tensor | None, int]], cut: bool, format: Format) -> _Weights:
@@ -391,7 +400,8 @@ class NativeKernels:
         return "int8" if wide else self._quantization
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return num_kv_heads * (head_dim + -(-head_dim // 16) * 16) * dtype.itemsize
+        values = head_dim + -(-head_dim // 16) * 16
+        return num_kv_heads * (values + 8 if self.kv_dtype == "int8" else values * dtype.itemsize)
 
     def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         rows, vocab = logits.shape
@@ -442,8 +452,9 @@ class NativeKernels:
         return found
 
 
-def _view(scale: float, window: int | None, softcap: float | None) -> Any:
-    return _native.View(scale, window or 0, softcap or 0.0)
+def _view(scale: float, window: int | None, softcap: float | None, slopes: Tensor | None) -> Any:
+    """slopes: float32; whoever calls keeps them."""
+    return _native.View(scale, window or 0, softcap or 0.0, _address(slopes))
 
 
 def _factor(weight: Tensor, plus_one: bool) -> Tensor:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orcaserve.core.config import KVDtype
 from orcaserve.ops.activation import ACTIVATIONS
-from orcaserve.ops.attention import attention, store_kv
+from orcaserve.ops.attention import Cache, ScaledBytes, attention, store_kv
 from orcaserve.ops.draw import Draw, draw
 from orcaserve.ops.halves import ComposedAttention, ComposedMLP
 from orcaserve.ops.kernels import Heads, Linear, Part
@@ -24,8 +25,8 @@ from orcaserve.ops.vocabulary import Logprobs, logprobs, peaks
 class TorchCache:
     """k, v: [num_blocks, block_size, kv heads, d]."""
 
-    k: Tensor
-    v: Tensor
+    k: Cache
+    v: Cache
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -69,13 +70,14 @@ class TorchHeads:
 
 
 class TorchKernels:
-    """`Kernels` of torch's operators on tiles of fixed shapes."""
+    """`Kernels` of torch's operators on tiles of fixed shapes. kv_dtype: "int8" keeps keys and values in 8 bits."""
 
-    name = "torch-2"
     block_multiple = 1
 
-    def __init__(self) -> None:
+    def __init__(self, *, kv_dtype: KVDtype = "auto") -> None:
         self.matrix_bytes = 0
+        self.kv_dtype = kv_dtype
+        self.name = "torch-2" + ("" if kv_dtype == "auto" else f"-kv-{kv_dtype}")
 
     def linear(
         self,
@@ -100,7 +102,7 @@ class TorchKernels:
     def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part:
         return lambda x: rms_norm(x, weight, eps, plus_one=plus_one)
 
-    def layer_norm(self, weight: Tensor, bias: Tensor, eps: float) -> Part:
+    def layer_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> Part:
         return lambda x: layer_norm(x, weight, bias, eps)
 
     def heads(
@@ -126,9 +128,11 @@ class TorchKernels:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> Tensor:
         by_head = q.unflatten(-1, (-1, cache.k.shape[3]))
-        return attention(by_head, cache.k, cache.v, layout, scale=scale, window=window, softcap=softcap).flatten(1)
+        out = attention(by_head, cache.k, cache.v, layout, scale=scale, window=window, softcap=softcap, slopes=slopes)
+        return out.flatten(1)
 
     def attention_half(
         self,
@@ -141,8 +145,9 @@ class TorchKernels:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        slopes: Tensor | None = None,
     ) -> ComposedAttention:
-        return ComposedAttention(self, norm, qkv, heads, out, out_norm, scale, window, softcap)
+        return ComposedAttention(self, norm, qkv, heads, out, out_norm, scale, window, softcap, slopes)
 
     def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Part | None) -> ComposedMLP:
         return ComposedMLP(norm, inner, down, out_norm)
@@ -152,10 +157,12 @@ class TorchKernels:
     ) -> TorchCache:
         shape = (num_blocks, block_size, num_kv_heads, head_dim)
         # left as it comes: nothing reads a slot before its own request has written it
+        if self.kv_dtype == "int8":
+            return TorchCache(ScaledBytes.empty(*shape), ScaledBytes.empty(*shape))
         return TorchCache(torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype))
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return 2 * num_kv_heads * head_dim * dtype.itemsize
+        return 2 * num_kv_heads * (head_dim + 4 if self.kv_dtype == "int8" else head_dim * dtype.itemsize)
 
     def _tiles(self, weight: Tensor, bias: Tensor | None) -> TileLinear:
         self.matrix_bytes += weight.numel() * weight.itemsize
