@@ -46,15 +46,35 @@ struct Bytes {
 constexpr float kMostOfQuery = 16383.0f;  // 16383 * 128 * kLargestHead fits a sum
 constexpr float kMostOfShare = 32767.0f;  // 32767 * 128 * kSpan too
 
+// What will be read next, brought nearer four cache lines at a time between the steps of other work.
+struct Fetch {
+    const void* parts[2 * kGroups];
+    std::int64_t bytes[2 * kGroups];
+    int count = 0, part = 0;
+    std::int64_t at = 0;
+
+    void add(const void* data, std::int64_t size) {
+        parts[count] = data;
+        bytes[count++] = size;
+    }
+    void some() {
+        if (part == count) return;
+        const char* next = static_cast<const char*>(parts[part]) + at;
+        ORCA_UNROLL for (int line = 0; line < 4; ++line) __builtin_prefetch(next + line * 64, 0, 2);
+        at += 256;
+        if (at < bytes[part]) return;
+        at = 0;
+        ++part;
+    }
+};
+
 inline Vec scales_behind(const void* data) { return load(static_cast<const float*>(data)); }
 
-// scores [R][kSpan] of R query rows, each times its factor, against `count` groups of keys. What lies `ahead` of what it
-// reads is fetched, unless that is 0.
+// scores [R][kSpan] of R query rows, each times its factor, against `count` groups of keys.
 template <class S, int R>
 void score(const typename S::Operand* const* queries, const float* factors, const typename S::Cache* const* keys, int count,
-           int d, std::int64_t ahead, float* scores) {
+           int d, Fetch& fetch, float* scores) {
     constexpr int P = S::PAIR;
-    constexpr int line = P * static_cast<int>(std::max<std::size_t>(1, 64 / (kGroup * P * sizeof(typename S::Cache))));
     for (int group = 0; group < count; group += WIDE) {
         typename S::Sum sums[R][WIDE];
         const typename S::Cache* k[WIDE];
@@ -62,8 +82,7 @@ void score(const typename S::Operand* const* queries, const float* factors, cons
         ORCA_UNROLL for (int r = 0; r < R; ++r)
             ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = S::nothing();
         for (int i = 0; i < d; i += P) {
-            if (ahead != 0 && (line == P || i % line == 0))
-                for (int j = 0; j < WIDE; ++j) __builtin_prefetch(k[j] + i * kGroup + ahead, 0, 2);
+            fetch.some();
             ORCA_UNROLL for (int r = 0; r < R; ++r) {
                 const auto one = S::broadcast(queries[r] + i);
                 ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = S::multiply(one, k[j] + i * kGroup, sums[r][j]);
@@ -82,9 +101,8 @@ void score(const typename S::Operand* const* queries, const float* factors, cons
 // factors: what a row's shares are multiples of, of 8 bits.
 template <class S, int R, int W>
 void gather_values(const typename S::Operand* shares, const float* factors, const typename S::Cache* const* values,
-                   int positions, int padded, int column, std::int64_t ahead, float* out) {
+                   int positions, int padded, int column, Fetch& fetch, float* out) {
     constexpr int P = S::PAIR;
-    constexpr int line = static_cast<int>(std::max<std::size_t>(1, 64 / (16 * P * sizeof(typename S::Cache))));
     typename S::Sum sums[R][W];
     ORCA_UNROLL for (int r = 0; r < R; ++r)
         ORCA_UNROLL for (int j = 0; j < W; ++j) sums[r][j] = S::nothing();
@@ -93,8 +111,7 @@ void gather_values(const typename S::Operand* shares, const float* factors, cons
         const typename S::Cache* v = values[group] + column * P;
         const typename S::Operand* share = shares + group * kGroup;
         for (int at = 0; at < end; at += P, v += padded * P, share += P) {
-            if (ahead != 0)
-                for (int j = 0; j < W; j += line) __builtin_prefetch(v + j * 16 * P + ahead, 0, 2);
+            fetch.some();
             ORCA_UNROLL for (int r = 0; r < R; ++r) {
                 const auto one = S::broadcast(share + r * kSpan);
                 ORCA_UNROLL for (int j = 0; j < W; ++j) sums[r][j] = S::multiply(one, v + j * 16 * P, sums[r][j]);
@@ -111,27 +128,33 @@ void gather_values(const typename S::Operand* shares, const float* factors, cons
 
 template <class S, int R>
 void values_of(const typename S::Operand* shares, const float* factors, const typename S::Cache* const* values,
-               int positions, int padded, std::int64_t ahead, float* out) {
+               int positions, int padded, Fetch& fetch, float* out) {
     int column = 0;
     for (; column + 16 * WIDE <= padded; column += 16 * WIDE) {
-        gather_values<S, R, WIDE>(shares, factors, values, positions, padded, column, ahead, out);
+        gather_values<S, R, WIDE>(shares, factors, values, positions, padded, column, fetch, out);
     }
     for (; column < padded; column += 16) {
-        gather_values<S, R, 1>(shares, factors, values, positions, padded, column, ahead, out);
+        gather_values<S, R, 1>(shares, factors, values, positions, padded, column, fetch, out);
     }
 }
 
-// One tile of queries against one kv head, from its first span to its last. T: of activations; S: `Plain<T>` or `Bytes`.
+// One piece of work: a tile of queries against one kv head.
+struct Piece {
+    const Tile* tile;
+    int head;
+};
+
+// A piece from its first span to its last. T: of activations; S: `Plain<T>` or `Bytes`.
 template <class T, class S>
 class TileWork {
     using Cache = typename S::Cache;
     using Operand = typename S::Operand;
 
 public:
-    // ahead: whether the next head follows
-    TileWork(const Attention& g, const Tile& tile, int head, bool ahead, void* scratch)
-        : g_(g), tile_(tile), head_(head), ahead_(ahead), group_(g.heads / g.kv_heads), rows_(tile.count * group_),
-          padded_(static_cast<int>(ceil_div(g.d, 16) * 16)) {
+    // next: what this thread will most likely do then; its tile may be null
+    TileWork(const Attention& g, Piece piece, Piece next, void* scratch)
+        : g_(g), tile_(*piece.tile), head_(piece.head), next_(next), group_(g.heads / g.kv_heads),
+          rows_(piece.tile->count * group_), padded_(static_cast<int>(ceil_div(g.d, 16) * 16)) {
         float* at = static_cast<float*>(scratch);
         scores_ = at;
         at += kRows * kSpan;
@@ -160,9 +183,7 @@ public:
         std::fill(masses_, masses_ + rows_, 0.0f);
         std::fill(sums_, sums_ + rows_ * padded_, 0.0f);
         for (int r = 0; r < rows_; ++r) factors_[r] = S::BYTES ? g_.scale * shorten(r) : g_.scale;
-        const int last = tile_.start + tile_.count - 1;
-        int span = g_.window > 0 ? std::max(0, tile_.start - g_.window + 1) / static_cast<int>(kSpan) : 0;
-        for (; span * kSpan <= last; ++span) meet(span * static_cast<int>(kSpan), last);
+        for (int start = first_span(tile_); start < end(tile_); start += kSpan) meet(start);
         for (int r = 0; r < rows_; ++r) {
             T* out = static_cast<T*>(g_.out) + row_of(r) * g_.d;
             const Vec inverse = set1(1.0f / masses_[r]);
@@ -174,6 +195,12 @@ private:
     // Of one head of one group, in values of the cache.
     std::int64_t key_size() const { return key_bytes(g_.d, S::PAIR, sizeof(Cache), S::BYTES) / sizeof(Cache); }
     std::int64_t value_size() const { return group_value_bytes(g_.d, sizeof(Cache), S::BYTES) / sizeof(Cache); }
+    // Positions that a tile's queries see: from the start of a span, and to the end.
+    int first_span(const Tile& tile) const {
+        return g_.window > 0 ? std::max(0, tile.start - g_.window + 1) / static_cast<int>(kSpan) * static_cast<int>(kSpan) : 0;
+    }
+    static int end(const Tile& tile) { return tile.start + tile.count; }
+    static int seen(const Tile& tile, int start) { return std::min<int>(kSpan, end(tile) - start); }
     int position(int r) const { return tile_.start + r / group_; }
     std::int64_t row_of(int r) const {
         return static_cast<std::int64_t>(tile_.first + r / group_) * g_.heads + head_ * group_ + r % group_;
@@ -194,37 +221,57 @@ private:
         return 1.0f;
     }
 
-    void meet(int start, int last) {
-        const int positions = std::min<int>(kSpan, last + 1 - start);
+    void meet(int start) {
+        const int positions = seen(tile_, start);
         const int groups = static_cast<int>(ceil_div(positions, kGroup));
         const Cache* keys[kGroups];
         const Cache* values[kGroups];
-        find(start, groups, keys, values);
+        find({&tile_, head_}, start, groups, keys, values);
+        Fetch fetch = behind(start);
         for (int r = 0; r < rows_; r += kRows) {
             switch (std::min(kRows, rows_ - r)) {
-                case 1: rows_meet<1>(r, start, positions, groups, keys, values); break;
-                case 2: rows_meet<2>(r, start, positions, groups, keys, values); break;
-                case 3: rows_meet<3>(r, start, positions, groups, keys, values); break;
-                case 4: rows_meet<4>(r, start, positions, groups, keys, values); break;
-                case 5: rows_meet<5>(r, start, positions, groups, keys, values); break;
-                default: rows_meet<6>(r, start, positions, groups, keys, values); break;
+                case 1: rows_meet<1>(r, start, positions, groups, keys, values, fetch); break;
+                case 2: rows_meet<2>(r, start, positions, groups, keys, values, fetch); break;
+                case 3: rows_meet<3>(r, start, positions, groups, keys, values, fetch); break;
+                case 4: rows_meet<4>(r, start, positions, groups, keys, values, fetch); break;
+                case 5: rows_meet<5>(r, start, positions, groups, keys, values, fetch); break;
+                default: rows_meet<6>(r, start, positions, groups, keys, values, fetch); break;
             }
         }
     }
 
-    void find(int start, int groups, const Cache** keys, const Cache** values) const {
-        const std::int32_t* table = g_.tables + tile_.table;
+    // The span behind the one that begins at `start`: of this piece, or the first of the next.
+    Fetch behind(int start) const {
+        Fetch fetch;
+        Piece piece{&tile_, head_};
+        start += kSpan;
+        if (start >= end(tile_)) {
+            piece = next_;
+            if (piece.tile == nullptr) return fetch;
+            start = first_span(*piece.tile);
+        }
+        const int groups = static_cast<int>(ceil_div(seen(*piece.tile, start), kGroup));
+        const Cache* keys[kGroups];
+        const Cache* values[kGroups];
+        find(piece, start, groups, keys, values);
+        for (int i = 0; i < groups; ++i) fetch.add(keys[i], key_size() * sizeof(Cache));
+        for (int i = 0; i < groups; ++i) fetch.add(values[i], value_size() * sizeof(Cache));
+        return fetch;
+    }
+
+    void find(Piece piece, int start, int groups, const Cache** keys, const Cache** values) const {
+        const std::int32_t* table = g_.tables + piece.tile->table;
         for (int i = 0; i < groups; ++i) {
             const int at = start + i * static_cast<int>(kGroup);
             const std::int64_t slot = static_cast<std::int64_t>(table[at / g_.block_size]) * g_.block_size + at % g_.block_size;
-            const std::int64_t place = slot / kGroup * g_.kv_heads + head_;
+            const std::int64_t place = slot / kGroup * g_.kv_heads + piece.head;
             keys[i] = static_cast<const Cache*>(g_.k_cache) + place * key_size();
             values[i] = static_cast<const Cache*>(g_.v_cache) + place * value_size();
         }
     }
 
     template <int R>
-    void rows_meet(int r0, int start, int positions, int groups, const Cache** keys, const Cache** values) {
+    void rows_meet(int r0, int start, int positions, int groups, const Cache** keys, const Cache** values, Fetch& fetch) {
         const Operand* queries[R];
         for (int r = 0; r < R; ++r) {
             if constexpr (S::BYTES) {
@@ -233,20 +280,18 @@ private:
                 queries[r] = query(r0 + r);
             }
         }
-        // The next head's keys and values lie behind this one's, group by group.
-        const bool ahead = ahead_ && r0 == 0;
-        score<S, R>(queries, factors_ + r0, keys, groups, g_.d, ahead ? key_size() : 0, scores_);
+        score<S, R>(queries, factors_ + r0, keys, groups, g_.d, fetch, scores_);
         bool any = false;
         float peaks[R];
-        for (int r = 0; r < R; ++r) any |= soften(r, r0 + r, start, groups, values, &peaks[r]);
+        for (int r = 0; r < R; ++r) any |= soften(r, r0 + r, start, groups, values, fetch, &peaks[r]);
         if (!any) return;
-        values_of<S, R>(shares_, units_, values, positions, padded_, ahead ? value_size() : 0, here_);
+        values_of<S, R>(shares_, units_, values, positions, padded_, fetch, here_);
         for (int r = 0; r < R; ++r) merge(r0 + r, peaks[r], mass_here_[r], here_ + r * padded_);
     }
 
     // The scores of a row (the r-th of those at hand) become shares relative to the row's own greatest; false if it sees
     // none of the span.
-    bool soften(int r, int row, int start, int groups, const Cache* const* values, float* peak) {
+    bool soften(int r, int row, int start, int groups, const Cache* const* values, Fetch& fetch, float* peak) {
         const int own = position(row);
         float* scores = scores_ + r * kSpan;
         Operand* shares = shares_ + r * kSpan;
@@ -275,6 +320,7 @@ private:
         const Vec pivot = set1(*peak);
         Vec mass = zero(), greatest = zero();
         for (int at = 0; at < groups * kGroup; at += 16) {
+            fetch.some();
             Vec x = exp(load(scores + at) - pivot);
             x = first(end - at, x, zero());
             x = first(begin - at, zero(), x);
@@ -317,7 +363,7 @@ private:
     const Attention& g_;
     const Tile& tile_;
     int head_;
-    bool ahead_;
+    Piece next_;
     int group_, rows_, padded_;
     float* scores_;
     float* here_;
@@ -339,11 +385,16 @@ void attention_over(Pool& pool, const Attention& g) {
     // Neighbouring heads of a tile go to one thread where there is work enough: each fetches what the next one reads.
     const std::int64_t most_heads = g.num_tiles * g.kv_heads / (pool.threads() * 4);
     const int together = static_cast<int>(std::clamp<std::int64_t>(most_heads, 1, g.kv_heads));
-    const std::int64_t parts = ceil_div(g.kv_heads, together);
-    pool.run(static_cast<std::uint32_t>(g.num_tiles * parts), [&](std::uint32_t item, int thread) {
+    const std::int64_t parts = ceil_div(g.kv_heads, together), items = g.num_tiles * parts;
+    const int threads = pool.threads();
+    pool.run(static_cast<std::uint32_t>(items), [&](std::uint32_t item, int thread) {
         const int begin = static_cast<int>(item % parts) * together, end = std::min(g.kv_heads, begin + together);
+        const std::int64_t later = static_cast<std::int64_t>(item) + threads;
+        const Piece last{later < items ? &g.tiles[later / parts] : nullptr, static_cast<int>(later % parts) * together};
+        const Tile* tile = &g.tiles[item / parts];
         for (int head = begin; head < end; ++head) {
-            TileWork<T, S>(g, g.tiles[item / parts], head, head + 1 < end, pool.scratch(thread, bytes)).run();
+            const Piece next = head + 1 < end ? Piece{tile, head + 1} : last;
+            TileWork<T, S>(g, {tile, head}, next, pool.scratch(thread, bytes)).run();
         }
     });
 }
