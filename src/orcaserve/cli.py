@@ -102,6 +102,11 @@ def main() -> None:
 @click.option("--ssl-keyfile", type=click.Path(dir_okay=False))
 @click.option("--drain-seconds", type=click.FloatRange(0), default=60.0, show_default=True, help="Grace after SIGTERM.")
 @click.option("--check", is_flag=True, help="Verify the scheduler's invariants after every step.")
+@click.option(
+    "--step-log",
+    type=click.Path(dir_okay=False),
+    help="Write down every iteration, for orcaserve simulate: lengths and times, no text.",
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 def serve(
     model: str,
@@ -123,6 +128,11 @@ def serve(
     from orcaserve.serve.pool import Limits
     from orcaserve.serve.server import run
 
+    if (step_log := options["step_log"]) is not None:
+        try:
+            Path(step_log).write_bytes(b"")  # engines append to it, so that one that dies does not take its log along
+        except OSError as error:
+            raise click.ClickException(f"the step log {step_log} cannot be written: {error.strerror}") from None
     name, engine = _engine(model, options)
     http = HttpOptions(
         host=host,

@@ -24,6 +24,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     kernels: "auto" (the best native kernels that the machine runs), "torch" (operators of torch), or the name of an
         instruction set.
     check: verify the scheduler's invariants after every step.
+    step_log: file to which every iteration is written down, for `orcaserve simulate`.
     """
 
     model: str
@@ -40,6 +41,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Quantization = "none"
     kernels: str = "auto"
     check: bool = False
+    step_log: str | None = None
 
 
 class BudgetLine(msgspec.Struct, frozen=True):
