@@ -13,6 +13,7 @@ import click
 
 from orcaserve import __version__
 from orcaserve.bench.workloads.spec import explained
+from orcaserve.cli_simulate import simulate
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.policy import POLICIES
 
@@ -438,6 +439,8 @@ def kernels(
     if out is not None:
         kernel_report.save(found, out)
 
+
+main.add_command(simulate)
 
 if __name__ == "__main__":
     main()
