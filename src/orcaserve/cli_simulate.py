@@ -184,8 +184,9 @@ def fit_command(logs: tuple[Path, ...], out: Path) -> None:
         if value := getattr(stage, name):
             click.echo(f"{name:15} {value * 1e6:12.4f} µs")
     click.echo(f"{'turn':15} {cost.turn * 1e6:12.4f} µs, and {cost.turn_per_row * 1e6:.4f} a row")
-    p10, p90 = (cost.residuals[int(share * (len(cost.residuals) - 1))] for share in (0.1, 0.9))
-    click.echo(f"observed over predicted: 10 % below {p10:.3f}, 10 % above {p90:.3f}")
+    for band in cost.residuals:
+        p10, p50, p90 = (band.factors[int(share * (len(band.factors) - 1))] for share in (0.1, 0.5, 0.9))
+        click.echo(f"from {band.above:.6f} s on, observed over predicted: {p10:.3f} … {p50:.3f} … {p90:.3f}")
 
 
 @simulate.command("replay")

@@ -101,25 +101,38 @@ class Door(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     per_row: float = 0.0
 
 
+class Residuals(msgspec.Struct, frozen=True):
+    """Observed over predicted time, sorted, of iterations that were predicted to take `above` seconds or more.
+
+    What disturbs an iteration (another process, a page fault) does so for a while, whatever the iteration's length, so
+    that short ones vary more.
+    """
+
+    above: float
+    factors: tuple[float, ...]
+
+
 class CostModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an engine's iterations cost.
 
     turn, turn_per_row: host seconds before an iteration starts (scheduling, taking results in), in which no stage works
-        for it. residuals: observed over predicted time, sorted; () without noise. made_from: in words.
+        for it. residuals: by `above`, the first of 0; () without noise. made_from: in words.
     """
 
     stages: tuple[StageCost, ...]
     turn: float = 0.0
     turn_per_row: float = 0.0
     door: Door = Door()
-    residuals: tuple[float, ...] = ()
+    residuals: tuple[Residuals, ...] = ()
     made_from: str = ""
 
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("a cost model has at least one stage")
-        if self.turn < 0 or self.turn_per_row < 0 or any(one <= 0 for one in self.residuals):
-            raise ValueError("a cost is a number of seconds from 0, and a residual is a factor above 0")
+        if self.turn < 0 or self.turn_per_row < 0:
+            raise ValueError("a cost is a number of seconds from 0")
+        if any(not band.factors or min(band.factors) <= 0 for band in self.residuals):
+            raise ValueError("a residual is a factor above 0")
 
     def __call__(self, batch: Batch) -> Seconds:
         of = size(batch)
@@ -131,13 +144,16 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def noisy(self, seed: int) -> Callable[[Batch], Seconds]:
         """The same with a residual for every iteration, drawn by a hash of the seed and the iteration's number."""
-        residuals = self.residuals
-        if not residuals:
+        if not self.residuals:
             return self
+        bands = [(band.above, band.factors) for band in reversed(self.residuals)]
 
         def cost(batch: Batch) -> Seconds:
-            factor = residuals[mixed(seed, batch.step) % len(residuals)]
-            return tuple(factor * seconds for seconds in self(batch))
+            seconds = self(batch)
+            whole = sum(seconds)
+            factors = next((factors for above, factors in bands if whole >= above), bands[-1][1])
+            factor = factors[mixed(seed, batch.step) % len(factors)]
+            return tuple(factor * one for one in seconds)
 
         return cost
 

@@ -9,12 +9,13 @@ import statistics
 from collections.abc import Sequence
 
 from orcaserve.engine.step_log import Arrived, Left, Log, Returned, Submitted
-from orcaserve.sim.cost import CostModel, Size, StageCost, size_of
+from orcaserve.sim.cost import CostModel, Residuals, Size, StageCost, size_of
 
 HUBER = 1.345  # spreads from which on a residual counts by its size, not its square: 95 % efficient on normal noise
 ROUNDS = 4
 KNEES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-KEPT = 200  # residuals that stand for all
+BANDS = 6
+KEPT = 100  # residuals of a band that stand for all
 FEWEST = 20
 
 Sample = tuple[Size, float]
@@ -68,18 +69,29 @@ def fit(logs: Sequence[Log], made_from: str = "") -> CostModel:
     if len(samples) < FEWEST:
         raise ValueError(f"{len(samples)} iterations are too few to fit a cost model: record at least {FEWEST}")
     stage = fit_stage(samples)
-    residuals = sorted(seconds / stage(of) for of, seconds in samples)
-    if len(residuals) > KEPT:
-        residuals = [residuals[(2 * i + 1) * len(residuals) // (2 * KEPT)] for i in range(KEPT)]
     turns = [turn for log in logs for turn in turns_of(log)]
     turn, turn_per_row = _host(turns)
     return CostModel(
         stages=(stage,),
         turn=turn,
         turn_per_row=turn_per_row,
-        residuals=tuple(residuals),
+        residuals=_residuals(stage, samples),
         made_from=made_from,
     )
+
+
+def _residuals(stage: StageCost, samples: Sequence[Sample]) -> tuple[Residuals, ...]:
+    """What the stage does not explain, in bands of equally many iterations."""
+    pairs = sorted((stage(of), seconds) for of, seconds in samples)
+    count = max(1, min(BANDS, len(pairs) // FEWEST))
+    bands = []
+    for number in range(count):
+        own = pairs[number * len(pairs) // count : (number + 1) * len(pairs) // count]
+        factors = sorted(seconds / predicted for predicted, seconds in own)
+        if len(factors) > KEPT:
+            factors = [factors[(2 * i + 1) * len(factors) // (2 * KEPT)] for i in range(KEPT)]
+        bands.append(Residuals(own[0][0] if number else 0.0, tuple(factors)))
+    return tuple(bands)
 
 
 def fit_stage(samples: Sequence[Sample]) -> StageCost:

@@ -1,0 +1,91 @@
+"""Simulates the paper's four models at its numbers of GPUs under its workload, and prints what each policy reaches.
+
+    python tools/paper_scale.py --models 13B,101B,175B,341B
+
+Prompts U(32,512), outputs U(1,128), Poisson arrivals (Orca, section 6), A100-40GB, pipeline x tensor as in its Table 1.
+A cell is the highest rate of arrivals at which the median normalised latency stays within --limit, found by bisection.
+`static` is request-level batching in the manner of FasterTransformer: a batch is closed until its longest member ends;
+with several stages its rows are dealt out as microbatches. Costs come from data sheets: no figure is fitted to the
+paper's.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import msgspec
+
+from orcaserve.bench import measures, simulation
+from orcaserve.bench.workloads import spec
+from orcaserve.core.policy import DEFAULT, ORCA, STATIC, Policy
+from orcaserve.core.scheduler import SchedulerConfig
+from orcaserve.sim.hardware import HARDWARE, Parallel, derive, kv_tokens
+from orcaserve.sim.shape import SHAPES
+
+LAYOUT = {"13B": Parallel(1, 1), "101B": Parallel(8, 1), "175B": Parallel(8, 2), "341B": Parallel(8, 4)}
+MICROBATCHED = msgspec.structs.replace(STATIC, deal=True)
+PUBLISHED = {("175B", "orca"): 6.81, ("175B", "static"): 0.185}
+BATCHES = {"static": (1, 4, 8, 16, 32), "orca": (16, 32), "default": (32, 128)}
+POLICIES = {"static": MICROBATCHED, "orca": ORCA, "default": DEFAULT}
+
+
+def latency(model: str, policy: Policy, batch: int, rate: float, requests: int, seed: int) -> float:
+    """Median seconds per token."""
+    on, shape, parallel = HARDWARE["A100-40GB"], SHAPES[model], LAYOUT[model]
+    config = SchedulerConfig(
+        policy=policy,
+        max_batch_size=batch,
+        max_batch_tokens=max(512, batch),
+        num_blocks=kv_tokens(on, shape, parallel) // 16,
+        block_size=16,
+        depth=parallel.pipeline,
+    )
+    text = f"poisson:rate={rate:.6f},in=32-512,out=1-128,n={requests}"
+    arrivals = simulation.arrivals_of(spec.make(text, vocab=200, seed=seed))
+    return measures.normalised_latency(simulation.run(arrivals, config, derive(on, shape, parallel)))
+
+
+def highest_rate(model: str, policy: Policy, batch: int, limit: float, requests: int, seed: int) -> float:
+    """Requests a second, within 3 %; 0 if not even a lonely request stays within the limit."""
+    low, high = 0.0, 0.05
+    while high < 1000 and latency(model, policy, batch, high, requests, seed) <= limit:
+        low, high = high, 2 * high
+    while high - low > 0.03 * high and high > 0.002:
+        middle = (low + high) / 2
+        if latency(model, policy, batch, middle, requests, seed) <= limit:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="13B,101B,175B,341B")
+    parser.add_argument("--limit", type=float, default=0.19, help="seconds per token (the paper's for 175B)")
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print(f"requests/s at a median of {arguments.limit * 1000:g} ms per token; {arguments.requests} requests a point")
+    print("| model | GPUs | policy | by most requests at once | best | published |")
+    print("|---|---|---|---|---|---|")
+    for model in arguments.models.split(","):
+        best = {}
+        for name, policy in POLICIES.items():
+            found = {
+                batch: highest_rate(model, policy, batch, arguments.limit, arguments.requests, arguments.seed)
+                for batch in BATCHES[name]
+            }
+            best[name] = max(found.values())
+            shown = ", ".join(f"{batch}: {rate:.3g}" for batch, rate in found.items())
+            published = PUBLISHED.get((model, name), "")
+            print(
+                f"| {model} | {LAYOUT[model].devices} | {name} | {shown} | {best[name]:.3g} | {published} |", flush=True
+            )
+        if best["static"]:
+            published = " (published: 36.9)" if model == "175B" else ""
+            print(f"| {model} | | orca / static | | {best['orca'] / best['static']:.3g}{published} | |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
