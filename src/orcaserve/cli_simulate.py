@@ -202,3 +202,179 @@ def replay_command(log: Path) -> None:
         except ReplayError as error:
             raise click.ClickException(f"{log}, engine {number}: {error}") from None
     click.echo(f"{count} batches, every one as recorded")
+
+
+def _requests(spec: str | None, log: Path | None, seed: int) -> Any:
+    """Arrivals of a workload's text or of a step log."""
+    from orcaserve.bench import simulation
+    from orcaserve.bench.workloads import spec as specs
+
+    if (spec is None) == (log is None):
+        raise click.UsageError("give the requests: either --workload or --log")
+    if spec is not None:
+        return simulation.arrivals_of(specs.make(spec, vocab=_VOCAB, seed=seed))
+    return simulation.arrivals_of_log(read_logs(log or Path())[-1])
+
+
+def _numbers(context: click.Context, param: click.Parameter, text: str) -> list[int]:
+    try:
+        numbers = [int(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise click.BadParameter(f"{text!r} is no list of whole numbers from 1, as 1,2,4 is")
+    return numbers
+
+
+@simulate.command("plan")
+@click.option("--workload", "spec", metavar="SPEC", help="As of bench serve.")
+@click.option("--log", "log", type=click.Path(path_type=Path), help="Or the requests of a step log.")
+@click.option("--slo", required=True, metavar="ttft=1.0,tpot=0.1", help="Limits in seconds, as of bench serve.")
+@click.option("--prices", required=True, type=click.Path(path_type=Path), help="TOML or JSON: hardware = per hour.")
+@click.option("--model", "shape", required=True, metavar="SHAPE")
+@click.option("--tensor-parallel", "tensor", default="1,2,4,8", show_default=True, callback=_numbers)
+@click.option("--pipeline-parallel", "pipeline", default="1", show_default=True, callback=_numbers)
+@click.option("--max-batch-size", "batches", default="32,128", show_default=True, callback=_numbers)
+@click.option("--policy", "policies", type=click.Choice(sorted(POLICIES)), multiple=True, default=("default",))
+@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Also draw it: a PNG.")
+def plan_command(
+    spec: str | None,
+    log: Path | None,
+    slo: str,
+    prices: Path,
+    shape: str,
+    tensor: list[int],
+    pipeline: list[int],
+    batches: list[int],
+    policies: tuple[str, ...],
+    share: float,
+    seed: int,
+    figure: Path | None,
+) -> None:
+    """Find the cheapest devices, and how to use them, for a workload within limits.
+
+    Every hardware of the price table is tried with every tensor and pipeline parallelism, batch size and policy; each
+    with the fewest replicas that let --share of the requests meet the limits. Costs come from data sheets.
+    """
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from orcaserve.bench import planner
+    from orcaserve.bench.measures import limits_from
+    from orcaserve.bench.report import number
+    from orcaserve.serve.model_shape import read_shape
+
+    try:
+        limits, table = limits_from(slo), planner.read_prices(prices)
+        arrivals = _requests(spec, log, seed)
+        among = list(planner.candidates(list(table), tensor, pipeline, batches, policies))
+        sizes = read_shape(shape)
+        bar = iter(track(range(len(among)), "simulate", console=Console(stderr=True), transient=True))
+        next(bar, None)
+        choices = planner.choose(
+            arrivals,
+            sizes,
+            limits,
+            table,
+            among,
+            share=share,
+            seed=seed,
+            on_candidate=lambda: void(next(bar, None)),
+        )
+        if figure is not None:
+            planner.draw(choices, figure)
+    except (ValueError, ModelError) as error:
+        raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(f"{error.filename}: {error.strerror}") from None
+    shown = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("per hour", "replicas", "hardware", "parallel", "batch", "policy", "within", "TTFT p99", "TPOT p99"):
+        shown.add_column(name)
+    for choice in choices:
+        of = choice.candidate
+        shown.add_row(
+            number(choice.price),
+            str(choice.replicas or "—"),
+            of.hardware,
+            str(of.parallel),
+            str(of.max_batch_size),
+            of.policy,
+            "—" if choice.met is None else f"{choice.met:.1%}",
+            *((number(choice.ttft_p99), number(choice.tpot_p99)) if not choice.why else (choice.why, "")),
+        )
+    Console(width=None if Console().is_terminal else 160).print(shown)
+    if not choices or choices[0].price is None:
+        raise click.ClickException("nothing meets the limits; try more devices, smaller batches or weaker limits")
+    click.echo(f"The cheapest: {choices[0].replicas} x ({choices[0].candidate}), {choices[0].price:.2f} an hour.")
+
+
+def void(_: object) -> None:
+    """Drops a value."""
+
+
+@simulate.command("fleet")
+@click.option("--azure", "trace", required=True, type=click.Path(path_type=Path), help="A trace of Azure, as CSV.")
+@click.option("--hourly", type=click.FloatRange(1), default=1e6, show_default=True, help="Requests of all engines.")
+@click.option("--devices", type=click.IntRange(1), default=10000, show_default=True)
+@click.option("--sampled", type=click.IntRange(1), default=8, show_default=True, help="Engines that are simulated.")
+@click.option("--hardware", "on", required=True, metavar="NAME")
+@click.option("--model", "shape", required=True, metavar="SHAPE")
+@click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--pipeline-parallel", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--max-batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--policy", type=click.Choice(sorted(POLICIES)), default="default", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def fleet_command(
+    trace: Path,
+    hourly: float,
+    devices: int,
+    sampled: int,
+    on: str,
+    shape: str,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    max_batch_size: int,
+    policy: str,
+    seed: int,
+) -> None:
+    """Simulate a fleet behind a router that deals at random, from a sample of its engines, with the error that has."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from orcaserve.bench import fleet
+    from orcaserve.bench.workloads import traces
+    from orcaserve.serve.model_shape import read_shape
+
+    try:
+        rows = traces.azure(trace)
+        device, sizes, parallel = hardware(on), read_shape(shape), Parallel(tensor_parallel, pipeline_parallel)
+        slots = kv_tokens(device, sizes, parallel)
+        if parallel.devices > devices:
+            raise ValueError(f"{devices} devices make no engine of {parallel.devices}")
+        of = fleet.Fleet(devices // parallel.devices, hourly, min(sampled, devices // parallel.devices), seed)
+        config = SchedulerConfig(
+            policy=POLICIES[policy],
+            max_batch_size=max_batch_size,
+            max_batch_tokens=max(512, max_batch_size),
+            num_blocks=max(1, slots // _BLOCK),
+            block_size=_BLOCK,
+            depth=parallel.pipeline,
+        )
+        bar = iter(track(range(of.sampled), "simulate", console=Console(stderr=True), transient=True))
+        next(bar, None)
+        engines = fleet.simulate(rows, of, config, derive(device, sizes, parallel), lambda: void(next(bar, None)))
+        found = fleet.estimates(engines, seed)
+    except (ValueError, ModelError) as error:
+        raise click.ClickException(str(error)) from None
+    except OSError as error:
+        raise click.ClickException(f"{error.filename}: {error.strerror}") from None
+    count = sum(map(len, engines))
+    click.echo(
+        f"{of.engines} engines of {parallel.devices} x {on} ({parallel}), {hourly:g} requests an hour; {of.sampled} "
+        f"engines simulated, with {count} requests; seconds, and 95 % intervals of the sample"
+    )
+    for one in found:
+        click.echo(f"{one.name:15} {one.value:10.4f}   {one.low:.4f} … {one.high:.4f}")

@@ -133,6 +133,10 @@ class Scheduler:
     def _ready(self) -> list[Request]:
         """Running requests that no batch in flight carries, in the order in which they may choose."""
         ready = [request for request in self.running if not request.in_flight]
+        if self.policy.request_level and len(ready) < len(self.running):
+            # A batch that is over but for what is in flight: ended members would keep it going for ever, in turns.
+            is_over = all(request.finish_reason is not None for request in self.running)
+            ready = [] if is_over else ready
         if self.policy.decodes_first:
             ready.sort(key=lambda request: request.lag > 1)  # stable: the policy's order remains inside each half
         return ready
