@@ -199,7 +199,7 @@ def replay_command(log: Path) -> None:
     for number, life in enumerate(read_logs(log), 1):
         try:
             count += len(replay(life))
-        except ReplayError as error:
+        except (ReplayError, ValueError, RuntimeError) as error:
             raise click.ClickException(f"{log}, engine {number}: {error}") from None
     click.echo(f"{count} batches, every one as recorded")
 

@@ -152,6 +152,11 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     path.write_text('{"type":"abort","at":-1,"id":1}\n')
     assert "is no step log" in run("replay", path).output
     assert "is no cost model" in run("--workload", WORK, "--cost", path).output
-    path.write_bytes(recorded(arrivals()[:1]).splitlines(keepends=True)[0])
+    lines = recorded(arrivals()[:1]).splitlines(keepends=True)
+    path.write_bytes(lines[0] + lines[1] * 2 + b"".join(lines[2:]))
+    assert "request 1 is here already" in run("replay", path).output
+    path.write_bytes(lines[0].replace(b'"block_size":16', b'"block_size":0') + lines[1])
+    assert "a KV block holds at least one token" in run("replay", path).output
+    path.write_bytes(lines[0])
     assert "no request that generated a token" in run("--log", path, *PAPER).output
     assert "0 iterations are too few" in run("fit", path, "--out", tmp_path / "cost").output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -198,3 +199,14 @@ def test_requests_that_only_score_are_let_go() -> None:
     assert not log._open
     [found] = read(bytes(data))
     assert replay(found) == batches(bytes(data))
+
+
+def test_a_life_recorded_before_is_still_replayed() -> None:
+    """The built-in model's server with too little KV memory: chunks, preemption, prefix hits, ends and aborts.
+
+    If the scheduler is meant to decide otherwise from now on, record it again: tests/e2e/test_recorded_server.py.
+    """
+    data = Path(__file__).with_name("recorded.jsonl").read_bytes()
+    [log] = read(data)
+    assert replay(log) == batches(data)
+    assert len(batches(data)) > 100
