@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -113,6 +115,32 @@ def test_a_door_lets_one_in_after_the_other() -> None:
     plain, late = (simulation.run(burst, CONFIG, cost) for cost in (COST, door))
     assert late[0].first == pytest.approx(plain[0].first + 1.5, abs=0.02)
     assert late[2].first > late[0].first + 0.39
+
+
+def test_the_door_is_found_from_both_of_its_sides() -> None:
+    """tools/predict.py: what a client saw and what the engine wrote down tell what passes between the two."""
+    true = Door(arrive=0.006, busy=0.002, deliver=0.003, per_row=0.0002)
+    cost = msgspec.structs.replace(COST, door=true)
+    asked = arrivals() + [Arrival(9.0 + i / 1e6, 30, 5 + i) for i in range(90)]
+    asked.sort(key=lambda arrival: arrival.time)
+    seen = [
+        msgspec.structs.replace(arrival, time=time)
+        for arrival, time in zip(asked, simulation._through(true, asked), strict=True)
+    ]
+    [log] = read(recorded(seen))
+    found = predict().door(simulation.run(asked, CONFIG, cost), log)
+    # The clocks differ by nobody knows how much: only the sum of both ways can be told.
+    assert found.arrive + found.deliver == pytest.approx(true.arrive + true.deliver, abs=0.0015)
+    assert found.busy == pytest.approx(true.busy, abs=0.001)
+    assert found.per_row == pytest.approx(true.per_row, rel=0.2)
+
+
+def predict() -> Any:
+    path = Path(__file__).parents[2] / "tools" / "predict.py"
+    found = importlib.util.spec_from_file_location("predict", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def test_a_log_gives_back_what_was_asked_of_the_engine() -> None:
