@@ -2,7 +2,8 @@
 
     python tools/random_checkpoint.py qwen3-0.6b DIR
 
-Needs transformers (the extra of that name). Shapes: see SHAPES; "tiny" is for tests of the tools themselves.
+Needs transformers (the extra of that name). Shapes: see SHAPES; "medium" is quick on a single core, "tiny" is for tests
+of the tools themselves.
 """
 
 from __future__ import annotations
@@ -27,6 +28,17 @@ SHAPES = {
         "vocab_size": 151936,
         "max_position_embeddings": 40960,
         "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": True,
+    },
+    "medium": {
+        "num_hidden_layers": 12,
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 16000,
+        "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     },
     "tiny": {

@@ -13,6 +13,7 @@ import click
 
 from orcaserve import __version__
 from orcaserve.bench.workloads.spec import explained
+from orcaserve.cli_simulate import simulate
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.policy import POLICIES
 
@@ -110,6 +111,11 @@ def main() -> None:
 @click.option("--ssl-keyfile", type=click.Path(dir_okay=False))
 @click.option("--drain-seconds", type=click.FloatRange(0), default=60.0, show_default=True, help="Grace after SIGTERM.")
 @click.option("--check", is_flag=True, help="Verify the scheduler's invariants after every step.")
+@click.option(
+    "--step-log",
+    type=click.Path(dir_okay=False),
+    help="Write down every iteration, for orcaserve simulate: lengths and times, no text.",
+)
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 def serve(
     model: str,
@@ -131,6 +137,11 @@ def serve(
     from orcaserve.serve.pool import Limits
     from orcaserve.serve.server import run
 
+    if (step_log := options["step_log"]) is not None:
+        try:
+            Path(step_log).write_bytes(b"")  # engines append to it, so that one that dies does not take its log along
+        except OSError as error:
+            raise click.ClickException(f"the step log {step_log} cannot be written: {error.strerror}") from None
     name, engine = _engine(model, options)
     http = HttpOptions(
         host=host,
@@ -436,6 +447,8 @@ def kernels(
     if out is not None:
         kernel_report.save(found, out)
 
+
+main.add_command(simulate)
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@ import itertools
 import random
 import statistics
 
+import msgspec
 import pytest
 
 from orcaserve.core.policy import POLICIES
@@ -72,3 +73,15 @@ def test_chunked_prefill_keeps_running_streams_going() -> None:
 def test_a_request_that_can_never_fit_is_named() -> None:
     with pytest.raises(ValueError, match="the KV cache holds 16"):
         run("default", [Arrival(0.0, 100, 1)], num_blocks=1)
+
+
+def test_a_static_batch_in_microbatches_comes_to_its_end() -> None:
+    """Its ended members keep their rows busy, but not beyond the last one's end."""
+    arrivals = orca_workload(rate=1, count=60)
+    policy = msgspec.structs.replace(POLICIES["static"], deal=True)
+    for depth in (2, 3):
+        config = SchedulerConfig(
+            policy=policy, max_batch_size=8, max_batch_tokens=512, num_blocks=1000, block_size=16, depth=depth
+        )
+        records, _ = simulate(arrivals, config, COST)
+        assert [len(record.token_times) for record in records] == [arrival.num_output for arrival in arrivals]

@@ -139,12 +139,17 @@ def summary(records: Sequence[Record], limits: dict[str, float]) -> Summary:
 
 def tenants(report: Report) -> dict[str, Summary]:
     """The same for each tenant, if there are several; "" are the requests of none."""
+    return by_tenants(ended(report.records), report.limits)
+
+
+def by_tenants(records: Sequence[Record], limits: dict[str, float]) -> dict[str, Summary]:
+    """`tenants`, of requests that have ended."""
     by_tenant: dict[str, list[Record]] = {}
-    for record in ended(report.records):
+    for record in records:
         by_tenant.setdefault(record.tenant or "", []).append(record)
     if len(by_tenant) < 2:
         return {}
-    return {name: summary(records, report.limits) for name, records in sorted(by_tenant.items())}
+    return {name: summary(of_one, limits) for name, of_one in sorted(by_tenant.items())}
 
 
 def errors(records: Sequence[Record]) -> list[Errors]:
@@ -218,11 +223,7 @@ def notes(report: Report) -> list[str]:
 
 def show(report: Report, terminal: Console) -> None:
     """Tables, errors, what is wrong, and what a reader should know."""
-    whole = summary(ended(report.records), report.limits)
-    terminal.print(_table(("", ""), _figures(report, whole), show_header=False))
-    terminal.print(_table(_HEAD, _times(whole)))
-    if by_tenant := tenants(report):
-        terminal.print(_table(_TENANTS, _tenants(by_tenant)))
+    show_figures(ended(report.records), report.limits, terminal)
     for one in errors(ended(report.records)):
         said = f"{one.count} failed by {one.kind!r}; the first one: {one.first}"
         terminal.print(said, style="red", markup=False, highlight=False, soft_wrap=True)
@@ -230,6 +231,15 @@ def show(report: Report, terminal: Console) -> None:
         terminal.print(f"⚠ {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     for line in notes(report):
         terminal.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_figures(records: Sequence[Record], limits: dict[str, float], terminal: Console) -> None:
+    """The tables alone: of all requests, and of each tenant if there are several."""
+    whole = summary(records, limits)
+    terminal.print(_table(("", ""), _figures(limits, whole), show_header=False))
+    terminal.print(_table(_HEAD, _times(whole)))
+    if by_tenant := by_tenants(records, limits):
+        terminal.print(_table(_TENANTS, _tenants(by_tenant)))
 
 
 def markdown(report: Report) -> str:
@@ -259,7 +269,7 @@ def _markdown(report: Report) -> Iterator[str]:
     if wrong := problems(report):
         yield from ("", "## ⚠ Before you quote this", "", *(f"- **{line}**" for line in wrong))
     yield from ("", "## Figures", "")
-    yield from markdown_table(("figure", "value"), list(_figures(report, whole)))
+    yield from markdown_table(("figure", "value"), list(_figures(report.limits, whole)))
     yield ""
     yield from markdown_table(_HEAD, list(_times(whole)))
     if by_tenant := tenants(report):
@@ -285,7 +295,7 @@ def _markdown(report: Report) -> Iterator[str]:
     yield from (f"\n{note}" for note in notes(report))
 
 
-def _figures(report: Report, of: Summary) -> Iterator[tuple[str, str]]:
+def _figures(given: dict[str, float], of: Summary) -> Iterator[tuple[str, str]]:
     yield "requests", f"{of.answered} answered, {of.failed} failed, in {number(of.wall)} s"
     yield (
         "throughput",
@@ -294,7 +304,7 @@ def _figures(report: Report, of: Summary) -> Iterator[tuple[str, str]]:
     )
     yield "normalised latency (median)", f"{number(of.normalised_latency)} s/token"
     if of.goodput is not None:
-        limits = ", ".join(f"{name} ≤ {seconds:g} s" for name, seconds in report.limits.items())
+        limits = ", ".join(f"{name} ≤ {seconds:g} s" for name, seconds in given.items())
         yield f"goodput ({limits})", f"{of.goodput.share:.1%} of requests, {number(of.goodput.rate)} requests/s"
     if of.cached_tokens:
         yield "prompt tokens from the prefix cache", f"{of.cached_tokens / of.prompt_tokens:.1%}"

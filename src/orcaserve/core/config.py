@@ -26,6 +26,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         instruction set.
     kv_dtype: what keys and values are kept in: "auto" (the dtype), or "int8" (with a scale for every token and head).
     check: verify the scheduler's invariants after every step.
+    step_log: file to which every iteration is written down, for `orcaserve simulate`.
     """
 
     model: str
@@ -43,6 +44,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     kernels: str = "auto"
     kv_dtype: KVDtype = "auto"
     check: bool = False
+    step_log: str | None = None
 
 
 class BudgetLine(msgspec.Struct, frozen=True):

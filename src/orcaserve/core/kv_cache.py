@@ -56,6 +56,8 @@ class KVCacheManager:
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Extends the block table to `num_tokens` tokens; False, and nothing changed, if blocks are lacking."""
         missing = self.blocks_for(num_tokens) - len(request.block_table)
+        if missing <= 0:  # as for most decodes
+            return True
         if missing > self.pool.num_free:
             return False
         request.block_table.extend(self.pool.take() for _ in range(missing))
@@ -63,8 +65,10 @@ class KVCacheManager:
 
     def publish(self, request: Request) -> None:
         """Makes the full blocks of what has been computed findable. Called when no batch in flight carries them."""
+        if not self.prefix_cache:
+            return
         full = request.num_computed // self.block_size
-        if not self.prefix_cache or full <= request.num_published:
+        if full <= request.num_published:
             return
         self._extend_keys(request, full)
         for i in range(request.num_published, full):

@@ -133,6 +133,10 @@ class Scheduler:
     def _ready(self) -> list[Request]:
         """Running requests that no batch in flight carries, in the order in which they may choose."""
         ready = [request for request in self.running if not request.in_flight]
+        if self.policy.request_level and len(ready) < len(self.running):
+            # A batch that is over but for what is in flight: ended members would keep it going for ever, in turns.
+            is_over = all(request.finish_reason is not None for request in self.running)
+            ready = [] if is_over else ready
         if self.policy.decodes_first:
             ready.sort(key=lambda request: request.lag > 1)  # stable: the policy's order remains inside each half
         return ready
@@ -182,20 +186,21 @@ class Scheduler:
         for request, start, num_tokens in rows:
             if request.num_described == 0:
                 new.append(request.describe())
-            end = start + num_tokens
+            end, known, table = start + num_tokens, request.num_tokens, request.block_table
             scheduled.append(
                 ScheduledRequest(
-                    id=request.id,
-                    start=start,
-                    num_tokens=num_tokens,
-                    new_blocks=tuple(request.block_table[request.num_known_blocks :]),
+                    request.new.id,
+                    start,
+                    num_tokens,
+                    new_blocks=tuple(table[request.num_known_blocks :]),
                     token_ids=tuple(request.token_ids[request.num_described :]) if request.num_described else (),
-                    samples=end == request.num_tokens and request.new.max_tokens > 0,
+                    samples=end == known and request.new.max_tokens > 0,
                 )
             )
-            request.num_described = request.num_tokens
-            request.num_known_blocks = len(request.block_table)
-            request.num_computed = max(request.num_computed, end)
+            request.num_described = known
+            request.num_known_blocks = len(table)
+            if end > request.num_computed:
+                request.num_computed = end
             request.in_flight = True
         self.num_steps += 1
         batch = Batch(step=self.num_steps, rows=tuple(scheduled), new=tuple(new), freed=tuple(self._freed))
@@ -233,7 +238,7 @@ class Scheduler:
         )
 
     def _finish_reason(self, request: Request, token_id: int | None) -> FinishReason | None:
-        if token_id in request.new.end_token_ids:
+        if request.new.end_token_ids and token_id in request.new.end_token_ids:
             return "stop"
         return "length" if request.num_generated >= request.new.max_tokens else None
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import queue
+import secrets
 import signal
 import socket
 import sys
@@ -29,6 +30,7 @@ from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.executor import Executor
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Command, Stats
+from orcaserve.engine.step_log import Header, StepLog
 from orcaserve.serve.flight_recorder import FlightRecorder, RecordingExecutor
 from orcaserve.serve.frames import (
     BEAT_SECONDS,
@@ -42,6 +44,8 @@ from orcaserve.serve.frames import (
     ToEngine,
     encode,
 )
+from orcaserve.serve.step_log_file import StepLogFile
+from orcaserve.worker.machine import cpu_name
 
 FLUSH_SECONDS = 1.0
 RECEIVE_BYTES = 1 << 18
@@ -134,7 +138,12 @@ def _serve(
         executor, info = build(options, lambda stage, done, total: outbox.put(Loading(stage, done, total)))
         recording = RecordingExecutor(executor, recorder)
         scheduler = (CheckedScheduler if options.check else Scheduler)(_scheduler_config(options, info))
-        loop = EngineLoop(scheduler, recording, inbox, outbox, time.monotonic)
+        file = None if options.step_log is None else StepLogFile(Path(options.step_log))
+        if file is None:
+            loop = EngineLoop(scheduler, recording, inbox, outbox, time.monotonic)
+        else:
+            log = StepLog(_header(options, info), file.write, time.monotonic, secrets.token_bytes(32))
+            loop = EngineLoop(scheduler, log.executor(recording), log.inbox(inbox), outbox, time.monotonic)
     except ModelError as error:
         outbox.put(Failed(str(error)))
         return EXIT_MODEL
@@ -149,6 +158,9 @@ def _serve(
     except Exception as error:
         print(f"orcaserve engine: the loop failed: {_line(error)}", file=sys.stderr, flush=True)
         return EXIT_LOOP
+    finally:
+        if file is not None:
+            file.close(FLUSH_SECONDS)
     return 0
 
 
@@ -203,6 +215,19 @@ def _scheduler_config(options: EngineOptions, info: EngineInfo) -> SchedulerConf
         block_size=info.block_size,
         depth=options.depth,
     )
+
+
+def _header(options: EngineOptions, info: EngineInfo) -> Header:
+    """The first line of a step log."""
+    from orcaserve.model.config import read_config
+    from orcaserve.serve.model_shape import shape_of
+
+    try:
+        config = read_config(options.model)
+        shape = shape_of(config, Path(options.model).name, info.dtype, options.quantization)
+    except ModelError:  # another backend's model
+        shape = None
+    return Header(config=_scheduler_config(options, info), model=shape, machine=cpu_name(), threads=info.threads)
 
 
 def _die_with_parent() -> None:

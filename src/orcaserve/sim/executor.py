@@ -7,6 +7,7 @@ from collections.abc import Callable
 import msgspec
 
 from orcaserve.core.batch import Batch, RowResult, StepResult
+from orcaserve.sim.cost import Seconds
 
 
 class VirtualClock:
@@ -19,7 +20,8 @@ class VirtualClock:
         return self.now
 
     def advance_to(self, time: float) -> None:
-        self.now = max(self.now, time)
+        if time > self.now:
+            self.now = time
 
 
 class LinearCost(msgspec.Struct, frozen=True):
@@ -33,32 +35,66 @@ class LinearCost(msgspec.Struct, frozen=True):
     per_token: float
     per_context: float = 0.0
 
-    def __call__(self, batch: Batch) -> float:
+    def __call__(self, batch: Batch) -> Seconds:
         context = sum(row.num_tokens * (row.start + row.num_tokens) for row in batch.rows)
-        return self.per_iteration + self.per_token * batch.num_tokens + self.per_context * context
+        return (self.per_iteration + self.per_token * batch.num_tokens + self.per_context * context,)
 
 
 class SimPending:
-    """A simulated iteration that ends at `end` on the virtual clock."""
+    """A simulated iteration. spans: when it is in each stage, on the virtual clock."""
 
-    def __init__(self, batch: Batch, end: float, clock: VirtualClock) -> None:
+    def __init__(self, executor: SimExecutor, batch: Batch, spans: tuple[tuple[float, float], ...]) -> None:
+        self._executor = executor
         self._batch = batch
-        self._end = end
-        self._clock = clock
+        self.spans = spans
 
     def result(self) -> StepResult:
-        self._clock.advance_to(self._end)
-        return StepResult(tuple(RowResult(id=row.id, token_id=0 if row.samples else None) for row in self._batch.rows))
+        self._executor.clock.advance_to(self.spans[-1][1])
+        sample = self._executor.sample
+        return StepResult(
+            tuple(
+                [
+                    RowResult(id=row.id, token_id=sample(row.id, row.start + row.num_tokens) if row.samples else None)
+                    for row in self._batch.rows
+                ]
+            )
+        )
 
 
 class SimExecutor:
-    """A device that runs one iteration after the other; every sampled token is 0. Owner of when it is free again."""
+    """Stages, each of which runs one iteration after the other. Owner of when they are free again.
 
-    def __init__(self, cost: Callable[[Batch], float], clock: VirtualClock) -> None:
+    cost: seconds of a batch in every stage; always as many stages. host: seconds that pass before a batch is submitted.
+    sample: the token at a position of a request.
+    """
+
+    def __init__(
+        self,
+        cost: Callable[[Batch], Seconds],
+        clock: VirtualClock,
+        host: Callable[[Batch], float] | None = None,
+        sample: Callable[[int, int], int] = lambda id, position: 0,
+    ) -> None:
+        self.clock = clock
+        self.sample = sample
         self._cost = cost
-        self._clock = clock
-        self._free_at = 0.0
+        self._host = host
+        self._free_at: list[float] = []
 
     def submit(self, batch: Batch) -> SimPending:
-        self._free_at = max(self._free_at, self._clock.now) + self._cost(batch)
-        return SimPending(batch, self._free_at, self._clock)
+        clock = self.clock
+        if self._host is not None:
+            clock.now += self._host(batch)
+        seconds = self._cost(batch)
+        free_at = self._free_at
+        if not free_at:
+            free_at.extend([0.0] * len(seconds))
+        end = clock.now
+        spans = []
+        for stage, length in enumerate(seconds):
+            start = free_at[stage]
+            if start < end:
+                start = end
+            end = free_at[stage] = start + length
+            spans.append((start, end))
+        return SimPending(self, batch, tuple(spans))

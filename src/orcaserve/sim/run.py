@@ -11,16 +11,36 @@ from orcaserve.core.batch import Batch
 from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.loop import EngineLoop
-from orcaserve.engine.messages import Command, Step, Submit
+from orcaserve.engine.messages import Abort, Command, Step, Submit
+from orcaserve.sim.cost import Seconds
 from orcaserve.sim.executor import SimExecutor, VirtualClock
+
+_PARAMS = SamplingParams()
 
 
 class Arrival(msgspec.Struct, frozen=True):
-    """One request of a workload: when it comes (seconds), its prompt and its output in tokens."""
+    """One request of a workload: when it comes (seconds), its prompt and its output in tokens.
+
+    prompt_ids, output_ids: the tokens, where a prefix cache may find something; () stands for a prompt like no other.
+    leaves: when its client hangs up, if that is before its end.
+    """
 
     time: float
     num_prompt: int
     num_output: int
+    prompt_ids: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] = ()
+    leaves: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.time < float("inf"):
+            raise ValueError(f"a request comes at 0 seconds or later, not at {self.time}")
+        if self.num_prompt < 1 or self.num_output < 1:
+            raise ValueError(
+                f"a request has a prompt and an output of 1 token or more, not {self.num_prompt} and {self.num_output}"
+            )
+        if len(self.prompt_ids) not in (0, self.num_prompt):
+            raise ValueError(f"a prompt of {self.num_prompt} tokens has {len(self.prompt_ids)} ids")
 
 
 class Iteration(msgspec.Struct, frozen=True):
@@ -31,10 +51,15 @@ class Iteration(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """What one request saw: its arrival and the times at which its tokens came back, in seconds."""
+    """What one request saw: its arrival and the times at which its tokens came back, in seconds.
+
+    places: the row of the batch that each token came from, from 0. num_cached: prompt tokens that the cache spared.
+    """
 
     arrival: float
     token_times: tuple[float, ...]
+    places: tuple[int, ...] = ()
+    num_cached: int = 0
 
     @property
     def latency(self) -> float:
@@ -50,57 +75,94 @@ class _World:
     """Inbox and outbox of a simulated engine; owner of what has arrived and what has come back."""
 
     def __init__(self, arrivals: Sequence[Arrival], clock: VirtualClock) -> None:
-        self._coming = deque(sorted(enumerate(arrivals), key=lambda item: item[1].time))
+        events = [(arrival.time, id, False) for id, arrival in enumerate(arrivals)]
+        events += [(arrival.leaves, id, True) for id, arrival in enumerate(arrivals) if arrival.leaves is not None]
+        self._arrivals = arrivals
+        self._coming = deque(sorted(events, key=lambda event: event[0]))
         self._clock = clock
+        self._open = set(range(len(arrivals)))
         self.token_times: list[list[float]] = [[] for _ in arrivals]
-        self.num_open = len(arrivals)
+        self.places: list[list[int]] = [[] for _ in arrivals]
+        self.num_cached = [0] * len(arrivals)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a request has not ended."""
+        return bool(self._open)
 
     def take(self, block: bool) -> list[Command]:
-        if block and self._coming:
-            self._clock.advance_to(self._coming[0][1].time)
         commands: list[Command] = []
-        while self._coming and self._coming[0][1].time <= self._clock.now:
-            id, arrival = self._coming.popleft()
-            token_ids = (id,) * arrival.num_prompt
-            commands.append(
-                Submit(
-                    NewRequest(
-                        id=id,
-                        token_ids=token_ids,
-                        num_prompt=arrival.num_prompt,
-                        max_tokens=arrival.num_output,
-                        params=SamplingParams(),
-                    )
-                )
-            )
+        coming = self._coming
+        if block and coming:
+            self._clock.advance_to(coming[0][0])
+        while coming and coming[0][0] <= self._clock.now:
+            _, id, leaves = coming.popleft()
+            if not leaves:
+                commands.append(Submit(self._request(id)))
+            elif id in self._open:
+                self._open.discard(id)
+                commands.append(Abort(id))
         return commands
 
     def put(self, step: Step) -> None:
-        for output in step.outputs:
+        now = self._clock.now
+        for place, output in enumerate(step.outputs):
             if output.error is not None:
                 raise ValueError(f"request {output.id} of the workload: {output.error}")
-            self.token_times[output.id].extend(self._clock.now for _ in output.token_ids)
-            self.num_open -= output.finish_reason is not None
+            if output.token_ids:
+                self.token_times[output.id].append(now)
+                self.places[output.id].append(place)
+            if output.num_cached:
+                self.num_cached[output.id] = output.num_cached
+            if output.finish_reason is not None:
+                self._open.discard(output.id)
+
+    def sample(self, id: int, position: int) -> int:
+        arrival = self._arrivals[id]
+        at = position - arrival.num_prompt
+        return arrival.output_ids[at] if at < len(arrival.output_ids) else 0
+
+    def _request(self, id: int) -> NewRequest:
+        arrival = self._arrivals[id]
+        return NewRequest(
+            id=id,
+            token_ids=arrival.prompt_ids or (-1 - id,) * arrival.num_prompt,
+            num_prompt=arrival.num_prompt,
+            max_tokens=arrival.num_output,
+            params=_PARAMS,
+        )
 
 
 def simulate(
-    arrivals: Sequence[Arrival], config: SchedulerConfig, cost: Callable[[Batch], float]
+    arrivals: Sequence[Arrival],
+    config: SchedulerConfig,
+    cost: Callable[[Batch], Seconds],
+    host: Callable[[Batch], float] | None = None,
+    *,
+    keep_iterations: bool = True,
 ) -> tuple[list[Record], list[Iteration]]:
-    """Runs a workload to its end. Every request generates exactly `num_output` ≥ 1 tokens.
+    """Runs a workload to its end. Every request that does not leave generates exactly `num_output` tokens.
 
-    Raises ValueError for a request that the KV cache can never hold.
+    cost: seconds of a batch in every stage. host: seconds before a batch is submitted. keep_iterations: False saves
+    their memory. Raises ValueError for a request that the KV cache can never hold.
     """
     clock = VirtualClock()
     world = _World(arrivals, clock)
     iterations: list[Iteration] = []
 
-    def priced(batch: Batch) -> float:
+    def noted(batch: Batch) -> Seconds:
         rows = tuple((row.id, row.start, row.num_tokens, row.samples) for row in batch.rows)
         iterations.append(Iteration(clock.now, rows))
         return cost(batch)
 
-    loop = EngineLoop(Scheduler(config), SimExecutor(priced, clock), world, world, clock)
-    while world.num_open:
+    executor = SimExecutor(noted if keep_iterations else cost, clock, host, world.sample)
+    loop = EngineLoop(Scheduler(config), executor, world, world, clock)
+    while world.is_open:
         loop.step()
-    records = [Record(arrival.time, tuple(times)) for arrival, times in zip(arrivals, world.token_times, strict=True)]
+    records = [
+        Record(arrival.time, tuple(times), tuple(places), num_cached)
+        for arrival, times, places, num_cached in zip(
+            arrivals, world.token_times, world.places, world.num_cached, strict=True
+        )
+    ]
     return records, iterations

@@ -1,0 +1,234 @@
+"""Predicts how a real server does under a load that it has not been measured under, and measures how well.
+
+    python tools/predict.py --rates 5,20,40 --out predictions
+
+Serves a checkpoint with a step log, puts one workload on it (--learn) and fits a cost model; predicts another workload
+(--predict, with RATE for the rate) at several rates; puts that on the server twice at each rate; and prints every
+figure with the two real runs beside it. Nothing else should run on the machine meanwhile.
+
+What happens outside of the engine (HTTP, tokens on their way to the client) is measured in the learning run, too: from
+when a request was due to when the engine took it, and from an iteration's results to when the client had them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import httpx
+import msgspec
+
+from orcaserve.bench import client, measures, simulation
+from orcaserve.bench.client import Record, Reply, Server
+from orcaserve.bench.simulation import Fitted
+from orcaserve.bench.workloads import Work, spec
+from orcaserve.engine.step_log import Arrived, Log, Returned, Submitted, read
+from orcaserve.sim.cost import Door
+from orcaserve.sim.fit import fit, nnls
+
+FIGURES = {
+    **{f"{name} p{share}": (name, share / 100) for name in ("ttft", "tpot", "normalised") for share in (50, 90, 99)},
+}
+LEARN = "poisson:rate=30,in=32-512,out=1-128,n=300 + burst:in=16-600,out=1-60,n=40,start=14"
+PREDICT = "poisson:rate=RATE,in=32-400,out=20-100,n=200"
+
+
+class Serving:
+    """`orcaserve serve` with a step log; owner of the process."""
+
+    def __init__(self, options: Sequence[str], log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "orcaserve", "serve", *options, "--port", str(port), "--step-log", str(log)]
+        self.url = f"http://127.0.0.1:{port}"
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603
+        while True:
+            if self._process.poll() is not None:
+                raise SystemExit(f"the server ended with exit code {self._process.returncode}")
+            try:
+                if httpx.get(f"{self.url}/ready").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.2)
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(60)
+
+
+def measure(work: Work, options: Sequence[str], vocab: int, keep: Path | None = None) -> tuple[list[Record], Log]:
+    """A server of its own under this work: the client's records, and the step log without the warm-up."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "steps.jsonl"
+        serving = Serving(options, path)
+        try:
+            warm = spec.make("burst:in=200,out=20,n=4", vocab=vocab, seed=99)
+            server = client.in_loop(client.usable(Server("ours", serving.url), warm))
+            replies = [Reply(item) for item in work.items]
+            client.in_loop(client.send(server, replies))
+        finally:
+            serving.close()
+        data = path.read_bytes()
+        [log] = read(data)
+    records = [reply.record() for reply in replies]
+    for record in records:
+        if record.error or record.output_tokens != record.max_tokens:
+            raise SystemExit(record.error or f"{record.output_tokens} tokens instead of {record.max_tokens}")
+    arrived = [event for event in log.events if isinstance(event, Arrived)][len(warm.items) :]
+    begin = arrived[0].at - 0.01
+    events = tuple(event for event in log.events if event.at >= begin)
+    if keep is not None:
+        keep.write_bytes(data)
+    return records, Log(log.header, events)
+
+
+def matched(records: Sequence[Record], log: Log) -> list[tuple[Record, Arrived, list[tuple[float, int]]]]:
+    """Each record with its arrival at the engine, and with (time, place in its batch) of each of its tokens there."""
+    tokens: dict[int, list[tuple[float, int]]] = defaultdict(list)
+    flying: list[Submitted] = []
+    for event in log.events:
+        if isinstance(event, Submitted):
+            flying.append(event)
+        elif isinstance(event, Returned) and flying:
+            sampled = [id for id, _, _, samples in flying.pop(0).rows if samples]
+            for place, id in enumerate(sampled):
+                tokens[id].append((event.at, place))
+    arrived = sorted((event for event in log.events if isinstance(event, Arrived)), key=lambda event: event.id)
+    in_order = sorted(records, key=lambda record: record.sent)
+    # Requests of one moment may change places on their way; equal lengths tell them apart well enough.
+    found = []
+    left = list(arrived)
+    for record in in_order:
+        key = (record.prompt_tokens, record.max_tokens)
+        at = next(i for i, event in enumerate(left) if (event.prompt, event.max_tokens) == key)
+        event = left.pop(at)
+        found.append((record, event, tokens[event.id]))
+    return found
+
+
+def door(records: Sequence[Record], log: Log) -> Door:
+    """What passes outside of the engine. The two clocks are set by the quickest arrival and the quickest delivery.
+
+    Only their sum can be told apart from the clocks' difference; it is halved between the two ways.
+    """
+    pairs = matched(records, log)
+    looked = looks(log)
+    ways_out, rows = [], []
+    for record, _, tokens in pairs:
+        for seen, (at, place) in zip(record.token_times, tokens, strict=True):
+            ways_out.append(seen - at)
+            rows.append([1.0, float(place)])
+    quickest_in, quickest_out = min(event.at - record.due for record, event, _ in pairs), min(ways_out)
+    offset = (quickest_in - quickest_out) / 2  # of the log's clock before the client's
+    typical = statistics.median(ways_out) + offset
+    kept = [(row, way + offset) for row, way in zip(rows, ways_out, strict=True) if way + offset <= 4 * typical]
+    deliver, per_row = nnls([row for row, _ in kept], [way for _, way in kept], [1.0] * len(kept))
+    spans = [
+        (record.due, looked[event.id][0] - offset - record.due, looked[event.id][1] - offset - record.due)
+        for record, event, _ in pairs
+    ]
+    arrive, busy = way_in(sorted(spans))
+    return Door(arrive=arrive, busy=busy, deliver=deliver, per_row=per_row)
+
+
+def looks(log: Log) -> dict[int, tuple[float, float]]:
+    """When the engine looked in vain for each request for the last time, and when it took it.
+
+    It looks between iterations: a request that comes during one has arrived some time before it is taken.
+    """
+    found = {}
+    last_look, previous = 0.0, None
+    for event in log.events:
+        if isinstance(event, Submitted):
+            last_look = event.at
+        elif isinstance(event, Arrived):
+            did_wait = isinstance(previous, Returned) and event.at - previous.at > 2e-3
+            found[event.id] = (event.at - 0.2e-3 if did_wait else last_look, event.at)
+        previous = event
+    return found
+
+
+def way_in(spans: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """Seconds from due to arrival, and for how long one request shuts the door: what is least often impossible.
+
+    spans: when each request was due, and after how many seconds it had not arrived yet, and had.
+    """
+    best = (float("inf"), 0.0, 0.0)
+    for busy in (i * 0.25e-3 for i in range(24)):
+        shut, waited = 0.0, []
+        for due, early, late in spans:
+            begin = max(due, shut)
+            shut = begin + busy
+            waited.append((early - (begin - due), late - (begin - due)))
+        for arrive in (i * 0.25e-3 for i in range(1, 81)):
+            wrong = sum(max(0.0, early - arrive, arrive - late) for early, late in waited)
+            best = min(best, (wrong, arrive, busy))
+    return best[1], best[2]
+
+
+def figures(records: Sequence[Record]) -> dict[str, float]:
+    found = {
+        title: value
+        for title, (name, share) in FIGURES.items()
+        if (value := measures.quantile(measures.times(name, records), share)) is not None
+    }
+    return found | {"output tokens/s": measures.output_rate(records) or 0.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--learn", default=LEARN)
+    parser.add_argument("--predict", default=PREDICT)
+    parser.add_argument("--rates", default="5,20,40")
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--vocab", type=int, default=3072)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="folder for the cost model and the figures")
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=["--threads", "1"], help="of `orcaserve serve`")
+    arguments = parser.parse_args()
+    work = spec.make(arguments.learn, vocab=arguments.vocab, seed=arguments.seed)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    keep = arguments.out / "learned.jsonl" if arguments.out else None
+    records, log = measure(work, arguments.serve, arguments.vocab, keep)
+    cost = msgspec.structs.replace(fit([log], "the learning run"), door=door(records, log))
+    fitted = Fitted(cost=cost, config=log.header.config, model=log.header.model, machine=log.header.machine)
+    print(msgspec.json.encode(msgspec.structs.replace(cost, residuals=())).decode(), file=sys.stderr)
+    if arguments.out:
+        (arguments.out / "cost.json").write_bytes(msgspec.json.format(msgspec.json.encode(fitted)))
+    table = []
+    own = figures(simulation.run(simulation.arrivals_of(work), log.header.config, cost))
+    lines = [("learned", own, [figures(records)])]
+    for rate in arguments.rates.split(","):
+        text = arguments.predict.replace("RATE", rate)
+        work = spec.make(text, vocab=arguments.vocab, seed=arguments.seed + 1)
+        predicted = figures(simulation.run(simulation.arrivals_of(work), log.header.config, cost))
+        real = [figures(measure(work, arguments.serve, arguments.vocab)[0]) for _ in range(arguments.runs)]
+        lines.append((rate, predicted, real))
+    print("| rate | figure | predicted | real runs | error | spread of the runs |")
+    print("|---|---|---|---|---|---|")
+    for rate, predicted, real in lines:
+        for name, value in predicted.items():
+            seen = [run[name] for run in real]
+            middle = statistics.mean(seen)
+            error, spread = value / middle - 1, (max(seen) - min(seen)) / middle
+            shown = " / ".join(f"{one:.4g}" for one in seen)
+            print(f"| {rate} | {name} | {value:.4g} | {shown} | {error:+.1%} | {spread:.1%} |")
+            table.append({"rate": rate, "figure": name, "predicted": value, "real": seen})
+    if arguments.out:
+        (arguments.out / "predictions.json").write_text(json.dumps(table, indent=2))
+
+
+if __name__ == "__main__":
+    main()
