@@ -331,8 +331,8 @@ def test_attention(name, threads, dtype, heads, kv_heads, d, rotary_dim, norms, 
         alone += world.step([(r, 0, n)], **options)
     found, wanted = torch.cat(alone).float(), torch.cat(world.by_definition(**options))
     # The native kernels round the shares and the result to bfloat16; torch also the scores, which may be as high as 16.
-    # With caches of 8 bits they round queries to 14 bits and shares to 15; and where a key's value lies between two whole
-    # numbers, another last bit of its rotation makes it a whole one more.
+    # With caches of 8 bits they round queries to 14 bits and shares to 15; and where a key's value lies between two
+    # whole numbers, another last bit of its rotation makes it a whole one more.
     of_all, of_one = (0.02, 0.15) if "torch" in name else (0.004, 0.01)
     if dtype == torch.float32:
         of_all, of_one = (1e-3, 0.03) if name in kernel_sets.KV_BYTES[1:] else (2e-5, 2e-5)
