@@ -100,8 +100,8 @@ def section(found: Alone) -> Section:
         )
     return Section(
         title=TITLE,
-        look="Where all requests are equal, iteration-level scheduling has nothing to win: the two lines should lie on "
-        "each other, and rise more slowly than the batch grows.",
+        look="Where all requests are equal, iteration-level scheduling has nothing to win: the two lines should lie "
+        "on each other, and rise more slowly than the batch grows.",
         found=said,
         surprises=surprises,
         head=["tokens in", "batch", "static, s", "orca, s", "orca / static", "decode iteration, ms"],
@@ -119,7 +119,6 @@ def section(found: Alone) -> Section:
         notes=[
             f"Requests of {listed([str(p) for p in sorted({p.prompt for p in found.points})])} tokens in and "
             f"{found.output} out, all at once, one batch; medians of {found.rounds} rounds, the two in turn, on the "
-            "same "
-            f"kernels. Scheduler and loop take {100 * found.overhead:.1f} % of the time at the largest batch."
+            f"same kernels. Scheduler and loop take {100 * found.overhead:.1f} % of the time at the largest batch."
         ],
     )

@@ -139,8 +139,7 @@ def _found(curves: Curves) -> tuple[list[str], list[str]]:
         if factor is not None:
             said.append(
                 f"At {bound}, {name} answers {least}{number(mine.rate)} requests/s, {least}{times(factor)} what the "
-                "best "
-                f"static setup, {rival}, does."
+                f"best static setup, {rival}, does."
             )
             if curves.lengths.count("-") and factor < 1:
                 surprises.append(f"{rival} answers more requests at that latency than {name}.")
@@ -154,8 +153,7 @@ def _found(curves: Curves) -> tuple[list[str], list[str]]:
     rival = max((name for name in names if "static" in name), key=lambda name: peak[name])
     said.append(
         f"Whatever the latency, {best[0]} comes to {number(peak[best[0]])} requests/s and {rival} to "
-        f"{number(peak[rival])}: "
-        f"{times(peak[best[0]] / peak[rival])}."
+        f"{number(peak[rival])}: {times(peak[best[0]] / peak[rival])}."
     )
     return said, surprises
 
@@ -169,11 +167,9 @@ def section(kind: str, found: list[Curves]) -> Section:
         surprises += wrong
     looks = {
         "mixed": "Static curves turn upwards first, since a batch lasts as long as its longest member and whoever "
-        "arrives "
-        "meanwhile waits; iteration-level curves stay low until the machine is full.",
+        "arrives meanwhile waits; iteration-level curves stay low until the machine is full.",
         "equal": "Where all lengths are equal nobody waits for a longer member, so the gain shrinks to what waiting "
-        "for "
-        "the running batch costs.",
+        "for the running batch costs.",
     }
     return Section(
         title=TITLES[kind],
@@ -197,13 +193,10 @@ def section(kind: str, found: list[Curves]) -> Section:
         ],
         notes=[
             f"{found[0].requests} requests a point, the same for every setup, Poisson arrivals, no end token; rates "
-            "are "
-            f"shares of what is answered when all come at once "
+            "are shares of what is answered when all come at once "
             f"({', '.join(f'{number(curves.saturation)} requests/s' for curves in found)}). The bound is {BOUND:g} "
-            "times "
-            f"the least latency at the lowest rate, as the paper compares at 190 ms; between points it is read off "
-            "straight "
-            f"lines. A curve ends at {OFF:g} times that latency. setup(n): at most n requests in a batch."
+            "times the least latency at the lowest rate, as the paper compares at 190 ms; between points it is read "
+            f"off straight lines. A curve ends at {OFF:g} times that latency. setup(n): at most n requests in a batch."
         ],
     )
 

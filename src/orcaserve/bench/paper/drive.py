@@ -24,12 +24,14 @@ from orcaserve.engine.messages import Command, Step, Submit
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """After an iteration: when, in seconds; tokens whose K and V are stored; tokens that the held KV blocks could hold.
+    """One iteration: when it began and how long it took, in seconds.
 
-    waiting: requests that have no KV. rows: of the iteration.
+    stored: tokens whose K and V are in the KV memory, those of this iteration included; held: tokens that the blocks
+    that are taken could hold. waiting: requests that have no KV. rows: of the iteration.
     """
 
     at: float
+    seconds: float
     stored: int
     held: int
     waiting: int
@@ -37,19 +39,19 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """One workload under one setup. slots: tokens of KV memory; busy: seconds inside the executor."""
+    """One workload under one setup. slots: tokens of KV memory. Times are in seconds after it began."""
 
     setup: str
     slots: int
     records: list[Record]
     samples: list[Sample]
-    busy: float
     preemptions: int
     cached_tokens: int
 
     @property
-    def iterations(self) -> int:
-        return len(self.samples)
+    def busy(self) -> float:
+        """Seconds inside the executor."""
+        return sum(sample.seconds for sample in self.samples)
 
 
 def drive(engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None] = lambda: None) -> Trial:
@@ -59,11 +61,11 @@ def drive(engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None] =
     """
     engine.device.forget_all()
     scheduler = Scheduler(setup.config(engine))
-    timed = _Timed(engine.device)
-    executor: Executor = timed
+    clients = _Clients(engine, work, setup, on_end)
+    sampled = _Sampled(engine.device, scheduler, clients.now)
+    executor: Executor = sampled
     if setup.max_tokens is not None:
-        executor = EndsAt(timed, {id: item.max_tokens for id, item in enumerate(work.items)})
-    clients = _Clients(engine, work, setup, scheduler, on_end)
+        executor = EndsAt(sampled, {id: item.max_tokens for id, item in enumerate(work.items)})
     loop = EngineLoop(scheduler, executor, clients, clients, clients.now)
     while clients.num_open:
         loop.step()
@@ -81,41 +83,41 @@ def drive(engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None] =
             )
             for item, times in zip(work.items, clients.token_times, strict=True)
         ],
-        samples=clients.samples,
-        busy=timed.seconds,
+        samples=sampled.samples,
         preemptions=scheduler.num_preemptions,
         cached_tokens=scheduler.kv.num_hits,
     )
 
 
-class _Timed:
-    """A local executor with a watch: an iteration runs while it is submitted. `seconds`: what they took."""
+class _Sampled:
+    """An executor that runs an iteration while it is submitted. Owner of what was seen of each."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, scheduler: Scheduler, clock: Callable[[], float]) -> None:
         self._executor = executor
-        self.seconds = 0.0
+        self._scheduler = scheduler
+        self._clock = clock
+        self.samples: list[Sample] = []
 
     def submit(self, batch: Batch) -> Pending:
-        began = time.perf_counter()
+        kv, waiting = self._scheduler.kv, len(self._scheduler.waiting)
+        stored = sum(request.num_computed for request in self._scheduler.running)
+        held = kv.pool.num_held * kv.block_size
+        began = self._clock()
         pending = self._executor.submit(batch)
-        self.seconds += time.perf_counter() - began
+        self.samples.append(Sample(began, self._clock() - began, stored, held, waiting, len(batch.rows)))
         return pending
 
 
 class _Clients:
     """Inbox and outbox: those who send requests when they are due and note what comes. Owner of what has come."""
 
-    def __init__(
-        self, engine: Engine, work: Work, setup: Setup, scheduler: Scheduler, on_end: Callable[[], None]
-    ) -> None:
+    def __init__(self, engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None]) -> None:
         self._coming = deque(
             (item.at, Submit(_request(id, item, setup, engine.max_model_len))) for id, item in enumerate(work.items)
         )
-        self._scheduler = scheduler
         self._on_end = on_end
         self.token_times: list[list[float]] = [[] for _ in work.items]
         self.num_open = len(work.items)
-        self.samples: list[Sample] = []
         self._start = time.perf_counter()
 
     def now(self) -> float:
@@ -139,10 +141,6 @@ class _Clients:
             if output.finish_reason is not None:
                 self.num_open -= 1
                 self._on_end()
-        kv = self._scheduler.kv
-        stored = sum(request.num_computed for request in self._scheduler.running)
-        held = step.stats.num_held_blocks * kv.block_size
-        self.samples.append(Sample(now, stored, held, step.stats.num_waiting, step.num_rows))
 
 
 def _request(id: int, item: Item, setup: Setup, max_model_len: int) -> NewRequest:

@@ -49,6 +49,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """One way to schedule. slots: tokens of KV memory that may be used; None: all.
 
+    batch_tokens: tokens of an iteration, where the policy cuts prompts.
     max_tokens: what every request declares as its longest output, while it ends at its own length, of which the
         scheduler knows nothing; None: each declares its own length.
     """
@@ -57,6 +58,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     policy: Policy
     max_batch_size: int
     slots: int | None = None
+    batch_tokens: int = BATCH_TOKENS
     max_tokens: int | None = None
 
     def config(self, engine: Engine) -> SchedulerConfig:
@@ -64,7 +66,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
         return SchedulerConfig(
             policy=self.policy,
             max_batch_size=self.max_batch_size,
-            max_batch_tokens=max(BATCH_TOKENS, self.max_batch_size),
+            max_batch_tokens=max(self.batch_tokens, self.max_batch_size),
             num_blocks=min(num_blocks, engine.num_blocks),
             block_size=engine.block_size,
         )

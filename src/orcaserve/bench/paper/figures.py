@@ -38,7 +38,7 @@ def draw(report: Report, folder: Path) -> dict[str, str]:
         "memory": _memory(found.memory) if found.memory else None,
     }
     names = {}
-    foot = f"{report.model.name}, {report.threads} threads; {report.machine}; {report.date}"
+    foot = f"{report.model.name}, {report.threads} thread{'s' * (report.threads != 1)}; {report.machine}; {report.date}"
     for part, figure in drawn.items():
         if figure is not None:
             figure.supxlabel(foot, fontsize=7, color=GREY, x=0.99, ha="right")
@@ -79,8 +79,7 @@ def _alone(found: Alone) -> Figure:
         panel.plot(sizes, [p.orca for p in points], "o-", color=BLUE, markersize=4, label="orca (iteration-level)")
         _head(panel, f"{prompt} tokens in, {found.output} out", "seconds per batch: lower is better")
         _powers(panel, sizes)
-        panel.set_yscale("log")
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _logarithmic(panel)
         panel.set_xlabel("requests in the batch", fontsize=9)
     axes[0].legend(frameon=False, fontsize=8.5, loc="upper left")
     return figure
@@ -90,6 +89,14 @@ def _powers(panel: Axes, sizes: list[int]) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xticks(sizes, [str(size) for size in sizes])
     panel.minorticks_off()
+
+
+def _logarithmic(panel: Axes) -> None:
+    """A scale of 1, 2, 5, 10, …, in plain numbers."""
+    panel.set_yscale("log")
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    panel.tick_params(axis="y", which="minor", length=0, labelsize=8.5)
 
 
 def _styles(names: list[str]) -> Iterator[tuple[str, str, str]]:
@@ -112,10 +119,7 @@ def _curves(found: list[Curves]) -> Figure:
             rate = capacity(points, curves.bound).rate
             if rate is not None:
                 panel.plot([rate], [bound], "|", color=colour, markersize=15, markeredgewidth=2.2)
-        panel.set_yscale("log")
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        panel.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-        panel.tick_params(axis="y", which="minor", length=0, labelsize=8)
+        _logarithmic(panel)
         panel.set_xlim(left=0)
         panel.text(
             0.995,
@@ -221,8 +225,8 @@ def _memory(found: Memory) -> Figure:
     figure, axes = _panels(len(found.lines), 4.1 * len(found.lines), 3.9, sharey=True, sharex=True)
     for panel, line, colour in zip(axes, found.lines, (AMBER, BLUE, GREEN), strict=True):
         at = [sample[0] for sample in line.samples]
-        panel.fill_between(at, [100 * sample[2] for sample in line.samples], step="pre", color="#e3e6eb", linewidth=0)
-        panel.fill_between(at, [100 * sample[1] for sample in line.samples], step="pre", color=colour, linewidth=0)
+        panel.fill_between(at, [100 * sample[2] for sample in line.samples], step="post", color="#e3e6eb", linewidth=0)
+        panel.fill_between(at, [100 * sample[1] for sample in line.samples], step="post", color=colour, linewidth=0)
         _head(
             panel, line.name[0].upper() + line.name[1:], f"{100 * line.stored:.0f} % holds tokens while requests wait"
         )

@@ -14,10 +14,11 @@ from orcaserve.bench.report import number
 from orcaserve.core.policy import DEFAULT, ORCA, STACKED, STATIC
 
 TITLE = "One idea at a time (ablation)"
-SYSTEM, WORDS, ANSWER, TURNS = 160, (16, 48), (8, 64), (2, 4)
-LIMIT = 192  # tokens that everybody declares as the longest output
+SYSTEM, WORDS, ANSWER, TURNS = 96, (8, 24), (16, 128), (2, 4)
+LIMIT = 256  # tokens that everybody declares as the longest output
+CHUNK = 128  # tokens of an iteration where prompts are cut
 LONGEST = SYSTEM + TURNS[1] * WORDS[1] + (TURNS[1] - 1) * ANSWER[1] + LIMIT
-AT_ONCE = 6  # requests of the longest kind that the KV memory holds
+AT_ONCE = 3  # requests of the longest kind that the KV memory holds
 _PAGED = msgspec.structs.replace(ORCA, name="paged", reserve=False)
 _CHUNKED = msgspec.structs.replace(DEFAULT, name="chunked", prefix_cache=False)
 RUNGS = {
@@ -69,7 +70,7 @@ def measure(lab: Lab) -> Ladder:
     rungs = []
     for name, policy in RUNGS.items():
         # A static batch is what memory holds.
-        setup = Setup(name=name, policy=policy, max_batch_size=32, slots=slots, max_tokens=limit)
+        setup = Setup(name=name, policy=policy, max_batch_size=32, slots=slots, batch_tokens=CHUNK, max_tokens=limit)
         trial = lab.run(work, setup)
         rungs.append(
             Rung(
@@ -94,10 +95,8 @@ def section(found: Ladder) -> Section:
         share = times(stacked.throughput / static.throughput)
         surprises.append(
             f"Iteration-level scheduling alone is slower than static batching ({share}), with {stacked.rows:.1f} "
-            "requests "
-            "in an iteration: what cannot be stacked runs one after the other. It is the reason that the paper gives "
-            "for "
-            "selective batching."
+            "requests in an iteration: what cannot be stacked runs one after the other. It is the reason that the "
+            "paper gives for selective batching."
         )
     for better, worse in ((orca, static), (orca, stacked), (paged, orca), (last, chunked)):
         if better.throughput < worse.throughput:
@@ -107,17 +106,14 @@ def section(found: Ladder) -> Section:
     return Section(
         title=TITLE,
         look="Each rung adds one idea to the one above it on the same requests: without selective batching hardly "
-        "anybody "
-        "can share an iteration; chunked prefill is there for the gaps between tokens, not for throughput.",
+        "anybody can share an iteration; chunked prefill is there for the gaps between tokens, not for throughput.",
         found=[
             f"From “{static.name}” to “{last.name}” throughput grows {times(last.throughput / static.throughput)}; "
-            "selective "
-            f"batching makes {times(orca.throughput / stacked.throughput)} of that, paged KV "
+            f"selective batching makes {times(orca.throughput / stacked.throughput)} of that, paged KV "
             f"{times(paged.throughput / orca.throughput)}, the prefix cache "
             f"{times(last.throughput / chunked.throughput)}.",
             f"The longest gaps between tokens (p99) are {_ms(paged.gap)} with whole prompts and {_ms(chunked.gap)} "
-            "with "
-            "chunked ones.",
+            "with chunked ones.",
             f"The prefix cache spared {100 * last.cached / found.prompt_tokens:.0f} % of the prompt tokens.",
         ],
         surprises=surprises,
@@ -146,12 +142,9 @@ def section(found: Ladder) -> Section:
         ],
         notes=[
             f"{found.requests} requests, `{found.workload}`: chats that begin with the same system prompt and repeat "
-            "what was "
-            f"said. KV memory for {found.slots} tokens; everybody declares the same longest output and ends at its "
-            "own. "
-            "rows: requests of an iteration, on average. A static batch returns all its tokens at its end, so that it "
-            "has no "
-            "gaps."
+            f"what was said. KV memory for {found.slots} tokens; everybody declares the same longest output and ends "
+            f"at its own. rows: requests of an iteration, on average. Chunks are of {CHUNK} tokens. A static batch "
+            "returns all its tokens at its end, so that it has no gaps."
         ],
     )
 

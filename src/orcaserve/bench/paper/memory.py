@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from orcaserve.bench import measures
-from orcaserve.bench.paper.drive import Sample, Trial
+from orcaserve.bench.paper.drive import Trial
 from orcaserve.bench.paper.engine import Setup
 from orcaserve.bench.paper.lab import Lab, scaled
 from orcaserve.bench.paper.section import Section, times
@@ -16,12 +16,13 @@ TITLE = "Where the KV memory goes"
 PROMPT, MEAN, LIMIT = (32, 512), 128, 1536
 LONGEST = PROMPT[1] + LIMIT
 AT_ONCE = 4
+FILLING = 4  # the first quarter of the iterations fills the memory
 DRAWN = 500  # samples that are kept to be drawn
 KINDS = {"reserve the most": ORCA, "reserve the exact": ORCA, "paged": DEFAULT}
 
 
 class Line(msgspec.Struct, frozen=True):
-    """Means over the time in which requests wait: shares of the memory that hold tokens, and that are set aside.
+    """Means while requests wait and the memory is full: shares of the memory that hold tokens, that are taken.
 
     rate: (prompt + generated) tokens/s of the whole run. samples: shares over time, as (seconds, stored, held).
     """
@@ -55,22 +56,21 @@ def measure(lab: Lab) -> Memory:
 
 
 def _line(trial: Trial) -> Line:
-    some = trial.samples[:: -(-trial.iterations // DRAWN)]
+    some = trial.samples[:: -(-len(trial.samples) // DRAWN)]
     shares = [(sample.at, sample.stored / trial.slots, sample.held / trial.slots) for sample in some]
-    stored, held = means(trial.samples, trial.slots)
+    stored, held = means(trial)
     rate = measures.total_rate(trial.records) or 0.0
     return Line(trial.setup, stored, held, rate, trial.preemptions, shares)
 
 
-def means(samples: list[Sample], slots: int) -> tuple[float, float]:
-    """Shares of the memory that hold tokens and that are held, weighted by time, while somebody waits (or at all)."""
-    full = [sample for sample in samples if sample.waiting] or samples
-    before = dict(zip((sample.at for sample in samples), (0.0, *(sample.at for sample in samples)), strict=False))
-    spans = [(sample.at - before[sample.at], sample) for sample in full]
-    total = sum(span for span, _ in spans) * slots or 1.0
+def means(trial: Trial) -> tuple[float, float]:
+    """Shares of the memory that hold tokens and that are taken, weighted by time, while it is what others wait for."""
+    waiting = [sample for sample in trial.samples if sample.waiting] or trial.samples
+    full = waiting[len(waiting) // FILLING :]
+    total = sum(sample.seconds for sample in full) * trial.slots
     return (
-        sum(span * sample.stored for span, sample in spans) / total,
-        sum(span * sample.held for span, sample in spans) / total,
+        sum(sample.seconds * sample.stored for sample in full) / total,
+        sum(sample.seconds * sample.held for sample in full) / total,
     )
 
 
@@ -82,14 +82,12 @@ def section(found: Memory) -> Section:
     return Section(
         title=TITLE,
         look="Memory that is set aside for tokens that may come holds nothing meanwhile; paged KV fills nearly all of "
-        "it "
-        "(vLLM's paper: 96 %, against 20 to 38 %).",
+        "it (vLLM's paper: 96 %, against 20 to 38 %).",
         found=[
             f"Of the KV memory {_percent(most.stored)} holds tokens if the longest possible output is reserved, "
             f"{_percent(exact.stored)} if its exact length were known, and {_percent(paged.stored)} if it is paged.",
             f"Throughput is {times(paged.rate / most.rate)} that of the first, and {times(paged.rate / exact.rate)} "
-            "that of "
-            "the second.",
+            "that of the second.",
         ],
         surprises=surprises,
         head=["admission", "holds tokens", "set aside", "tokens/s", "preemptions"],
@@ -99,8 +97,8 @@ def section(found: Memory) -> Section:
         ],
         notes=[
             f"`{found.workload}`; KV memory for {found.slots} tokens. “The most” reserves prompt + {found.limit}, "
-            "“the exact” "
-            "is told what nobody can know, “paged” is the default. Means over the time in which requests wait."
+            "“the exact” is told what nobody can know, “paged” is the default. Means from the end of the first "
+            "request on, while others wait."
         ],
     )
 

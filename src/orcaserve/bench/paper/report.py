@@ -94,8 +94,8 @@ def _markdown(report: Report, figures: dict[str, str]) -> Iterator[str]:
     parts = sections(report.found)
     yield from ("# The paper's experiments on this machine", "")
     yield (
-        f"Experiments of Orca (OSDI 2022), and of what came after it, with {report.model.name} on "
-        f"{report.machine}; {report.date}. All of them run the engine's own scheduler, loop and kernels, in real time."
+        f"Experiments of Orca (OSDI 2022), and of what came after it, with {report.model.name} on {report.machine}; "
+        f"{report.date}. All of them run the engine's own scheduler, loop and kernels, in real time."
     )
     yield ""
     for section in parts.values():

@@ -94,8 +94,7 @@ def section(found: Variance) -> Section:
     if gains[-1] < GROWTH:
         surprises.append(
             f"At the last limit continuous is {times(gains[-1])} static, less than the {GROWTH:g}× expected (the note "
-            "has "
-            f"{times(last.note_ratios[0])}): here prompts take a larger part of the time, and they gain nothing."
+            f"has {times(last.note_ratios[0])}): here prompts take a larger part of the time, and they gain nothing."
         )
     if any(b < 0.97 * a for a, b in itertools.pairwise(gains)):
         surprises.append(f"The gain does not grow from limit to limit: {', '.join(map(times, gains))}.")
@@ -104,12 +103,11 @@ def section(found: Variance) -> Section:
     return Section(
         title=TITLE,
         look="Continuous by static is about 1 where the limit cuts all outputs to nearly one length, and grows with "
-        "their "
-        "variance; paged KV has a factor of its own, since it does not set memory aside for outputs that never come.",
+        "their variance; paged KV has a factor of its own, since it does not set memory aside for outputs that never "
+        "come.",
         found=[
             f"Continuous by static is {times(gains[0])} at limit {first.limit} and {times(gains[-1])} at {last.limit} "
-            "(the "
-            f"note: {times(first.note_ratios[0])} and {times(last.note_ratios[0])}).",
+            f"(the note: {times(first.note_ratios[0])} and {times(last.note_ratios[0])}).",
             f"Paged KV adds {times(statistics.geometric_mean(paged))} on average (the note: "
             f"{times(statistics.geometric_mean([row.note_ratios[1] for row in found.rows]))}).",
         ],
@@ -138,12 +136,10 @@ def section(found: Variance) -> Section:
         ],
         notes=[
             f"Prompts of {found.prompt} tokens (the note: {PROMPT}), outputs exponential of mean {found.mean} (the "
-            "note: "
-            f"{MEAN}), all at once; tokens of prompts and outputs by the time until the last one. KV memory for "
+            f"note: {MEAN}), all at once; tokens of prompts and outputs by the time until the last one. KV memory for "
             f"{found.slots} tokens, {MEMORY // LONGEST} requests of the longest kind, as in the note. Static batches "
-            "are the "
-            "largest that it holds at the limit. Everybody declares the limit and ends at its own length, which the "
-            f"scheduler does not know. The note's limits are {', '.join(map(str, LIMITS))}; its static system is "
-            "FasterTransformer, its continuous one TGI, its paged one vLLM, with OPT-13B on one GPU."
+            "are the largest that it holds at the limit. Everybody declares the limit and ends at its own length, "
+            f"which the scheduler does not know. The note's limits are {', '.join(map(str, LIMITS))}; its static "
+            "system is FasterTransformer, its continuous one TGI, its paged one vLLM, with OPT-13B on one GPU."
         ],
     )
