@@ -108,15 +108,23 @@ def test_one_part_alone(tiny: Path, tmp_path: Path) -> None:
         (["{tiny}", "--out", "{file}/below"], "file"),
         (["{tiny}", "--out", "{out}", "--requests", "0"], "0 is not in the range x>=1"),
         (["{tiny}", "--out", "{out}", "--part", "fig12"], "fig12"),
+        (["{wordless}", "--out", "{out}", "--quick"], "the model knows 90 tokens; prompts are of ids from 100 on"),
+        (["{empty}", "--out", "{out}"], "empty"),
+        (["{garbled}", "--out", "{out}"], "garbled"),
         (["{short}", "--out", "{out}", "--quick"], "too short for the paper's requests: take one of at least 64"),
         (["{tiny}"], "--out"),
     ],
 )
 def test_bad_input_is_told_in_one_line(arguments: list[str], said: str, tiny: Path, tmp_path: Path) -> None:
-    (tmp_path / "short").mkdir()
-    write_random(tmp_path / "short", msgspec.structs.replace(SHAPE, max_positions=40))
-    (tmp_path / "file").touch()
-    places = {"tiny": tiny, "short": tmp_path / "short", "out": tmp_path / "out", "file": tmp_path / "file"}
+    places = {name: tmp_path / name for name in ("short", "wordless", "empty", "garbled", "out", "file")} | {
+        "tiny": tiny
+    }
+    for name in ("short", "wordless", "empty", "garbled"):
+        places[name].mkdir()
+    write_random(places["short"], msgspec.structs.replace(SHAPE, max_positions=40))
+    write_random(places["wordless"], msgspec.structs.replace(SHAPE, vocab=90))
+    (places["garbled"] / "config.json").write_text("{")
+    places["file"].touch()
     done = bench_paper(*(argument.format(**places) for argument in arguments))
     assert done.exit_code in (1, 2)
     *_, last = done.output.strip().splitlines()
@@ -179,6 +187,9 @@ def test_end_tokens_come_at_the_end_and_nowhere_else() -> None:
 def test_who_cannot_fit_is_named() -> None:
     with pytest.raises(BenchError, match="requests of 120 tokens, but the model takes 100"):
         drive(ledger(), make("burst:in=100,out=20,n=1", vocab=300, seed=0), orca(1))
+    setup = msgspec.structs.replace(orca(1), slots=200)
+    with pytest.raises(BenchError, match="for 200 tokens, but the machine has room for 160"):
+        drive(ledger(), make("burst:in=50,out=20,n=1", vocab=300, seed=0), setup)
     with pytest.raises(BenchError, match="the KV cache holds 40"):
         drive(ledger(10), make("burst:in=50,out=20,n=1", vocab=300, seed=0), orca(1))
 

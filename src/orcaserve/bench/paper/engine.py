@@ -6,6 +6,7 @@ from typing import Protocol
 
 import msgspec
 
+from orcaserve.bench.client import BenchError
 from orcaserve.core.batch import Batch
 from orcaserve.core.policy import DEFAULT, ORCA, STATIC, Policy
 from orcaserve.core.scheduler import SchedulerConfig
@@ -62,12 +63,18 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
 
     def config(self, engine: Engine) -> SchedulerConfig:
+        """Raises BenchError if the engine has less KV memory than this setup is to use."""
         num_blocks = engine.num_blocks if self.slots is None else self.slots // engine.block_size
+        if num_blocks > engine.num_blocks:
+            raise BenchError(
+                f"{self.name} is to use KV memory for {self.slots} tokens, but the machine has room for "
+                f"{engine.num_slots} beside this model: take a smaller one"
+            )
         return SchedulerConfig(
             policy=self.policy,
             max_batch_size=self.max_batch_size,
             max_batch_tokens=max(self.batch_tokens, self.max_batch_size),
-            num_blocks=min(num_blocks, engine.num_blocks),
+            num_blocks=num_blocks,
             block_size=engine.block_size,
         )
 

@@ -121,15 +121,8 @@ def _curves(found: list[Curves]) -> Figure:
                 panel.plot([rate], [bound], "|", color=colour, markersize=15, markeredgewidth=2.2)
         _logarithmic(panel)
         panel.set_xlim(left=0)
-        panel.text(
-            0.995,
-            bound,
-            f"{number(bound)} ms ",
-            transform=panel.get_yaxis_transform(),
-            fontsize=8,
-            va="bottom",
-            ha="right",
-        )
+        label = f" {number(bound)} ms"
+        panel.text(0.005, bound, label, transform=panel.get_yaxis_transform(), fontsize=8, va="bottom")
         _head(
             panel,
             f"Requests of {_lengths(curves.lengths)}",

@@ -40,8 +40,8 @@ QUICK = Effort(
     requests=24,
     burst=3,
     rounds=3,
-    shares=(0.25, 0.5, 0.8, 1.1),
-    equal_shares=(0.4, 0.8, 1.1),
+    shares=(0.25, 0.5, 0.8, 1.2, 2.0),  # so few requests make a queue only if they come fast
+    equal_shares=(0.4, 0.8, 1.2, 2.0),
     orca_sizes=(1, 8, 32),
     longest=1024,
 )
@@ -50,8 +50,8 @@ FULL = Effort(
     requests=100,
     burst=4,
     rounds=5,
-    shares=(0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2),
-    equal_shares=(0.2, 0.4, 0.6, 0.8, 1.0, 1.2),
+    shares=(0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5),
+    equal_shares=(0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5),
     orca_sizes=(1, 8, 16, 32),
     longest=2048,
 )

@@ -13,11 +13,13 @@ import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from orcaserve.bench.client import BenchError
 from orcaserve.bench.paper import PARTS, alone, curves, ladder, memory, report, variance
 from orcaserve.bench.paper.engine import Engine, orca
 from orcaserve.bench.paper.lab import Effort, Lab, Watch
 from orcaserve.bench.paper.report import Found, ModelSize, Report
 from orcaserve.bench.report import Machine
+from orcaserve.bench.workloads import LOWEST_ID
 
 # What each part is called, and who measures it: a field of Found.
 MEASURES: dict[str, tuple[str, Callable[[Lab], Any]]] = {
@@ -44,6 +46,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def run(plan: Plan, out: Path, draw: Draw, terminal: Console) -> Report:
     """Measures and writes. Raises BenchError, in one line, if the model cannot do what a part asks for."""
+    if plan.engine.vocab_size <= LOWEST_ID:
+        raise BenchError(f"the model knows {plan.engine.vocab_size} tokens; prompts are of ids from {LOWEST_ID} on")
     machine, date = Machine.this(), f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
     found, seconds = Found(), dict[str, float]()
     with _watching(plan.parts, terminal) as watch:
