@@ -15,7 +15,6 @@ from orcaserve.bench.report import number
 
 TITLES = {"mixed": "Latency against throughput (Fig. 10)", "equal": "Equal requests (Fig. 11)"}
 PROMPT, OUTPUT = (32, 512), (1, 128)
-EQUAL = ((32, 32), (256, 256))
 BOUND = 2.0  # latency bound, as a multiple of the least latency that any setup has at the lowest rate
 OFF = 25.0  # a curve ends at the first point above so many times that latency: the queue only grows
 
@@ -66,22 +65,21 @@ def mixed(lab: Lab) -> list[Curves]:
     (a, b), (c, d) = ((scaled(tokens, factor) for tokens in ends) for ends in (PROMPT, OUTPUT))
     largest = max(lab.effort.orca_sizes)
     setups = [static(1), static(8), static(largest), *map(orca, lab.effort.orca_sizes), default(largest)]
-    return [_curves(lab, f"in={a}-{b},out={c}-{d}", setups, lab.effort.shares)]
+    return [_curves(lab, f"in={a}-{b},out={c}-{d}", setups, lab.effort.shares, lab.effort.requests)]
 
 
 def equal(lab: Lab) -> list[Curves]:
     """Lengths that are all the same (Fig. 11)."""
-    factor = lab.factor(2 * EQUAL[-1][0])
+    factor = lab.factor(sum(lab.effort.equal[-1]))
     setups = [static(8), orca(8), default(8)]
+    requests = lab.effort.requests * lab.effort.equal_times
     return [
-        _curves(
-            lab, f"in={scaled(tokens_in, factor)},out={scaled(tokens_out, factor)}", setups, lab.effort.equal_shares
-        )
-        for tokens_in, tokens_out in EQUAL
+        _curves(lab, f"in={scaled(a, factor)},out={scaled(b, factor)}", setups, lab.effort.equal_shares, requests)
+        for a, b in lab.effort.equal
     ]
 
 
-def _curves(lab: Lab, lengths: str, setups: Sequence[Setup], shares: Sequence[float]) -> Curves:
+def _curves(lab: Lab, lengths: str, setups: Sequence[Setup], shares: Sequence[float], requests: int) -> Curves:
     largest = max(setups, key=lambda setup: (not setup.policy.request_level, setup.max_batch_size))
     full = saturation(lab, lengths, largest)
     points: list[Point] = []
@@ -89,7 +87,7 @@ def _curves(lab: Lab, lengths: str, setups: Sequence[Setup], shares: Sequence[fl
     idle = 0.0
     for share in shares:
         rate = f"{share * full:.6f}".rstrip("0")
-        work = lab.work(f"poisson:rate={rate},{lengths},n={lab.effort.requests}")
+        work = lab.work(f"poisson:rate={rate},{lengths},n={requests}")
         for setup in setups:
             if setup.name in ended:
                 continue
@@ -105,7 +103,7 @@ def _curves(lab: Lab, lengths: str, setups: Sequence[Setup], shares: Sequence[fl
         if share == shares[0]:
             idle = min(point.latency for point in points)
         ended |= {point.setup for point in points if point.latency > OFF * idle}
-    return Curves(lengths, lab.effort.requests, full, BOUND * idle, points)
+    return Curves(lengths, requests, full, BOUND * idle, points)
 
 
 def capacity(points: Sequence[Point], bound: float) -> Capacity:
@@ -163,7 +161,7 @@ def section(kind: str, found: list[Curves]) -> Section:
     surprises: list[str] = []
     for curves in found:
         some, wrong = _found(curves)
-        said += [f"({curves.lengths}) {line}" for line in some] if len(found) > 1 else some
+        said += [f"({curves.lengths}) {some[0]}", *some[1:]] if len(found) > 1 else some
         surprises += wrong
     looks = {
         "mixed": "Static curves turn upwards first, since a batch lasts as long as its longest member and whoever "

@@ -92,10 +92,10 @@ def _powers(panel: Axes, sizes: list[int]) -> None:
 
 
 def _logarithmic(panel: Axes) -> None:
-    """A scale of 1, 2, 5, 10, …, in plain numbers."""
+    """A scale of 1, 2, 3, 5, 7, 10, …, in plain numbers."""
     panel.set_yscale("log")
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panel.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    panel.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "2357" else "")
     panel.tick_params(axis="y", which="minor", length=0, labelsize=8.5)
 
 
@@ -108,7 +108,7 @@ def _styles(names: list[str]) -> Iterator[tuple[str, str, str]]:
 
 
 def _curves(found: list[Curves]) -> Figure:
-    figure, axes = _panels(len(found), 7.6 if len(found) == 1 else 4.8 * len(found), 4.8)
+    figure, axes = _panels(len(found), 7.6 if len(found) == 1 else 5.2 * len(found), 4.8)
     for panel, curves in zip(axes, found, strict=True):
         bound = 1000 * curves.bound
         panel.axhline(bound, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -116,9 +116,9 @@ def _curves(found: list[Curves]) -> Figure:
             points = curves.of(name)
             x, y = [point.throughput for point in points], [1000 * point.latency for point in points]
             panel.plot(x, y, color=colour, marker=marker, markersize=4.5, linewidth=1.6, label=name)
-            rate = capacity(points, curves.bound).rate
-            if rate is not None:
-                panel.plot([rate], [bound], "|", color=colour, markersize=15, markeredgewidth=2.2)
+            at_bound = capacity(points, curves.bound)
+            if at_bound.rate is not None and not at_bound.is_least:
+                panel.plot([at_bound.rate], [bound], "|", color=colour, markersize=15, markeredgewidth=2.2)
         _logarithmic(panel)
         panel.set_xlim(left=0)
         label = f" {number(bound)} ms"
@@ -129,10 +129,7 @@ def _curves(found: list[Curves]) -> Figure:
             "ms per generated token (median): lower and further right is better",
         )
         panel.set_xlabel("requests answered per second", fontsize=9)
-    if len(found) == 1:
-        axes[0].legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    else:
-        axes[0].legend(frameon=False, fontsize=8.5, loc="upper left")
+    axes[-1].legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
@@ -168,8 +165,11 @@ def _variance(found: Variance) -> Figure:
         )
         ours = [row.ratios[which] for row in found.rows]
         panel.plot(x, ours, "o-", color=(BLUE, GREEN)[which], markersize=5, label="here")
-        for place, value in zip(x, ours, strict=True):
-            panel.annotate(f"{value:.2f}×", (place, value), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        for place, row, value in zip(x, found.rows, ours, strict=True):
+            above = 7 if value > row.note_ratios[which] else -14  # away from the note's line
+            panel.annotate(
+                f"{value:.2f}×", (place, value), (0, above), textcoords="offset points", ha="center", fontsize=8
+            )
         panel.set_xticks(x, [str(row.limit) for row in found.rows])
         panel.margins(0.12, 0.25)
         panel.legend(frameon=False, fontsize=8.5, loc="upper left")

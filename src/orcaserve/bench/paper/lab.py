@@ -21,7 +21,8 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
     """How much is done.
 
     requests: of a curve's point; where all come at once there are `burst` times as many. rounds: of the engine alone.
-    shares: rates of Fig. 10, as shares of the measured saturation; equal_shares: of Fig. 11. orca_sizes: batches of the
+    shares: rates of Fig. 10, as shares of the measured saturation; equal_shares: of Fig. 11, whose requests are of the
+    lengths `equal`, `equal_times` as many, for static batches must come and go. orca_sizes: batches of the
     iteration-level curves. longest: the total length, in tokens, that may stand for the note's 2048.
     """
 
@@ -31,6 +32,8 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int
     shares: tuple[float, ...]
     equal_shares: tuple[float, ...]
+    equal: tuple[tuple[int, int], ...]
+    equal_times: int
     orca_sizes: tuple[int, ...]
     longest: int
 
@@ -42,6 +45,8 @@ QUICK = Effort(
     rounds=3,
     shares=(0.25, 0.5, 0.8, 1.2, 2.0),  # so few requests make a queue only if they come fast
     equal_shares=(0.4, 0.8, 1.2, 2.0),
+    equal=((32, 32), (128, 128)),
+    equal_times=2,
     orca_sizes=(1, 8, 32),
     longest=1024,
 )
@@ -52,6 +57,8 @@ FULL = Effort(
     rounds=5,
     shares=(0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5),
     equal_shares=(0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5),
+    equal=((32, 32), (256, 256)),
+    equal_times=1,
     orca_sizes=(1, 8, 16, 32),
     longest=2048,
 )

@@ -11,6 +11,7 @@ import statistics
 import msgspec
 
 from orcaserve.bench import measures
+from orcaserve.bench.paper.drive import Trial
 from orcaserve.bench.paper.engine import Setup
 from orcaserve.bench.paper.lab import Lab, scaled
 from orcaserve.bench.paper.section import Section, times
@@ -24,17 +25,22 @@ MEMORY = 4 * LONGEST  # tokens of KV: 4 requests of the longest kind, as in the 
 # The note's tokens/s: static (FasterTransformer), continuous (TGI), continuous with paged KV (vLLM), by limit.
 NOTE = {32: (2869, 2948, 6121), 128: (1441, 1442, 3592), 512: (558, 707, 2029), 1536: (346, 665, 1898)}
 SYSTEMS = ("static", "continuous", "continuous + paged KV")
+EVEN = 0.97  # a quotient from which on two throughputs count as equal
 GROWTH = 1.5  # what continuous should at least be by static at the last limit
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One limit. rates: (prompt + generated) tokens/s in the order of SYSTEMS; note_limit: the note's own limit."""
+    """One limit. note_limit: the note's own.
+
+    In the order of SYSTEMS, rates: (prompt + generated) tokens/s; sizes: requests of an iteration, on average.
+    """
 
     limit: int
     note_limit: int
     static_batch: int
     requests: int
     rates: tuple[float, float, float]
+    sizes: tuple[float, float, float]
     preemptions: int
 
     @property
@@ -75,9 +81,27 @@ def measure(lab: Lab) -> Variance:
             lab.run(work, msgspec.structs.replace(setup, max_tokens=limit), f", outputs up to {limit}")
             for setup in setups
         ]
-        static, continuous, paged = (measures.total_rate(trial.records) or 0.0 for trial in trials)
-        rows.append(Row(limit, note_limit, size, n, (static, continuous, paged), trials[2].preemptions))
+        static, continuous, paged = trials
+        rows.append(
+            Row(
+                limit,
+                note_limit,
+                size,
+                n,
+                rates=(_rate(static), _rate(continuous), _rate(paged)),
+                sizes=(_size(static), _size(continuous), _size(paged)),
+                preemptions=paged.preemptions,
+            )
+        )
     return Variance(prompt, mean, slots, rows)
+
+
+def _rate(trial: Trial) -> float:
+    return measures.total_rate(trial.records) or 0.0
+
+
+def _size(trial: Trial) -> float:
+    return statistics.mean(sample.rows for sample in trial.samples)
 
 
 def _whole(lab: Lab, tokens: int) -> int:
@@ -96,10 +120,10 @@ def section(found: Variance) -> Section:
             f"At the last limit continuous is {times(gains[-1])} static, less than the {GROWTH:g}× expected (the note "
             f"has {times(last.note_ratios[0])}): here prompts take a larger part of the time, and they gain nothing."
         )
-    if any(b < 0.97 * a for a, b in itertools.pairwise(gains)):
+    if any(b < EVEN * a for a, b in itertools.pairwise(gains)):
         surprises.append(f"The gain does not grow from limit to limit: {', '.join(map(times, gains))}.")
-    if min(paged) < 1:
-        surprises.append(f"Paged KV costs throughput at one limit: {', '.join(map(times, paged))}.")
+    if min(paged) < EVEN:
+        surprises.append(f"Paged KV costs throughput at a limit: {', '.join(map(times, paged))}.")
     return Section(
         title=TITLE,
         look="Continuous by static is about 1 where the limit cuts all outputs to nearly one length, and grows with "
@@ -108,13 +132,17 @@ def section(found: Variance) -> Section:
         found=[
             f"Continuous by static is {times(gains[0])} at limit {first.limit} and {times(gains[-1])} at {last.limit} "
             f"(the note: {times(first.note_ratios[0])} and {times(last.note_ratios[0])}).",
-            f"Paged KV adds {times(statistics.geometric_mean(paged))} on average (the note: "
-            f"{times(statistics.geometric_mean([row.note_ratios[1] for row in found.rows]))}).",
+            f"Paged KV adds {times(statistics.geometric_mean(paged))} on average and {times(paged[-1])} at the last "
+            f"limit (the note: {times(statistics.geometric_mean([row.note_ratios[1] for row in found.rows]))} and "
+            f"{times(last.note_ratios[1])}): there {last.sizes[2]:.1f} requests share an iteration in the same "
+            f"memory, instead of {last.sizes[1]:.1f}; at the first limit {first.sizes[2]:.1f} instead of "
+            f"{first.sizes[1]:.1f}.",
         ],
         surprises=surprises,
         head=[
             "limit",
             "requests",
+            "static batch",
             *(f"{name}, tokens/s" for name in SYSTEMS),
             "continuous / static",
             "the note's",
@@ -125,8 +153,8 @@ def section(found: Variance) -> Section:
             [
                 str(row.limit),
                 str(row.requests),
-                f"{number(row.rates[0])} (batch {row.static_batch})",
-                *map(number, row.rates[1:]),
+                str(row.static_batch),
+                *(f"{number(rate)} ({size:.1f})" for rate, size in zip(row.rates, row.sizes, strict=True)),
                 times(row.ratios[0]),
                 times(row.note_ratios[0]),
                 times(row.ratios[1]),
@@ -136,10 +164,11 @@ def section(found: Variance) -> Section:
         ],
         notes=[
             f"Prompts of {found.prompt} tokens (the note: {PROMPT}), outputs exponential of mean {found.mean} (the "
-            f"note: {MEAN}), all at once; tokens of prompts and outputs by the time until the last one. KV memory for "
-            f"{found.slots} tokens, {MEMORY // LONGEST} requests of the longest kind, as in the note. Static batches "
-            "are the largest that it holds at the limit. Everybody declares the limit and ends at its own length, "
-            f"which the scheduler does not know. The note's limits are {', '.join(map(str, LIMITS))}; its static "
-            "system is FasterTransformer, its continuous one TGI, its paged one vLLM, with OPT-13B on one GPU."
+            f"note: {MEAN}), all at once; tokens of prompts and outputs by the time until the last one, and in "
+            f"brackets the requests of an iteration on average. KV memory for {found.slots} tokens, "
+            f"{MEMORY // LONGEST} requests of the longest kind, as in the note. Static batches are the largest that "
+            "it holds at the limit. Everybody declares the limit and ends at its own length, which the scheduler does "
+            f"not know. The note's limits are {', '.join(map(str, LIMITS))}; its static system is FasterTransformer, "
+            "its continuous one TGI, its paged one vLLM, with OPT-13B on one GPU."
         ],
     )
