@@ -118,7 +118,8 @@ def section(found: Variance) -> Section:
     if gains[-1] < GROWTH:
         surprises.append(
             f"At the last limit continuous is {times(gains[-1])} static, less than the {GROWTH:g}× expected (the note "
-            f"has {times(last.note_ratios[0])}): here prompts take a larger part of the time, and they gain nothing."
+            "has "
+            f"{times(last.note_ratios[0])}), with {last.requests} requests."
         )
     if any(b < EVEN * a for a, b in itertools.pairwise(gains)):
         surprises.append(f"The gain does not grow from limit to limit: {', '.join(map(times, gains))}.")
