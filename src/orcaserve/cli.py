@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from orcaserve import __version__
+from orcaserve.bench.paper import PARTS
 from orcaserve.bench.workloads.spec import explained
 from orcaserve.cli_simulate import simulate
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
@@ -446,6 +447,65 @@ def kernels(
     kernel_report.show(found, Console())
     if out is not None:
         kernel_report.save(found, out)
+
+
+@bench.command("paper")
+@click.argument("model", required=False)
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the report.")
+@click.option("--quick", is_flag=True, help="Fewer points, fewer and shorter requests: minutes instead of an hour.")
+@click.option("--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="Only these; default: all.")
+@click.option("--requests", type=click.IntRange(1), help="Of a curve's point; other runs have a multiple.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use.")
+def bench_paper(
+    model: str | None,
+    out: Path,
+    quick: bool,
+    parts: tuple[str, ...],
+    requests: int | None,
+    seed: int,
+    threads: int | None,
+) -> None:
+    """Run the Orca paper's experiments on this machine, and write a report with figures.
+
+    MODEL is a folder or a name, as for `serve`; by default a small random model of Llama's architecture, made on the
+    spot. It runs in this process, without HTTP, and wants the machine to itself.
+    """
+    import msgspec
+    from rich.console import Console
+
+    from orcaserve.bench.client import BenchError
+    from orcaserve.bench.paper import lab, report
+    from orcaserve.bench.paper import run as paper
+    from orcaserve.executors import experiment
+    from orcaserve.serve.engine_process import keep_freed_memory
+    from orcaserve.serve.find_model import find_model
+
+    try:
+        from orcaserve.bench.paper.figures import draw
+    except ImportError:
+        raise click.ClickException("the figures need matplotlib: pip install 'orcaserve[plots]'") from None
+    effort = lab.QUICK if quick else lab.FULL
+    if requests is not None:
+        effort = msgspec.structs.replace(effort, requests=requests)
+    terminal = Console(stderr=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.md").touch()  # better now than after an hour
+        if model is None:
+            with experiment.random_model() as folder:
+                engine = experiment.engine_for(experiment.RANDOM, folder, threads)
+        else:
+            engine = experiment.engine_for(*find_model(model), threads)
+        keep_freed_memory()
+        plan = paper.Plan(engine=engine, effort=effort, seed=seed, versions=experiment.versions())
+        if parts:
+            plan = msgspec.structs.replace(plan, parts=tuple(part for part in PARTS if part in parts))
+        found = paper.run(plan, out, draw, terminal)
+    except (ModelError, BenchError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    report.show(found, Console())
+    click.echo(f"The report is {out / 'report.md'}.")
 
 
 main.add_command(simulate)

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 
 from orcaserve.core.invariants import CheckedScheduler
-from orcaserve.core.policy import POLICIES
+from orcaserve.core.policy import POLICIES, Policy
 from orcaserve.core.request import NewRequest, Output, SamplingParams, TokenLogprobs
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.ledger import LedgerExecutor, ledger_answer, ledger_entries, ledger_logprobs
@@ -101,11 +101,12 @@ class World:
         assert prompt_logprobs == wanted
 
 
-def random_config(rng: random.Random, policy: str | None = None, **fixed: int) -> SchedulerConfig:
+def random_config(rng: random.Random, policy: str | Policy | None = None, **fixed: int) -> SchedulerConfig:
     """Small enough that memory is short and budgets cut."""
     max_batch_size = fixed.get("max_batch_size", rng.randint(1, 6))
+    policy = policy or rng.choice(["default"] * 5 + ["orca", "static", "stacked"])
     return SchedulerConfig(
-        policy=POLICIES[policy or rng.choice(["default"] * 4 + ["orca", "static"])],
+        policy=POLICIES[policy] if isinstance(policy, str) else policy,
         max_batch_size=max_batch_size,
         max_batch_tokens=max_batch_size + rng.choice([0, 1, 3, 10, 100]),
         num_blocks=fixed.get("num_blocks", rng.choice([2, 3, 5, 8, 13, 20])),
@@ -145,7 +146,7 @@ def random_request(rng: random.Random, world: World) -> dict | None:
     }
 
 
-def random_life(seed: int, scheduler: type[Scheduler] = CheckedScheduler, policy: str | None = None) -> World:
+def random_life(seed: int, scheduler: type[Scheduler] = CheckedScheduler, policy: str | Policy | None = None) -> World:
     """One random world from start to drained. Raises if anything is wrong."""
     rng = random.Random(seed)
     world = World(random_config(rng, policy), eager=rng.random() < 0.5, scheduler=scheduler)

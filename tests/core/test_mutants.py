@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from hashlib import sha256
 
+import msgspec
 import pytest
 from ledger_world import random_life
 
@@ -192,6 +193,20 @@ class OpensTheStaticBatch(CheckedScheduler):
         if batch is not None:
             self._check_batch(batch, running)
         return batch
+
+
+class StacksTheUnequal(CheckedScheduler):
+    def _joins(self, rows, row) -> bool:
+        return row.num_tokens == rows[0].num_tokens if rows else True
+
+
+class JudgesBeforeThePrefixIsKnown(CheckedScheduler):
+    """Only `alike` with a prefix cache sees the difference, so that it runs under that."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        policy = msgspec.structs.replace(config.policy, alike=not config.policy.request_level)
+        super().__init__(msgspec.structs.replace(config, policy=policy))
+        self.kv.known_prefix = lambda request: 0
 
 
 class ReservesOnlyThePrompt(CheckedScheduler):

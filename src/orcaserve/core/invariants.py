@@ -103,6 +103,8 @@ class CheckedScheduler(Scheduler):
             require(batch.num_tokens <= self.config.max_batch_tokens, "a batch keeps to its token budget")
         if self.policy.request_level and num_running:
             require(len(self.running) == num_running and len(rows) == num_running, "a static batch is closed")
+        if self.policy.alike:
+            require(len({(row.start, row.num_tokens) for row in rows}) == 1, "only rows of one shape are stacked")
         require({new.id for new in batch.new} <= {row.id for row in rows}, "who is described takes part")
         written: set[int] = set()
         for row in rows:

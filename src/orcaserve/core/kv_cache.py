@@ -53,6 +53,10 @@ class KVCacheManager:
             self.num_hits += request.num_computed
         return True
 
+    def known_prefix(self, request: Request) -> int:
+        """Tokens of a request without blocks that the prefix cache would spare it now."""
+        return len(self._cached_prefix(request)) * self.block_size
+
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Extends the block table to `num_tokens` tokens; False, and nothing changed, if blocks are lacking."""
         missing = self.blocks_for(num_tokens) - len(request.block_table)

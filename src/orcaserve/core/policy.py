@@ -1,6 +1,7 @@
 """The scheduler's policies, as data: who goes first, what admission promises, how much of a prompt one iteration takes.
 
-Orca exactly as published (OSDI 2022, Algorithm 1) is one named combination, request-level batching another.
+Orca exactly as published (OSDI 2022, Algorithm 1) is one named combination, request-level batching another, and
+iteration-level scheduling without selective batching a third.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from orcaserve.core.request import Request
+
+Shape = tuple[int, int]  # of a row: its first position, its number of tokens
 
 
 class Policy(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +24,9 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     decodes_first: requests that lag by one token go before those that prefill. Else strictly by arrival.
     prefix_cache: full blocks of equal prefixes are shared.
     deal: rows are dealt out over the batches that may be in flight, instead of all going into the first.
+    alike: a batch holds only rows that can be stacked to one tensor [B, L, H], as without selective batching (paper,
+        section 3.2): they begin at the same position and take as many tokens. The first row decides; the others wait.
+        Not for request_level, whose members stay together.
     """
 
     name: str
@@ -30,6 +36,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     decodes_first: bool = True
     prefix_cache: bool = True
     deal: bool = True
+    alike: bool = False
 
     def order(self, request: Request) -> int:
         """Sort key among requests; the least goes first, the greatest is preempted first. First come, first served."""
@@ -43,10 +50,17 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
         """How many of the `lag` tokens that a request needs computed this iteration takes."""
         return min(lag, tokens_left) if self.chunked else lag
 
+    def joins(self, first: Shape | None, row: Shape) -> bool:
+        """Whether a row may travel with the batch's first row; None: it would be the first."""
+        return not self.alike or first is None or first == row
+
 
 DEFAULT = Policy(name="default")
 ORCA = Policy(name="orca", reserve=True, chunked=False, decodes_first=False, prefix_cache=False, deal=False)
 STATIC = Policy(
     name="static", request_level=True, reserve=True, chunked=False, decodes_first=False, prefix_cache=False, deal=False
 )
-POLICIES = {policy.name: policy for policy in (DEFAULT, ORCA, STATIC)}
+STACKED = Policy(
+    name="stacked", alike=True, reserve=True, chunked=False, decodes_first=False, prefix_cache=False, deal=False
+)
+POLICIES = {policy.name: policy for policy in (DEFAULT, ORCA, STATIC, STACKED)}

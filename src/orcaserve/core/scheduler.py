@@ -97,6 +97,8 @@ class Scheduler:
             if not request.block_table:  # preempted for an older one, a moment ago
                 continue
             row = self._row(request, tokens_left)
+            if not self._joins(rows, row):
+                continue
             if not self._make_room(row):
                 closed = True  # it waits for an older one's end; those that need no memory go on
                 continue
@@ -106,7 +108,7 @@ class Scheduler:
         closed = closed or self.num_preemptions > num_preemptions
         while not closed and self.waiting and len(rows) < self.config.max_batch_size and tokens_left > 0:
             request = self.waiting[0]
-            if not self._admit(request):
+            if not self._joins(rows, self._first_row(request, tokens_left)) or not self._admit(request):
                 break  # stop, not skip: nobody overtakes
             rows.append(self._row(request, tokens_left))
             tokens_left -= rows[-1].num_tokens
@@ -151,6 +153,14 @@ class Scheduler:
         if request.finish_reason is not None:  # a request-level batch: the ended member computes for nothing
             return Row(request, request.num_computed - 1, 1)
         return Row(request, request.num_computed, self.policy.grant(request.lag, tokens_left))
+
+    def _first_row(self, request: Request, tokens_left: int) -> Row:
+        """The row that a waiting request would get if it were admitted now."""
+        start = self.kv.known_prefix(request) if self.policy.alike else 0
+        return Row(request, start, self.policy.grant(request.num_tokens - start, tokens_left))
+
+    def _joins(self, rows: list[Row], row: Row) -> bool:
+        return self.policy.joins(rows[0][1:] if rows else None, row[1:])
 
     def _make_room(self, row: Row) -> bool:
         """Grows a running request's KV, preempting the youngest that may be until it fits."""

@@ -26,3 +26,7 @@ class LocalExecutor:
 
     def submit(self, batch: Batch) -> Finished:
         return Finished(self._worker.run(batch))
+
+    def forget_all(self) -> None:
+        """Makes ready for a new scheduler over the same model and KV tensors."""
+        self._worker.forget_all()

@@ -150,7 +150,7 @@ def _serve(
     except Exception as error:
         outbox.put(Failed(f"the engine could not start: {_line(error)}"))
         return EXIT_MODEL
-    _keep_freed_memory()
+    keep_freed_memory()
     pulse.watch(lambda: recording.num_tokens, loop.stats)
     outbox.put(Ready(info))
     try:
@@ -240,7 +240,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Asks glibc to hand out again what an iteration frees, instead of giving it back to the kernel.
 
     Every iteration takes and frees the same few arrays. As fresh pages from the kernel, the logits of sixteen rows

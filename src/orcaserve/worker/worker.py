@@ -61,6 +61,10 @@ class Worker:
             for _ in range(model.num_layers)
         ]
 
+    def forget_all(self) -> None:
+        """As if no request had ever been described; for a new scheduler, which knows of none."""
+        self._requests.clear()
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """One iteration. What is wrong with one row fails that row (`RowResult.error`), not another, not the call."""

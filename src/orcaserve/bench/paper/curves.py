@@ -1,0 +1,204 @@
+"""Figs. 10 and 11: latency against throughput while the rate of Poisson arrivals rises, a curve for each setup."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import msgspec
+
+from orcaserve.bench import measures
+from orcaserve.bench.paper.engine import Setup, default, orca, static
+from orcaserve.bench.paper.lab import Lab, saturation, scaled
+from orcaserve.bench.paper.section import Section, times
+from orcaserve.bench.report import number
+
+TITLES = {"mixed": "Latency against throughput (Fig. 10)", "equal": "Equal requests (Fig. 11)"}
+PROMPT, OUTPUT = (32, 512), (1, 128)
+BOUND = 2.0  # latency bound, as a multiple of the least latency that any setup has at the lowest rate
+OFF = 25.0  # a curve ends at the first point above so many times that latency: the queue only grows
+
+
+class Point(msgspec.Struct, frozen=True):
+    """One run. rate: of arrivals; throughput: what was answered, both in requests/s. latency: median normalised, s."""
+
+    setup: str
+    rate: float
+    throughput: float
+    latency: float
+    ttft: float | None
+
+
+class Curves(msgspec.Struct, frozen=True):
+    """lengths: of the workload, as it is written. saturation: requests/s, all at once under the largest orca.
+
+    bound: the latency, in seconds per token, at which throughputs are compared.
+    """
+
+    lengths: str
+    requests: int
+    saturation: float
+    bound: float
+    points: list[Point]
+
+    def of(self, setup: str) -> list[Point]:
+        return [point for point in self.points if point.setup == setup]
+
+    @property
+    def setups(self) -> list[str]:
+        return list(dict.fromkeys(point.setup for point in self.points))
+
+
+class Capacity(msgspec.Struct, frozen=True):
+    """Throughput under the bound, in requests/s: None if even the lowest rate is above it.
+
+    is_least: the curve never came to the bound, so that it can do more.
+    """
+
+    rate: float | None
+    is_least: bool
+
+
+def mixed(lab: Lab) -> list[Curves]:
+    """Lengths that vary (Fig. 10)."""
+    factor = lab.factor(PROMPT[1] + OUTPUT[1])
+    (a, b), (c, d) = ((scaled(tokens, factor) for tokens in ends) for ends in (PROMPT, OUTPUT))
+    largest = max(lab.effort.orca_sizes)
+    setups = [static(1), static(8), static(largest), *map(orca, lab.effort.orca_sizes), default(largest)]
+    return [_curves(lab, f"in={a}-{b},out={c}-{d}", setups, lab.effort.shares, lab.effort.requests)]
+
+
+def equal(lab: Lab) -> list[Curves]:
+    """Lengths that are all the same (Fig. 11)."""
+    factor = lab.factor(sum(lab.effort.equal[-1]))
+    setups = [static(8), orca(8), default(8)]
+    requests = lab.effort.requests * lab.effort.equal_times
+    return [
+        _curves(lab, f"in={scaled(a, factor)},out={scaled(b, factor)}", setups, lab.effort.equal_shares, requests)
+        for a, b in lab.effort.equal
+    ]
+
+
+def _curves(lab: Lab, lengths: str, setups: Sequence[Setup], shares: Sequence[float], requests: int) -> Curves:
+    largest = max(setups, key=lambda setup: (not setup.policy.request_level, setup.max_batch_size))
+    full = saturation(lab, lengths, largest)
+    points: list[Point] = []
+    ended: set[str] = set()
+    idle = 0.0
+    for share in shares:
+        rate = f"{share * full:.6f}".rstrip("0")
+        work = lab.work(f"poisson:rate={rate},{lengths},n={requests}")
+        for setup in setups:
+            if setup.name in ended:
+                continue
+            records = lab.run(work, setup, f" at {number(float(rate))} requests/s").records
+            point = Point(
+                setup.name,
+                rate=float(rate),
+                throughput=measures.request_rate(records) or 0.0,
+                latency=measures.normalised_latency(records),
+                ttft=measures.ttft(records, 0.5),
+            )
+            points.append(point)
+        if share == shares[0]:
+            idle = min(point.latency for point in points)
+        ended |= {point.setup for point in points if point.latency > OFF * idle}
+    return Curves(lengths, requests, full, BOUND * idle, points)
+
+
+def capacity(points: Sequence[Point], bound: float) -> Capacity:
+    """The highest throughput whose latency is within the bound, on straight lines between the points."""
+    within = [point.throughput for point in points if point.latency <= bound]
+    for a, b in itertools.pairwise(points):
+        if (a.latency <= bound) != (b.latency <= bound):
+            share = (bound - a.latency) / (b.latency - a.latency)
+            within.append(a.throughput + share * (b.throughput - a.throughput))
+    return Capacity(max(within) if within else None, is_least=all(point.latency <= bound for point in points))
+
+
+def ratio(curves: Curves, best: str) -> tuple[str, float | None]:
+    """The best static setup under the bound, and how many times its throughput `best` has; None if there is none."""
+    rates = {name: capacity(curves.of(name), curves.bound).rate or 0.0 for name in curves.setups if "static" in name}
+    name = max(rates, key=lambda name: rates[name])
+    mine = capacity(curves.of(best), curves.bound).rate
+    return name, mine / rates[name] if mine and rates[name] else None
+
+
+def _found(curves: Curves) -> tuple[list[str], list[str]]:
+    """Sentences, and those that are not as expected."""
+    said, surprises = [], []
+    names = curves.setups
+    best = [name for name in names if name.startswith("orca")][-1], names[-1]
+    for name in best:
+        mine = capacity(curves.of(name), curves.bound)
+        rival, factor = ratio(curves, name)
+        least = "at least " if mine.is_least else ""
+        bound = f"{number(1000 * curves.bound)} ms per token"
+        if factor is not None:
+            said.append(
+                f"At {bound}, {name} answers {least}{number(mine.rate)} requests/s, {least}{times(factor)} what the "
+                f"best static setup, {rival}, does."
+            )
+            if curves.lengths.count("-") and factor < 1:
+                surprises.append(f"{rival} answers more requests at that latency than {name}.")
+        elif mine.rate:
+            said.append(
+                f"At {bound}, {name} answers {least}{number(mine.rate)} requests/s; no static setup is within it."
+            )
+        else:
+            surprises.append(f"{name} is above {bound} at every rate measured.")
+    peak = {name: max(point.throughput for point in curves.of(name)) for name in names}
+    rival = max((name for name in names if "static" in name), key=lambda name: peak[name])
+    said.append(
+        f"Whatever the latency, {best[0]} comes to {number(peak[best[0]])} requests/s and {rival} to "
+        f"{number(peak[rival])}: {times(peak[best[0]] / peak[rival])}."
+    )
+    return said, surprises
+
+
+def section(kind: str, found: list[Curves]) -> Section:
+    said: list[str] = []
+    surprises: list[str] = []
+    for curves in found:
+        some, wrong = _found(curves)
+        said += [f"({curves.lengths}) {some[0]}", *some[1:]] if len(found) > 1 else some
+        surprises += wrong
+    looks = {
+        "mixed": "Static curves turn upwards first, since a batch lasts as long as its longest member and whoever "
+        "arrives meanwhile waits; iteration-level curves stay low until the machine is full.",
+        "equal": "Where all lengths are equal nobody waits for a longer member, so the gain shrinks to what waiting "
+        "for the running batch costs.",
+    }
+    return Section(
+        title=TITLES[kind],
+        look=looks[kind],
+        found=said,
+        surprises=surprises,
+        head=["tokens", "setup", "arrivals/s", "answered/s", "s/token (median)", "TTFT p50, s", "under the bound/s"],
+        rows=[
+            [
+                curves.lengths,
+                point.setup,
+                number(point.rate),
+                number(point.throughput),
+                number(point.latency),
+                number(point.ttft),
+                _capacity(curves, name) if point is curves.of(name)[0] else "",
+            ]
+            for curves in found
+            for name in curves.setups
+            for point in curves.of(name)
+        ],
+        notes=[
+            f"{found[0].requests} requests a point, the same for every setup, Poisson arrivals, no end token; rates "
+            "are shares of what is answered when all come at once "
+            f"({', '.join(f'{number(curves.saturation)} requests/s' for curves in found)}). The bound is {BOUND:g} "
+            "times the least latency at the lowest rate, as the paper compares at 190 ms; between points it is read "
+            f"off straight lines. A curve ends at {OFF:g} times that latency. setup(n): at most n requests in a batch."
+        ],
+    )
+
+
+def _capacity(curves: Curves, name: str) -> str:
+    of = capacity(curves.of(name), curves.bound)
+    return "none" if of.rate is None else f"{'≥ ' * of.is_least}{number(of.rate)}"

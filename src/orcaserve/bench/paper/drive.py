@@ -1,0 +1,157 @@
+"""`drive`: a workload through the real scheduler, loop and model in real time, and when each request got each token.
+
+The same EngineLoop as in serving, without HTTP and processes around it. An open loop: requests come when they are due.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from orcaserve.bench.client import BenchError, Record
+from orcaserve.bench.paper.ends import END, EndsAt
+from orcaserve.bench.paper.engine import Engine, Setup
+from orcaserve.bench.workloads import Item, Work
+from orcaserve.core.batch import Batch
+from orcaserve.core.request import NewRequest, SamplingParams
+from orcaserve.core.scheduler import Scheduler
+from orcaserve.engine.executor import Executor, Pending
+from orcaserve.engine.loop import EngineLoop
+from orcaserve.engine.messages import Command, Step, Submit
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """One iteration: when it began and how long it took, in seconds.
+
+    stored: tokens whose K and V are in the KV memory, those of this iteration included; held: tokens that the blocks
+    that are taken could hold. waiting: requests that have no KV. rows: of the iteration.
+    """
+
+    at: float
+    seconds: float
+    stored: int
+    held: int
+    waiting: int
+    rows: int
+
+
+class Trial(msgspec.Struct, frozen=True):
+    """One workload under one setup. slots: tokens of KV memory. Times are in seconds after it began."""
+
+    setup: str
+    slots: int
+    records: list[Record]
+    samples: list[Sample]
+    preemptions: int
+    cached_tokens: int
+
+    @property
+    def busy(self) -> float:
+        """Seconds inside the executor."""
+        return sum(sample.seconds for sample in self.samples)
+
+
+def drive(engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None] = lambda: None) -> Trial:
+    """Runs a workload to its end; requests are greedy and get exactly the tokens they are to get.
+
+    Raises BenchError for a request that the model or the KV memory can never hold, or that failed.
+    """
+    engine.device.forget_all()
+    scheduler = Scheduler(setup.config(engine))
+    clients = _Clients(engine, work, setup, on_end)
+    sampled = _Sampled(engine.device, scheduler, clients.now)
+    executor: Executor = sampled
+    if setup.max_tokens is not None:
+        executor = EndsAt(sampled, {id: item.max_tokens for id, item in enumerate(work.items)})
+    loop = EngineLoop(scheduler, executor, clients, clients, clients.now)
+    while clients.num_open:
+        loop.step()
+    return Trial(
+        setup=setup.name,
+        slots=scheduler.kv.num_slots,
+        records=[
+            Record(
+                due=item.at,
+                sent=item.at,
+                token_times=tuple(times),
+                max_tokens=item.max_tokens,
+                prompt_tokens=len(item.prompt_ids),
+                counted="ids",
+            )
+            for item, times in zip(work.items, clients.token_times, strict=True)
+        ],
+        samples=sampled.samples,
+        preemptions=scheduler.num_preemptions,
+        cached_tokens=scheduler.kv.num_hits,
+    )
+
+
+class _Sampled:
+    """An executor that runs an iteration while it is submitted. Owner of what was seen of each."""
+
+    def __init__(self, executor: Executor, scheduler: Scheduler, clock: Callable[[], float]) -> None:
+        self._executor = executor
+        self._scheduler = scheduler
+        self._clock = clock
+        self.samples: list[Sample] = []
+
+    def submit(self, batch: Batch) -> Pending:
+        kv, waiting = self._scheduler.kv, len(self._scheduler.waiting)
+        stored = sum(request.num_computed for request in self._scheduler.running)
+        held = kv.pool.num_held * kv.block_size
+        began = self._clock()
+        pending = self._executor.submit(batch)
+        self.samples.append(Sample(began, self._clock() - began, stored, held, waiting, len(batch.rows)))
+        return pending
+
+
+class _Clients:
+    """Inbox and outbox: those who send requests when they are due and note what comes. Owner of what has come."""
+
+    def __init__(self, engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None]) -> None:
+        self._coming = deque(
+            (item.at, Submit(_request(id, item, setup, engine.max_model_len))) for id, item in enumerate(work.items)
+        )
+        self._on_end = on_end
+        self.token_times: list[list[float]] = [[] for _ in work.items]
+        self.num_open = len(work.items)
+        self._start = time.perf_counter()
+
+    def now(self) -> float:
+        return time.perf_counter() - self._start
+
+    def take(self, block: bool) -> list[Command]:
+        if block and self._coming:
+            time.sleep(max(0.0, self._coming[0][0] - self.now()))
+        commands: list[Command] = []
+        now = self.now()
+        while self._coming and self._coming[0][0] <= now:
+            commands.append(self._coming.popleft()[1])
+        return commands
+
+    def put(self, step: Step) -> None:
+        now = self.now()
+        for output in step.outputs:
+            if output.error is not None:
+                raise BenchError(f"request {output.id} of the workload: {output.error}")
+            self.token_times[output.id] += [now] * len(output.token_ids)
+            if output.finish_reason is not None:
+                self.num_open -= 1
+                self._on_end()
+
+
+def _request(id: int, item: Item, setup: Setup, max_model_len: int) -> NewRequest:
+    declared = max(item.max_tokens, setup.max_tokens or 0)
+    if (longest := len(item.prompt_ids) + declared) > max_model_len:
+        raise BenchError(f"the workload has requests of {longest} tokens, but the model takes {max_model_len}")
+    return NewRequest(
+        id=id,
+        token_ids=item.prompt_ids,
+        num_prompt=len(item.prompt_ids),
+        max_tokens=declared,
+        params=SamplingParams(temperature=0),
+        end_token_ids=() if setup.max_tokens is None else (END,),
+    )

@@ -1,0 +1,237 @@
+"""`orcaserve bench paper`: every part on a tiny checkpoint through the command line, and what its sentences rest on."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orcaserve.bench.client import BenchError, Record
+from orcaserve.bench.paper import PARTS, alone, curves, ladder, memory, variance
+from orcaserve.bench.paper.curves import Curves, capacity
+from orcaserve.bench.paper.drive import Sample, Trial, drive
+from orcaserve.bench.paper.ends import ANOTHER, END
+from orcaserve.bench.paper.engine import Engine, Setup, default, orca, static
+from orcaserve.bench.workloads.spec import make
+from orcaserve.cli import main
+from orcaserve.core.policy import POLICIES
+from orcaserve.engine.ledger import LedgerExecutor
+from orcaserve.model.random_checkpoint import Shape, write_random
+
+SHAPE = Shape(layers=1, hidden=32, mlp=32, heads=2, kv_heads=1, vocab=300, max_positions=160)
+
+
+def bench_paper(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["bench", "paper", "--threads", "1", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    folder.mkdir()
+    write_random(folder, SHAPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("matplotlib")
+    out = tmp_path_factory.mktemp("report")
+    done = bench_paper(tiny, "--quick", "--requests", "3", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "The report is" in done.output
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(written: Path) -> dict[str, Any]:
+    return json.loads((written / "report.json").read_bytes())
+
+
+def test_every_part_has_a_section_a_figure_and_a_time(written: Path, report: dict[str, Any]) -> None:
+    page = (written / "report.md").read_text()
+    assert tuple(report["sections"]) == tuple(report["figures"]) == tuple(report["seconds"]) == PARTS
+    for part in PARTS:
+        section = report["sections"][part]
+        assert section["found"] and section["rows"]
+        assert all(len(row) == len(section["head"]) for row in section["rows"])
+        assert f"## {section['title']}" in page and f"({report['figures'][part]})" in page
+        assert all(line in page for line in section["surprises"]), "what came out otherwise is said"
+        png = (written / report["figures"][part]).read_bytes()
+        assert png.startswith(b"\x89PNG\r\n\x1a\n") and png.endswith(b"IEND\xaeB`\x82")
+        width, height = struct.unpack(">II", png[16:24])
+        assert min(width, height) > 300
+    assert "What to see" in page and "What was found" in page
+
+
+def test_the_report_says_what_ran(report: dict[str, Any], tiny: Path) -> None:
+    assert report["model"]["name"] == tiny.name
+    assert (report["model"]["vocab_size"], report["model"]["max_model_len"]) == (300, 160)
+    # a head of 16 for keys and one for values, two bytes each
+    assert report["model"]["kv_bytes_per_token"] == 2 * 16 * 2
+    assert (report["effort"], report["requests"], report["seed"], report["threads"]) == ("quick", 3, 0, 1)
+    assert {"Python", "torch"} <= set(report["versions"]) and report["machine"]["cpu"]
+
+
+def test_json_has_the_numbers_behind_the_tables(report: dict[str, Any]) -> None:
+    found = report["found"]
+    assert {point["batch"] for point in found["alone"]["points"]} == set(alone.BATCHES)
+    names = {point["setup"] for point in found["mixed"][0]["points"]}
+    assert {"static(1)", "static(8)", "orca(1)", "orca(8)", "orca(32)", "default(32)"} <= names
+    assert [curves["lengths"] for curves in found["equal"]] == ["in=20,out=20", "in=80,out=80"], "160 tokens, not 256"
+    assert [row["note_limit"] for row in found["variance"]["rows"]] == list(variance.LIMITS)
+    assert all(len(row["rates"]) == 3 and min(row["rates"]) > 0 for row in found["variance"]["rows"])
+    assert [rung["name"] for rung in found["ladder"]["rungs"]] == list(ladder.RUNGS)
+    assert found["ladder"]["rungs"][-1]["cached"] > 0 == found["ladder"]["rungs"][-2]["cached"]
+    assert [line["name"] for line in found["memory"]["lines"]] == list(memory.KINDS)
+    for line in found["memory"]["lines"]:
+        assert 0 < line["stored"] <= line["held"] <= 1
+
+
+def test_one_part_alone(tiny: Path, tmp_path: Path) -> None:
+    done = bench_paper(tiny, "--quick", "--requests", "2", "--part", "memory", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["memory.png", "report.json", "report.md"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["no/such/folder", "--out", "{out}"], "no/such/folder"),
+        (["{tiny}", "--out", "{file}/below"], "file"),
+        (["{tiny}", "--out", "{out}", "--requests", "0"], "0 is not in the range x>=1"),
+        (["{tiny}", "--out", "{out}", "--part", "fig12"], "fig12"),
+        (["{wordless}", "--out", "{out}", "--quick"], "the model knows 90 tokens; prompts are of ids from 100 on"),
+        (["{empty}", "--out", "{out}"], "empty"),
+        (["{garbled}", "--out", "{out}"], "garbled"),
+        (["{short}", "--out", "{out}", "--quick"], "too short for the paper's requests: take one of at least 64"),
+        (["{tiny}"], "--out"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(arguments: list[str], said: str, tiny: Path, tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("short", "wordless", "empty", "garbled", "out", "file")} | {
+        "tiny": tiny
+    }
+    for name in ("short", "wordless", "empty", "garbled"):
+        places[name].mkdir()
+    write_random(places["short"], msgspec.structs.replace(SHAPE, max_positions=40))
+    write_random(places["wordless"], msgspec.structs.replace(SHAPE, vocab=90))
+    (places["garbled"] / "config.json").write_text("{")
+    places["file"].touch()
+    done = bench_paper(*(argument.format(**places) for argument in arguments))
+    assert done.exit_code in (1, 2)
+    *_, last = done.output.strip().splitlines()
+    assert last.startswith("Error: ") and said in last
+
+
+class Device(LedgerExecutor):
+    """A ledger that can begin anew."""
+
+    def forget_all(self) -> None:
+        self.known.clear()
+
+
+def ledger(num_blocks: int = 40) -> Engine:
+    return Engine(
+        device=Device(num_blocks, 4, 300),
+        model="ledger",
+        architecture="ledger",
+        dtype="int64",
+        profile="",
+        weight_bytes=0,
+        bytes_per_token=8,
+        vocab_size=300,
+        max_model_len=100,
+        num_blocks=num_blocks,
+        block_size=4,
+        threads=1,
+    )
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("max_tokens", [None, 30])
+def test_everybody_gets_the_tokens_that_are_due_whatever_is_declared(policy: str, max_tokens: int | None) -> None:
+    work = make("burst:in=5-20,out=exp6max30,n=12", vocab=300, seed=1)
+    setup = Setup(name=policy, policy=POLICIES[policy], max_batch_size=4, max_tokens=max_tokens)
+    engine, ended = ledger(), []
+    for _ in range(2):  # the second run finds an engine that knows nothing of the first
+        trial = drive(engine, work, setup, lambda: ended.append(1))
+        assert [record.output_tokens for record in trial.records] == [item.max_tokens for item in work.items]
+    assert len(ended) == 24
+    assert all(sample.stored <= sample.held <= trial.slots for sample in trial.samples if policy != "default")
+
+
+def test_arrivals_are_waited_for() -> None:
+    work = make("poisson:rate=100,in=5,out=2,n=5", vocab=300, seed=3)
+    for record, item in zip(drive(ledger(), work, orca(4)).records, work.items, strict=True):
+        assert record.due == item.at <= record.first
+
+
+def test_end_tokens_come_at_the_end_and_nowhere_else() -> None:
+    from orcaserve.bench.paper.ends import EndsAt
+    from orcaserve.core.batch import RowResult
+
+    ends = EndsAt(Device(1, 1, 2), {7: 3})
+    tokens = [ends.end(RowResult(id=7, token_id=token)).token_id for token in (END, 5, 5)]
+    assert tokens == [ANOTHER, 5, END]
+    assert ends.end(RowResult(id=7)).token_id is None
+
+
+def test_who_cannot_fit_is_named() -> None:
+    with pytest.raises(BenchError, match="requests of 120 tokens, but the model takes 100"):
+        drive(ledger(), make("burst:in=100,out=20,n=1", vocab=300, seed=0), orca(1))
+    setup = msgspec.structs.replace(orca(1), slots=200)
+    with pytest.raises(BenchError, match="for 200 tokens, but the machine has room for 160"):
+        drive(ledger(), make("burst:in=50,out=20,n=1", vocab=300, seed=0), setup)
+    with pytest.raises(BenchError, match="the KV cache holds 40"):
+        drive(ledger(10), make("burst:in=50,out=20,n=1", vocab=300, seed=0), orca(1))
+
+
+def point(throughput: float, latency: float, setup: str = "orca(8)") -> curves.Point:
+    return curves.Point(setup, rate=throughput, throughput=throughput, latency=latency, ttft=None)
+
+
+def test_capacity_is_read_off_straight_lines() -> None:
+    crossing = capacity([point(1, 0.1), point(2, 0.2), point(4, 0.6)], 0.3)
+    assert (crossing.rate, crossing.is_least) == (pytest.approx(2.5), False)
+    assert capacity([point(1, 0.1), point(2, 0.2)], 0.3) == curves.Capacity(2, is_least=True)
+    assert capacity([point(1, 0.4)], 0.3) == curves.Capacity(None, is_least=False)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.001, 10)), min_size=1, max_size=8),
+    st.floats(0.001, 10),
+    st.floats(0.001, 10),
+)
+def test_a_looser_bound_never_lowers_capacity(pairs: list[tuple[float, float]], a: float, b: float) -> None:
+    points = [point(*pair) for pair in pairs]
+    tight, loose = (capacity(points, bound).rate or 0.0 for bound in sorted((a, b)))
+    assert tight <= loose * (1 + 1e-9)
+    assert loose <= max(pair[0] for pair in pairs) * (1 + 1e-9)
+
+
+def test_a_static_curve_that_wins_is_said_plainly() -> None:
+    points = [point(4, 0.1, "static(8)"), point(1, 0.1, "orca(8)"), point(5, 0.1, "default(8)")]
+    section = curves.section("mixed", [Curves("in=1-2,out=1-2", 3, 5.0, 0.2, points)])
+    assert section.surprises == ["static(8) answers more requests at that latency than orca(8)."]
+    assert "1.25×" in section.found[1]
+
+
+def test_shares_of_memory_are_weighted_by_time() -> None:
+    record = Record(due=0, sent=0, token_times=(1.0,), max_tokens=1, prompt_tokens=1)
+    samples = [Sample(0.0, 9.0, 0, 0, 1, 1), *(Sample(1.0, seconds, stored, 80, 1, 1) for seconds, stored in
+               ((1.0, 20), (3.0, 60), (1.0, 20))), Sample(2.0, 9.0, 0, 0, 0, 1)]  # fmt: skip
+    trial = Trial("any", 100, [record], samples, 0, 0)
+    # the first of four fills the memory; in the last nobody waits
+    assert memory.means(trial) == (pytest.approx(0.44), pytest.approx(0.8))
+
+
+def test_setups_are_called_as_in_the_paper() -> None:
+    assert [setup(8).name for setup in (static, orca, default)] == ["static(8)", "orca(8)", "default(8)"]
