@@ -15,6 +15,7 @@ constexpr int kMostSegments = 64;
 constexpr int kMostGroup = 256;          // values that share a scale, of 4 bits
 constexpr int kRows = 6;                  // rows of a register tile
 constexpr std::int64_t kChunk = 16;       // panels that one piece of work takes
+constexpr std::int64_t kShort = 16 << 10;  // bytes of a row that needs no packing
 constexpr std::int64_t kAhead = 8 * kRows;  // up to so many rows, memory is the limit and the next block is fetched early
 
 inline Vec activate(Activation how, Vec x) {
@@ -65,23 +66,30 @@ struct Ahead {
 template <class W>
 constexpr std::int64_t pair_of = 4 / sizeof(W);
 
-// out [R][64] = a [steps][R][PAIR] times b [steps][64][PAIR].
+// R rows of activations, `row` values apart; one step further is `step` values on.
+template <class W>
+struct Rows {
+    const W* data;
+    std::int64_t row, step;
+};
+
+// out [R][64] = a [R][steps][PAIR] times b [steps][64][PAIR].
 template <class T, int R>
-void tile(const T* a, const T* b, std::int64_t steps, float* out, Ahead ahead) {
+void tile(Rows<T> a, const T* b, std::int64_t steps, float* out, Ahead ahead) {
     constexpr int P = Type<T>::PAIR;
     for (int column = 0; column < 4; column += WIDE) {
         Vec sums[R][WIDE];
         ORCA_UNROLL for (int r = 0; r < R; ++r)
             ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = zero();
-        const T* left = a;
+        const T* left = a.data;
         const T* right = b + column * 16 * P;
         int due = 0;
-        for (std::int64_t s = 0; s < steps; ++s, left += R * P, right += kBlock * P) {
+        for (std::int64_t s = 0; s < steps; ++s, left += a.step, right += kBlock * P) {
             if (column == 0) {
                 for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
             }
             ORCA_UNROLL for (int r = 0; r < R; ++r) {
-                const auto one = Type<T>::broadcast(left + r * P);
+                const auto one = Type<T>::broadcast(left + r * a.row);
                 ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = Type<T>::multiply(one, right + j * 16 * P, sums[r][j]);
             }
         }
@@ -93,12 +101,12 @@ void tile(const T* a, const T* b, std::int64_t steps, float* out, Ahead ahead) {
 // The same of steps [first, first + steps) of coded weights, decoded on the way: the shuffles run beside the products and
 // cost nothing, not even by panels of six rows. patch: the block's next; moves along.
 template <int R>
-void tile_of_codes(const bf16* a, const std::uint8_t* codes, std::int64_t first, std::int64_t steps, const Code& code,
+void tile_of_codes(Rows<bf16> a, const std::uint8_t* codes, std::int64_t first, std::int64_t steps, const Code& code,
                    const Patch*& patch, float* out, Ahead ahead);
 
 #if defined(__AVX512BF16__)
 template <int R>
-void tile_of_codes(const bf16* a, const std::uint8_t* codes, std::int64_t first, std::int64_t steps, const Code& code,
+void tile_of_codes(Rows<bf16> a, const std::uint8_t* codes, std::int64_t first, std::int64_t steps, const Code& code,
                    const Patch*& patch, float* out, Ahead ahead) {
     const Upper upper = load_upper(code.upper);
     Vec sums[R][4];
@@ -106,7 +114,8 @@ void tile_of_codes(const bf16* a, const std::uint8_t* codes, std::int64_t first,
         ORCA_UNROLL for (int j = 0; j < 4; ++j) sums[r][j] = zero();
     int due = 0;
     std::int64_t patched = patch->step;
-    for (std::int64_t s = first; s < first + steps; ++s, a += R * 2, codes += kCodedStep) {
+    const bf16* left = a.data;
+    for (std::int64_t s = first; s < first + steps; ++s, left += a.step, codes += kCodedStep) {
         for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
         Words words = decode(codes, upper);
         if (__builtin_expect(s == patched, 0)) {
@@ -117,7 +126,7 @@ void tile_of_codes(const bf16* a, const std::uint8_t* codes, std::int64_t first,
             words = load_words(some);
         }
         ORCA_UNROLL for (int r = 0; r < R; ++r) {
-            const auto one = Type<bf16>::broadcast(a + r * 2);
+            const auto one = Type<bf16>::broadcast(left + r * a.row);
             ORCA_UNROLL for (int j = 0; j < 4; ++j) sums[r][j] = Type<bf16>::multiply(one, words.v[j], sums[r][j]);
         }
     }
@@ -211,10 +220,12 @@ void tile_of_halves(const std::int8_t* a, const std::uint8_t* b, std::int64_t gr
 using Byte = std::uint8_t;   // 128 above what it means
 using Signed = std::int8_t;
 
-// Packed activations: panels of up to six rows, [steps][rows][PAIR] each; of bytes with a scale per row and segment.
+// Activations: as they came, or packed in panels of up to six rows, [steps][rows][PAIR] each; of bytes with a scale per
+// row and segment.
 template <class W>
 struct Left {
-    W* data;
+    const W* data;
+    W* panels;            // the same place, or null
     float* scales;        // [m][segments], of bytes
     std::int32_t* below;  // [m][groups]: -8 times the sum of a row's group, of signed bytes
 };
@@ -226,12 +237,14 @@ void product(const Left<W>& a, std::int64_t row, const Packed& packed, std::int6
     constexpr std::int64_t P = pair_of<W>;
     const std::int64_t part = steps / packed.segments;
     const W* left = a.data + row * steps * P;
+    const std::int64_t next_row = a.panels == nullptr ? steps * P : P, next_step = a.panels == nullptr ? P : R * P;
     const char* right = static_cast<const char*>(packed.data) + block * block_bytes(packed, steps * P, P);
     const Code* code = reinterpret_cast<const Code*>(right);
     const Patch* patch = packed.format == Format::coded ? packed.patches + code->first : nullptr;
     int depth = 0;
     for (int segment = 0; segment < packed.segments; ++segment) {
         const std::int64_t at = segment * part;
+        const Rows<W> rows{left + at * next_step, next_row, next_step};
         float* out = sums + depth * R * kBlock;
         if constexpr (std::is_same_v<W, Byte>) {
             tile_of_bytes<R>(left + at * R * P, reinterpret_cast<const std::int8_t*>(right) + at * kBlock * P, part,
@@ -244,10 +257,10 @@ void product(const Left<W>& a, std::int64_t row, const Packed& packed, std::int6
                               part * P / packed.group, packed.group, a.scales + row * packed.segments + segment,
                               packed.segments, a.below + row * groups + first, groups, out, ahead.after(at));
         } else if (packed.format == Format::plain) {
-            tile<W, R>(left + at * R * P, reinterpret_cast<const W*>(right) + at * kBlock * P, part, out, ahead.after(at));
+            tile<W, R>(rows, reinterpret_cast<const W*>(right) + at * kBlock * P, part, out, ahead.after(at));
         } else if constexpr (kCodes && std::is_same_v<W, bf16>) {
-            tile_of_codes<R>(left + at * R * P, reinterpret_cast<const std::uint8_t*>(code + 1) + at * kCodedStep, at, part, *code,
-                             patch, out, ahead.after(at));
+            tile_of_codes<R>(rows, reinterpret_cast<const std::uint8_t*>(code + 1) + at * kCodedStep, at, part, *code, patch,
+                             out, ahead.after(at));
         }
         ++depth;
         for (int done = segment; done & 1; done >>= 1) {
@@ -315,7 +328,7 @@ struct Panels {
 template <class T>
 void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps, const Left<T>& left) {
     constexpr std::int64_t P = pair_of<T>;
-    T* panel = left.data + first * steps * P;
+    T* panel = left.panels + first * steps * P;
     const std::int64_t whole = g.k / P;
     for (int r = 0; r < rows; ++r) {
         const T* from = static_cast<const T*>(g.a) + (first + r) * g.k;
@@ -328,51 +341,64 @@ void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps,
     }
 }
 
-// The scale of a row's segment: NaN if one of its values is NaN or infinite, for bytes cannot say so.
-template <class T>
-float row_scale(const T* x, std::int64_t n, float most) {
-    Vec strange = zero();
-    for (std::int64_t i = 0; i < n; i += 16) strange = strange + load_some(x + i, n - i) * zero();
-    return most / 127.0f + sum(strange);
-}
-
-// The same in bytes: a row's values in a segment by 127th parts of the greatest of them.
+// The same in bytes, of one segment: a row's values by 127th parts of the greatest of them. The scale is NaN if a value is
+// NaN or infinite, for bytes cannot say so.
 template <class T, class W>
-void make_panel_of_bytes(const Gemm& g, std::int64_t first, int rows, std::int64_t steps, const Left<W>& left) {
+void make_panel_of_bytes(const Gemm& g, std::int64_t first, int rows, int segment, std::int64_t steps, const Left<W>& left) {
     constexpr bool is_signed = std::is_same_v<W, Signed>;
-    W* panel = left.data + first * steps * 4;
-    const std::int64_t part = steps / g.packed.segments * 4;
-    const std::int64_t groups = is_signed ? steps * 4 / g.packed.group : 0;
-    if (is_signed) std::fill(left.below + first * groups, left.below + (first + rows) * groups, 0);
+    const std::int64_t part = steps / g.packed.segments * 4, begin = segment * part, n = std::min(part, g.k - begin);
     for (int r = 0; r < rows; ++r) {
-        const T* row = static_cast<const T*>(g.a) + (first + r) * g.k;
-        for (int segment = 0; segment < g.packed.segments; ++segment) {
-            const std::int64_t begin = segment * part, n = std::min(part, g.k - begin);
-            Vec greatest = zero();
-            for (std::int64_t i = 0; i < n; i += 16) {
-                const Vec x = load_some(row + begin + i, n - i);
-                greatest = max(greatest, max(x, zero() - x));
-            }
-            const float most = largest(greatest);
-            left.scales[(first + r) * g.packed.segments + segment] = row_scale(row + begin, n, most);
-            const Vec per_part = set1(most > 0.0f ? 127.0f / most : 0.0f);
-            W* to = panel + (begin / 4 * rows + r) * 4;
-            for (std::int64_t i = 0; i < part; i += 16) {
-                std::uint8_t bytes[16];
-                store_bytes(bytes, (i < n ? load_some(row + begin + i, n - i) : zero()) * per_part);
-                const std::int64_t fours = std::min<std::int64_t>(4, (part - i) / 4);
-                if constexpr (is_signed) {
-                    for (std::uint8_t& byte : bytes) byte ^= 0x80;
-                    for (std::int64_t j = 0; j < fours; ++j) {
-                        const auto* four = reinterpret_cast<const std::int8_t*>(bytes) + j * 4;
-                        left.below[(first + r) * groups + (begin + i + j * 4) / g.packed.group] -=
-                            8 * (four[0] + four[1] + four[2] + four[3]);
-                    }
+        const T* row = static_cast<const T*>(g.a) + (first + r) * g.k + begin;
+        Vec greatest = zero(), strange = zero();
+        for (std::int64_t i = 0; i < n; i += 16) {
+            const Vec x = load_some(row + i, n - i);
+            greatest = max(greatest, max(x, zero() - x));
+            strange = strange + x * zero();
+        }
+        const float most = largest(greatest);
+        left.scales[(first + r) * g.packed.segments + segment] = most / 127.0f + sum(strange);
+        const Vec per_part = set1(most > 0.0f ? 127.0f / most : 0.0f);
+        W* to = left.panels + (first * steps + begin / 4 * rows + r) * 4;
+        std::int32_t* below = is_signed ? left.below + ((first + r) * steps * 4 + begin) / g.packed.group : nullptr;
+        int total = 0, in_group = 0;
+        for (std::int64_t i = 0; i < part; i += 16) {
+            std::uint8_t bytes[16];
+            store_bytes(bytes, (i < n ? load_some(row + i, n - i) : zero()) * per_part);
+            if constexpr (is_signed) {
+                std::int32_t of_eight[2];
+                lower(bytes, of_eight);
+                for (std::int64_t j = 0; j < std::min<std::int64_t>(2, (part - i) / 8); ++j) {
+                    total += of_eight[j];
+                    in_group += 8;
+                    if (in_group < g.packed.group) continue;
+                    *below++ = -8 * total;
+                    total = in_group = 0;
                 }
-                for (std::int64_t j = 0; j < fours; ++j, to += rows * 4) std::memcpy(to, bytes + j * 4, 4);
             }
+            const std::int64_t fours = std::min<std::int64_t>(4, (part - i) / 4);
+            for (std::int64_t j = 0; j < fours; ++j, to += rows * 4) std::memcpy(to, bytes + j * 4, 4);
         }
     }
+}
+
+template <class T, class W>
+void pack_left(Pool& pool, const Gemm& g, const Panels& panels, std::int64_t steps, const Left<W>& left) {
+    constexpr bool of_bytes = sizeof(W) == 1;
+    // Bytes have scales by segments, each of which can be packed alone; a piece is worth a thread's while.
+    const std::int64_t segments = of_bytes ? g.packed.segments : 1, pieces = panels.count * segments;
+    const std::int64_t at_once = std::max<std::int64_t>(1, 4096 * segments / (steps * pair_of<W> * panels.rows(0)));
+    pool.run(static_cast<std::uint32_t>(ceil_div(pieces, at_once)), [&](std::uint32_t item, int) {
+        const std::int64_t end = std::min<std::int64_t>(pieces, (item + 1) * at_once);
+        for (std::int64_t piece = item * at_once; piece < end; ++piece) {
+            const std::int64_t p = piece / segments;
+            if constexpr (of_bytes) {
+                const int segment = static_cast<int>(piece % segments);
+                make_panel_of_bytes<T>(g, panels.first(p), panels.rows(p), segment, steps, left);
+            } else {
+                make_panel<T>(g, panels.first(p), panels.rows(p), steps, left);
+            }
+        }
+    });
 }
 
 template <class T, class W>
@@ -383,23 +409,16 @@ void gemm_of(Pool& pool, const Gemm& g) {
     const std::int64_t steps = padded_depth(g.packed, g.k, P) / P;
     const std::int64_t blocks = ceil_div(g.n, g.gated ? kBlock / 2 : kBlock);
     const Panels panels(g.m);
-    const std::size_t panel_bytes = ceil_div(g.m * steps * P * sizeof(W), 64) * 64;
+    // Short rows are read as they are; of long ones, side by side, too many would fall into one set of the cache.
+    const bool packs = of_bytes || g.k % P != 0 || g.k * static_cast<std::int64_t>(sizeof(W)) > kShort;
+    const std::size_t panel_bytes = packs ? ceil_div(g.m * steps * P * sizeof(W), 64) * 64 : 0;
     const std::size_t scale_bytes = of_bytes ? ceil_div(g.m * g.packed.segments * sizeof(float), 64) * 64 : 0;
     const std::size_t below_bytes = std::is_same_v<W, Signed> ? g.m * (steps * P / g.packed.group) * sizeof(std::int32_t) : 0;
     char* scratch = static_cast<char*>(pool.shared(panel_bytes + scale_bytes + below_bytes));
-    const Left<W> left{reinterpret_cast<W*>(scratch), reinterpret_cast<float*>(scratch + panel_bytes),
+    W* const room = packs ? reinterpret_cast<W*>(scratch) : nullptr;
+    const Left<W> left{packs ? room : static_cast<const W*>(g.a), room, reinterpret_cast<float*>(scratch + panel_bytes),
                        reinterpret_cast<std::int32_t*>(scratch + panel_bytes + scale_bytes)};
-    const std::int64_t at_once = std::max<std::int64_t>(1, 8192 / (steps * P));
-    pool.run(static_cast<std::uint32_t>(ceil_div(panels.count, at_once)), [&](std::uint32_t item, int) {
-        const std::int64_t end = std::min<std::int64_t>(panels.count, (item + 1) * at_once);
-        for (std::int64_t p = item * at_once; p < end; ++p) {
-            if constexpr (of_bytes) {
-                make_panel_of_bytes<T>(g, panels.first(p), panels.rows(p), steps, left);
-            } else {
-                make_panel<T>(g, panels.first(p), panels.rows(p), steps, left);
-            }
-        }
-    });
+    if (packs) pack_left<T>(pool, g, panels, steps, left);
     const std::int64_t chunks = ceil_div(panels.count, kChunk);
     const std::int64_t size = block_bytes(g.packed, g.k, P);
     const int threads = pool.threads();

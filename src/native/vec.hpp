@@ -482,6 +482,23 @@ inline Ints multiply_halves(const Halves& w, Four a, Ints c) {
 inline Ints set_ints(std::int32_t x) { return {ints16{} + x}; }
 #endif
 
+// Sixteen bytes that stand 128 too high become what they mean; sums: of the first eight and of the others.
+inline void lower(std::uint8_t* p, std::int32_t* sums) {
+#if defined(__AVX2__)
+    const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    const __m128i both = _mm_sad_epu8(high, _mm_setzero_si128());
+    sums[0] = _mm_cvtsi128_si32(both) - 8 * 128;
+    sums[1] = _mm_extract_epi16(both, 4) - 8 * 128;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_xor_si128(high, _mm_set1_epi8(-128)));
+#else
+    sums[0] = sums[1] = 0;
+    for (int i = 0; i < 16; ++i) {
+        sums[i / 8] += p[i] - 128;
+        p[i] ^= 128;
+    }
+#endif
+}
+
 // --- products of 16 bits with 8: sixteen sums of two products each; exact in whatever order ---
 //
 // The left values are whole numbers in [-32767, 32767], the right ones bytes, [16][2] of them in a step.
