@@ -9,6 +9,7 @@ import click
 import msgspec
 
 from orcaserve.bench.simulation import Fitted
+from orcaserve.cli_size import Size
 from orcaserve.core.config import ModelError
 from orcaserve.core.policy import POLICIES
 from orcaserve.core.scheduler import SchedulerConfig
@@ -140,8 +141,6 @@ def _engine(
     if options["blocks"] is not None:
         blocks = options["blocks"]
     elif options["kv_memory"] is not None:
-        from orcaserve.cli import Size
-
         num_bytes = Size().convert(options["kv_memory"], None, None)
         if sizes is None or num_bytes is None:
             raise ValueError("--kv-memory needs a size, and a model whose shape is known; give --blocks")

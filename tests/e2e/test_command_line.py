@@ -13,7 +13,7 @@ import click
 import pytest
 from serving import Serving
 
-from orcaserve.cli import Size
+from orcaserve.cli_size import Size
 
 
 def orcaserve(*arguments: str, **more: object) -> subprocess.CompletedProcess[str]:
