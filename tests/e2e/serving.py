@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -41,11 +42,12 @@ class Serving:
 
     @property
     def engine(self) -> psutil.Process:
-        """The engine process that runs now."""
+        """The engine process that runs now. One that was killed and waits to be reaped is passed over."""
         while True:
             for child in psutil.Process(self.process.pid).children():
-                if any("engine_process" in word for word in child.cmdline()):
-                    return child
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if any("engine_process" in word for word in child.cmdline()):
+                        return child
             time.sleep(0.01)
 
     def gauge(self, name: str) -> float:
