@@ -186,6 +186,12 @@ def figures(records: Sequence[Record]) -> dict[str, float]:
     return found | {"output tokens/s": measures.output_rate(records) or 0.0}
 
 
+def row(rate: str, run: int, record: Record) -> list[object]:
+    """[rate, run, due, first token, last token, prompt tokens, output tokens] of one request, times in seconds."""
+    times = (round(time, 6) for time in (record.due, record.first, record.last))
+    return [rate, run, *times, record.prompt_tokens, record.output_tokens]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--learn", default=LEARN)
@@ -194,7 +200,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=3072)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder for the cost model and the figures")
+    parser.add_argument("--out", type=Path, help="folder for the cost model, the figures and all records")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=["--threads", "1"], help="of `orcaserve serve`")
     arguments = parser.parse_args()
     work = spec.make(arguments.learn, vocab=arguments.vocab, seed=arguments.seed)
@@ -208,14 +214,16 @@ def main() -> None:
     if arguments.out:
         (arguments.out / "cost.json").write_bytes(msgspec.json.format(msgspec.json.encode(fitted)))
     table = []
+    raw = [row("learned", 0, record) for record in records]
     own = figures(simulation.run(simulation.arrivals_of(work), log.header.config, cost))
     lines = [("learned", own, [figures(records)])]
     for rate in arguments.rates.split(","):
         text = arguments.predict.replace("RATE", rate)
         work = spec.make(text, vocab=arguments.vocab, seed=arguments.seed + 1)
         predicted = figures(simulation.run(simulation.arrivals_of(work), log.header.config, cost))
-        real = [figures(measure(work, arguments.serve, arguments.vocab)[0]) for _ in range(arguments.runs)]
-        lines.append((rate, predicted, real))
+        runs = [measure(work, arguments.serve, arguments.vocab)[0] for _ in range(arguments.runs)]
+        lines.append((rate, predicted, [figures(run) for run in runs]))
+        raw += [row(rate, number, record) for number, run in enumerate(runs) for record in run]
     print("| rate | figure | predicted | real runs | error | spread of the runs |")
     print("|---|---|---|---|---|---|")
     for rate, predicted, real in lines:
@@ -228,6 +236,7 @@ def main() -> None:
             table.append({"rate": rate, "figure": name, "predicted": value, "real": seen})
     if arguments.out:
         (arguments.out / "predictions.json").write_text(json.dumps(table, indent=2))
+        (arguments.out / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in raw))
 
 
 if __name__ == "__main__":
