@@ -79,13 +79,18 @@ class PublishesHalfABlock(CheckedScheduler):
         super().__init__(config)
         publish = self.kv.publish
 
-        def early(request: Request) -> None:
-            real = request.num_computed
-            request.num_computed = min(len(request.block_table) * self.kv.block_size, real + self.kv.block_size - 1)
-            publish(request)
-            request.num_computed = real
+        def early(request: Request, num_tokens: int) -> None:
+            most = len(request.block_table) * self.kv.block_size
+            publish(request, min(most, num_tokens + self.kv.block_size - 1))
 
         self.kv.publish = early
+
+
+class PublishesWhatIsInFlight(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        publish = self.kv.publish
+        self.kv.publish = lambda request, num_tokens: publish(request, request.num_computed)
 
 
 class KeepsThePrefixOfAReusedBlock(CheckedScheduler):
@@ -126,14 +131,14 @@ class FreesInFlight(CheckedScheduler):
     def abort(self, id: int) -> None:
         request = self.requests.get(id)
         if request is not None:
-            request.in_flight = False
+            request.num_in_flight = 0
         super().abort(id)
 
 
 class PreemptsTheOldest(CheckedScheduler):
     def _make_room(self, row) -> bool:
         while not self.kv.grow(row.request, row.start + row.num_tokens):
-            victim = next(request for request in self.running if not request.in_flight)
+            victim = next(request for request in self.running if not request.num_in_flight)
             if victim is row.request:
                 return False
             self._preempt(victim)

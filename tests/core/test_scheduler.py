@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from ledger_world import World
 
-from orcaserve.core.batch import Batch
+from orcaserve.core.batch import Batch, RowResult, StepResult
 from orcaserve.core.policy import DEFAULT, ORCA, POLICIES, STATIC, Policy
 from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.core.scheduler import RequestTooLarge, Scheduler, SchedulerConfig
@@ -208,3 +208,39 @@ def test_a_row_that_fails_ends_alone() -> None:
 def test_a_configuration_that_cannot_work_is_refused(changes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         world(**changes)
+
+
+def test_chunks_of_one_prompt_travel_in_all_batches_in_flight() -> None:
+    """They need nothing of each other's results, so that no stage waits; what follows the last one needs its token."""
+    w = world(max_batch_tokens=64, num_blocks=128, depth=2)
+    scheduler = w.scheduler
+    scheduler.add(NewRequest(id=1, token_ids=(5,) * 100, num_prompt=100, max_tokens=3, params=SamplingParams()))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert shapes(w) == [[(1, 0, 50)], [(1, 50, 50)]], "dealt out evenly over the depth"
+    assert [row.samples for batch in (first, second) for row in batch.rows] == [False, True]
+    assert scheduler.schedule() is None, "the next token is not there yet"
+
+
+def test_an_error_in_a_chunk_ends_the_request_when_the_later_chunks_are_back() -> None:
+    w = world(max_batch_tokens=64, num_blocks=128, depth=2)
+    scheduler = w.scheduler
+    scheduler.add(NewRequest(id=1, token_ids=(5,) * 100, num_prompt=100, max_tokens=3, params=SamplingParams()))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    [output] = scheduler.update(first, StepResult((RowResult(id=1, error="NaN"),)))
+    assert (output.finish_reason, output.error) == ("error", "NaN")
+    assert scheduler.kv.pool.num_held > 0, "a batch in flight still writes there"
+    assert scheduler.update(second, StepResult((RowResult(id=1, token_id=7),))) == ()
+    assert not scheduler.requests and scheduler.kv.pool.num_held == 0
+
+
+def test_batches_in_flight_are_equally_long() -> None:
+    """Stages wait for each other where one batch reads a prompt and the other only decodes."""
+    w = world(max_batch_size=8, max_batch_tokens=512, num_blocks=1000, depth=2)
+    for id in range(6):
+        w.submit((id + 1,) * 3, 50)
+    w.step(4)
+    w.submit(tuple(range(1, 401)), 5)
+    w.step(2)
+    reading = [batch.num_tokens for batch in w.batches if batch.num_tokens > 40]
+    assert len(reading) >= 2 and max(reading) <= 1.1 * min(reading), reading
+    w.drain()

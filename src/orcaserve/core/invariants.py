@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.request import NewRequest, Output, Request
-from orcaserve.core.scheduler import Scheduler
+from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 
 
 class InvariantError(AssertionError):
@@ -46,7 +48,7 @@ def _check_requests(scheduler: Scheduler) -> None:
         require(keys == sorted(keys), "queues are in the policy's order")
     for request in scheduler.waiting:
         require(not request.block_table and request.num_computed == 0, "who waits holds no KV")
-        require(not request.in_flight, "who waits is in no batch")
+        require(not request.num_in_flight, "who waits is in no batch")
     for request in scheduler.running:
         computed, blocks = request.num_computed, len(request.block_table)
         require(0 <= computed <= request.num_tokens, "K and V exist only for tokens that exist")
@@ -66,7 +68,14 @@ def _check_requests(scheduler: Scheduler) -> None:
 
 
 class CheckedScheduler(Scheduler):
-    """A Scheduler that verifies the whole specification around every call (`--check`, and every test)."""
+    """A Scheduler that verifies the whole specification around every call (`--check`, and every test).
+
+    Owner of where the rows in flight start, by request and in order.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        self._starts: dict[int, deque[int]] = {}
 
     def schedule(self) -> Batch | None:
         num_running = len(self.running)
@@ -74,16 +83,28 @@ class CheckedScheduler(Scheduler):
         check(self)
         if batch is not None:
             self._check_batch(batch, num_running)
+            for row in batch.rows:
+                self._starts.setdefault(row.id, deque()).append(row.start)
         elif self.requests:
-            in_flight = any(request.in_flight for request in self.running)
+            in_flight = any(request.num_in_flight for request in self.running)
             require(in_flight, "progress: where work is left and no batch is in flight, one can be made")
         return batch
 
     def update(self, batch: Batch, result: StepResult) -> tuple[Output, ...]:
         outputs = super().update(batch, result)
         check(self)
+        for row in batch.rows:
+            starts = self._starts[row.id]
+            starts.popleft()
+            request = self.requests.get(row.id)
+            if not starts:
+                del self._starts[row.id]
+            elif request is not None and request.finish_reason is None:
+                published = request.num_published * self.kv.block_size
+                require(published <= starts[0], "nobody publishes what a batch in flight writes")
         for output in outputs:
-            gone = output.id not in self.requests
+            request = self.requests.get(output.id)
+            gone = request is None or (request.finish_reason == "error" and request.num_in_flight > 0)
             require(gone == (output.finish_reason is not None) or self.policy.request_level, "who has ended is gone")
         return outputs
 
@@ -118,8 +139,8 @@ class CheckedScheduler(Scheduler):
     def _check_row(self, id: int, start: int, num_tokens: int, written: set[int]) -> None:
         request: Request = self.requests[id]
         require(num_tokens > 0, "every row computes something")
-        require(request.in_flight, "a row's request is in flight")
         ended = request.finish_reason is not None
+        require(request.num_in_flight > 0, "a row's request is in flight")
         require(start + num_tokens == request.num_computed or ended, "a row goes on where the request stands")
         for i in range(start // self.kv.block_size, (start + num_tokens - 1) // self.kv.block_size + 1):
             block = request.block_table[i]

@@ -67,11 +67,11 @@ class KVCacheManager:
         request.block_table.extend(self.pool.take() for _ in range(missing))
         return True
 
-    def publish(self, request: Request) -> None:
-        """Makes the full blocks of what has been computed findable. Called when no batch in flight carries them."""
+    def publish(self, request: Request, num_tokens: int) -> None:
+        """Makes the full blocks of the first `num_tokens` tokens findable: those that no batch in flight writes."""
         if not self.prefix_cache:
             return
-        full = request.num_computed // self.block_size
+        full = num_tokens // self.block_size
         if full <= request.num_published:
             return
         self._extend_keys(request, full)

@@ -109,11 +109,11 @@ class Request:
         "block_keys",
         "block_table",
         "finish_reason",
-        "in_flight",
         "new",
         "num_cached",
         "num_computed",
         "num_described",
+        "num_in_flight",
         "num_known_blocks",
         "num_published",
         "prompt_logprobs",
@@ -131,7 +131,7 @@ class Request:
         self.num_known_blocks = 0  # entries of the block table that the workers have been told
         self.num_cached: int | None = None  # None until first admitted; 0 once told
         self.num_published = 0  # full blocks that the prefix cache knows
-        self.in_flight = False
+        self.num_in_flight = 0  # batches in flight that carry it: several only while its prompt is read in chunks
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if new.params.prompt_logprobs is not None else None
 

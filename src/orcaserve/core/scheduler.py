@@ -13,6 +13,8 @@ from orcaserve.core.kv_cache import KVCacheManager
 from orcaserve.core.policy import Policy
 from orcaserve.core.request import FinishReason, NewRequest, Output, Request
 
+SMALLEST_CHUNK = 32  # tokens: less of a prompt is not worth an iteration of its own
+
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a scheduler may use.
@@ -38,8 +40,10 @@ class RequestTooLarge(ValueError):
 class Scheduler:
     """Sole owner of every Request, from `add` to the output with its finish reason.
 
-    A request is waiting (no KV) or running (KV held), and in at most one batch in flight. `schedule` makes a batch,
-    `update` takes its results in; batches come back in the order in which they were made.
+    A request is waiting (no KV) or running (KV held). It is in at most one batch in flight, since the next one needs
+    its token. Chunks of a prompt need nothing of each other's results: several batches may carry one each, and every
+    stage meets them in order. `schedule` makes a batch, `update` takes its results in; batches come back in the order
+    in which they were made.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -58,6 +62,7 @@ class Scheduler:
         self.num_steps = 0
         self._num_arrivals = 0
         self._freed: list[int] = []  # what the next batch tells the workers to forget
+        self._tokens_in_flight = 0
         self._held: list[Output] = []  # what a request-level batch returns at its end
 
     def add(self, new: NewRequest) -> None:
@@ -81,13 +86,13 @@ class Scheduler:
         if request is None:
             return
         request.finish_reason = "abort"
-        if not request.in_flight:
+        if not request.num_in_flight:
             self._drop(request)
 
     def schedule(self) -> Batch | None:
         """The next iteration, or None if nothing can run now: nothing is ready, or memory waits for a batch's end."""
         rows: list[Row] = []
-        tokens_left = self.config.max_batch_tokens if self.policy.chunked else sys.maxsize
+        tokens_left = self._token_limit()
         closed = self.policy.request_level and bool(self.running)
         num_preemptions = self.num_preemptions
         row_limit = self._row_limit()
@@ -117,24 +122,25 @@ class Scheduler:
     def update(self, batch: Batch, result: StepResult) -> tuple[Output, ...]:
         """Takes in what a batch gave; a request whose output has a finish reason is gone from here."""
         outputs = []
+        self._tokens_in_flight -= batch.num_tokens
         for row, got in zip(batch.rows, result.rows, strict=True):
             request = self.requests[row.id]
-            request.in_flight = False
-            if request.finish_reason == "abort":
+            request.num_in_flight -= 1
+            if request.finish_reason is None and (output := self._take_in(request, row, got)) is not None:
+                outputs.append(output)
+            stays = self.policy.request_level and request.finish_reason != "abort"
+            if request.finish_reason is not None and not request.num_in_flight and not stays:
                 self._drop(request)
-            elif request.finish_reason is None:
-                output = self._take_in(request, row, got)
-                if output is not None:
-                    outputs.append(output)
-                if request.finish_reason is not None and not self.policy.request_level:
-                    self._drop(request)
         return self._return_together(outputs) if self.policy.request_level else tuple(outputs)
 
     # -- deciding ------------------------------------------------------------------------------------------------
 
     def _ready(self) -> list[Request]:
-        """Running requests that no batch in flight carries, in the order in which they may choose."""
-        ready = [request for request in self.running if not request.in_flight]
+        """Running requests with something to compute that awaits no result, in the order in which they may choose."""
+        if not self.policy.request_level:
+            ready = [request for request in self.running if request.lag and request.finish_reason is None]
+        else:
+            ready = [request for request in self.running if not request.num_in_flight]
         if self.policy.request_level and len(ready) < len(self.running):
             # A batch that is over but for what is in flight: ended members would keep it going for ever, in turns.
             is_over = all(request.finish_reason is not None for request in self.running)
@@ -145,9 +151,26 @@ class Scheduler:
 
     def _row_limit(self) -> int:
         """Rows for running requests. Dealt out over the depth, or the first batch takes all and the pipe runs empty."""
-        if not self.policy.deal:
-            return self.config.max_batch_size
-        return min(self.config.max_batch_size, -(-len(self.running) // self.config.depth))
+        most, depth = self.config.max_batch_size, self.config.depth
+        if not self.policy.deal or depth == 1:
+            return most
+        in_several = sum(request.lag > 1 for request in self.running) if self.policy.chunked else 0
+        return min(most, -(-(len(self.running) + (depth - 1) * in_several) // depth))
+
+    def _token_limit(self) -> int:
+        """Tokens of a batch. Dealt out over the depth, too: stages wait for each other where batches are unequal."""
+        if not self.policy.chunked:
+            return sys.maxsize
+        most = self.config.max_batch_tokens
+        if not self.policy.deal or self.config.depth == 1:
+            return most
+        depth = self.config.depth
+        work = self._tokens_in_flight + sum(request.lag for request in self.running)
+        for request in self.waiting[: max(0, depth * self.config.max_batch_size - len(self.running))]:
+            if work >= most * depth:
+                break
+            work += request.num_tokens
+        return min(most, max(SMALLEST_CHUNK, -(-work // depth)))
 
     def _row(self, request: Request, tokens_left: int) -> Row:
         if request.finish_reason is not None:  # a request-level batch: the ended member computes for nothing
@@ -165,8 +188,8 @@ class Scheduler:
     def _make_room(self, row: Row) -> bool:
         """Grows a running request's KV, preempting the youngest that may be until it fits."""
         while not self.kv.grow(row.request, row.start + row.num_tokens):
-            victim = next(request for request in reversed(self.running) if not request.in_flight)
-            if self.policy.order(victim) <= self.policy.order(row.request):
+            victim = next((request for request in reversed(self.running) if not request.num_in_flight), None)
+            if victim is None or self.policy.order(victim) <= self.policy.order(row.request):
                 return False
             self._preempt(victim)
         return True
@@ -211,9 +234,10 @@ class Scheduler:
             request.num_known_blocks = len(table)
             if end > request.num_computed:
                 request.num_computed = end
-            request.in_flight = True
+            request.num_in_flight += 1
         self.num_steps += 1
         batch = Batch(step=self.num_steps, rows=tuple(scheduled), new=tuple(new), freed=tuple(self._freed))
+        self._tokens_in_flight += batch.num_tokens
         self._freed.clear()
         return batch
 
@@ -227,7 +251,7 @@ class Scheduler:
         if error is not None:
             request.finish_reason = "error"
             return Output(id=request.id, finish_reason="error", error=error)
-        self.kv.publish(request)
+        self.kv.publish(request, row.start + row.num_tokens)
         if request.prompt_logprobs is not None:
             request.prompt_logprobs.extend(got.prompt_logprobs)
         if row.start + row.num_tokens < request.num_tokens:
@@ -255,7 +279,7 @@ class Scheduler:
     def _return_together(self, outputs: list[Output]) -> tuple[Output, ...]:
         """Request-level batching: keeps everything until the longest member has ended, then returns and frees all."""
         self._held.extend(outputs)
-        if any(request.finish_reason is None or request.in_flight for request in self.running):
+        if any(request.finish_reason is None or request.num_in_flight for request in self.running):
             return ()
         together = tuple(output for output in self._held if output.id in self.requests)
         self._held.clear()
