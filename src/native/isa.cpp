@@ -42,6 +42,7 @@ const Kernels kernels = {
     ORCA_BOTH(gemm, Gemm),
     ORCA_BOTH(gather, Gather),
     ORCA_BOTH(norm, Norm),
+    ORCA_BOTH(join, Join),
     ORCA_BOTH(heads, Heads),
     ORCA_BOTH(attention, Attention),
     peaks,

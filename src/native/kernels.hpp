@@ -100,6 +100,17 @@ struct Norm {
     void* out;             // [m, h]
 };
 
+// Sums the parts of a product whose K was cut, as a balanced tree, and finishes it as an uncut one is finished.
+struct Join {
+    const float* parts;  // [count][m][n]
+    std::int64_t count;  // a power of 2
+    std::int64_t m, n;
+    const float* bias;     // [n] or null
+    const void* residual;  // [m, n], added last, or null
+    void* out;             // [m, n]
+};
+constexpr int kMostParts = 8;
+
 // Splits the rows of a QKV product into heads, norms and rotates them, stores keys and values, gives queries.
 struct Heads {
     const void* qkv;  // [m, (heads + 2 * kv_heads) * d]
@@ -226,6 +237,7 @@ struct Kernels {
     void (*gemm)(Pool&, Dtype, const Gemm&);
     void (*gather)(Pool&, Dtype, const Gather&);
     void (*norm)(Pool&, Dtype, const Norm&);
+    void (*join)(Pool&, Dtype, const Join&);
     void (*heads)(Pool&, Dtype, const Heads&);
     void (*attention)(Pool&, Dtype, const Attention&);
     void (*peaks)(Pool&, const Peaks&);

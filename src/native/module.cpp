@@ -218,8 +218,16 @@ public:
                          {read<std::int64_t>(ids), m, matrix.k, matrix.n, matrix.packed(), write<void>(out)});
     }
 
-    void norm(const NormPart& part, Address x, std::int64_t m, Address out) {
-        level(part, read<void>(x), m, nullptr, write<void>(out));
+    void norm(const NormPart& part, Address x, std::int64_t m, Address residual, Address out) {
+        level(part, read<void>(x), m, read<void>(residual), write<void>(out));
+    }
+
+    void join(Dtype dtype, Address parts, std::int64_t count, std::int64_t m, std::int64_t n, Address bias,
+              Address residual, Address out) {
+        if (count < 1 || count > kMostParts || (count & (count - 1)) != 0)
+            throw std::invalid_argument("so many parts cannot be summed as a balanced tree");
+        kernels_->join(pool_, dtype, {read<float>(parts), count, m, n, read<float>(bias), read<void>(residual),
+                                      write<void>(out)});
     }
 
     void heads(const HeadsPart& part, const Rows& rows, Cache& cache, Address qkv, Address angles, Address q) {
@@ -403,6 +411,7 @@ NB_MODULE(_native, m) {
         .def("linear", &Engine::linear, free)
         .def("gather", &Engine::gather, free)
         .def("norm", &Engine::norm, free)
+        .def("join", &Engine::join, free)
         .def("heads", &Engine::heads, free)
         .def("attention", &Engine::attention, free)
         .def("attention_half", &Engine::attention_half, free)

@@ -62,6 +62,26 @@ void norm(Pool& pool, const Norm& g) {
     });
 }
 
+template <class T>
+void join(Pool& pool, const Join& g) {
+    by_rows(pool, g.m, g.n * g.count, [&](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row) {
+            const T* residual = g.residual == nullptr ? nullptr : static_cast<const T*>(g.residual) + row * g.n;
+            for (std::int64_t i = 0; i < g.n; i += 16) {
+                const std::int64_t left = g.n - i;
+                Vec sums[kMostParts];
+                for (std::int64_t p = 0; p < g.count; ++p) sums[p] = load_some(g.parts + (p * g.m + row) * g.n + i, left);
+                for (std::int64_t step = 1; step < g.count; step *= 2)
+                    for (std::int64_t p = 0; p < g.count; p += 2 * step) sums[p] = sums[p] + sums[p + step];
+                Vec y = sums[0];
+                if (g.bias != nullptr) y = y + load_some(g.bias + i, left);
+                if (residual != nullptr) y = y + load_some(residual + i, left);
+                store_some(static_cast<T*>(g.out) + row * g.n + i, y, left);
+            }
+        }
+    });
+}
+
 // Norms and rotates one head; x: float32 [d], in place, with room for 16 values more.
 inline void turn(const Heads& g, float* x, const float* norm, const float* angles) {
     if (norm != nullptr) {

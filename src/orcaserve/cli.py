@@ -46,6 +46,36 @@ def engine_options(command: Any) -> Any:
             help="int8 keeps keys and values in 8 bits: half the memory of bfloat16.",
         ),
         click.option(
+            "--tensor-parallel-size",
+            "tensor_parallel",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Processes that share every layer: 1, 2, 4 or 8.",
+        ),
+        click.option(
+            "--pipeline-parallel-size",
+            "pipeline_parallel",
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Stages that share out the layers, each with a batch of its own.",
+        ),
+        click.option(
+            "--stage-split",
+            type=click.Choice(["balanced", "equal"]),
+            default="balanced",
+            show_default=True,
+            help="Stages that take equally long, or have equally many layers.",
+        ),
+        click.option(
+            "--control-plane",
+            type=click.Choice(["separate", "mixed"]),
+            default="separate",
+            show_default=True,
+            help="mixed sends batches along with the activations, to see what that costs.",
+        ),
+        click.option(
             "--kernels", default="auto", show_default=True, help="auto, torch, or an instruction set: avx2, portable, …"
         ),
         click.option("--backend", type=click.Choice(["auto", "native", "transformers"]), default="auto"),
@@ -90,6 +120,10 @@ def main() -> None:
 @click.option("--ssl-certfile", type=click.Path(dir_okay=False))
 @click.option("--ssl-keyfile", type=click.Path(dir_okay=False))
 @click.option("--drain-seconds", type=click.FloatRange(0), default=60.0, show_default=True, help="Grace after SIGTERM.")
+@click.option("--nnodes", type=click.IntRange(1), default=1, show_default=True, help="Hosts that share the ranks.")
+@click.option("--node-rank", type=click.IntRange(0), default=0, help="Of this host; 0 is the head, which serves HTTP.")
+@click.option("--head-address", metavar="HOST:PORT", help="Where the other hosts find the head.")
+@click.option("--secret-file", type=click.Path(dir_okay=False), help="What all hosts know: openssl rand -hex 32.")
 @click.option("--check", is_flag=True, help="Verify the scheduler's invariants after every step.")
 @click.option(
     "--step-log",
@@ -109,6 +143,7 @@ def serve(
     ssl_keyfile: str | None,
     drain_seconds: float,
     log_level: str,
+    node_rank: int,
     **options: Any,
 ) -> None:
     """Serve MODEL over HTTP: a Hugging Face folder, a hub name such as Qwen/Qwen3-0.6B, or the built-in model."""
@@ -123,6 +158,10 @@ def serve(
         except OSError as error:
             raise click.ClickException(f"the step log {step_log} cannot be written: {error.strerror}") from None
     name, engine = _engine(model, options)
+    if node_rank >= engine.nnodes:
+        raise click.ClickException(f"of {engine.nnodes} hosts there is none of rank {node_rank}")
+    if node_rank:
+        return _join(engine, node_rank)
     http = HttpOptions(
         host=host,
         port=port,
@@ -145,6 +184,18 @@ def serve(
     finally:
         console.close()
     sys.exit(code)
+
+
+def _join(engine: EngineOptions, node_rank: int) -> None:
+    """Serves as another host's ranks, until it is ended."""
+    from orcaserve.executors.hosts import shared_secret
+    from orcaserve.executors.node import join
+
+    try:
+        address, secret = shared_secret(engine)
+    except ModelError as error:
+        raise click.ClickException(str(error)) from None
+    join(engine.model, node_rank, address, secret, lambda line: click.echo(f"host {node_rank}: {line}", err=True))
 
 
 @main.command()

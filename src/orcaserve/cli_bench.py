@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -221,8 +222,8 @@ def bench_paper(
     from orcaserve.bench.paper import lab, report
     from orcaserve.bench.paper import run as paper
     from orcaserve.executors import experiment
-    from orcaserve.serve.engine_process import keep_freed_memory
     from orcaserve.serve.find_model import find_model
+    from orcaserve.worker.process import keep_freed_memory
 
     try:
         from orcaserve.bench.paper.figures import draw
@@ -249,3 +250,55 @@ def bench_paper(
         raise click.ClickException(str(error)) from None
     report.show(found, Console())
     click.echo(f"The report is {out / 'report.md'}.")
+
+
+@bench.command("parallel")
+@click.argument("model", required=False)
+@click.option("--requests", type=click.IntRange(2), default=32, show_default=True, help="Of the trace.")
+@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Most requests of a batch.")
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="A JSON file for the figures.")
+def bench_parallel(model: str | None, requests: int, batch: int, rounds: int, seed: int, out: Path | None) -> None:
+    """Set two stages, and two ranks that share layers, beside one rank, each of one thread, without HTTP.
+
+    MODEL is a folder or a name, as for `serve`; by default a small random model of Llama's architecture, made on the
+    spot. Wants two cores to itself.
+    """
+    from contextlib import ExitStack
+
+    from rich.console import Console
+
+    from orcaserve.bench import parallel
+    from orcaserve.bench.client import BenchError
+    from orcaserve.executors import experiment
+    from orcaserve.serve.find_model import find_model
+
+    terminal = Console(stderr=True)
+    try:
+        with ExitStack() as stack:
+            if model is None:
+                name, folder = experiment.RANDOM, stack.enter_context(experiment.random_model())
+            else:
+                name, folder = find_model(model)
+
+            def ranks(tensor: int, pipeline: int, threads: int, control: str) -> Any:
+                return experiment.engine_of_ranks(
+                    name, folder, tensor=tensor, pipeline=pipeline, threads=threads, control=control
+                )
+
+            plan = parallel.Plan(
+                inside=experiment.engine_for(name, folder, 1),
+                ranks=ranks,
+                requests=requests,
+                batch=batch,
+                rounds=rounds,
+                seed=seed,
+            )
+            with terminal.status("") as status:
+                found = parallel.run(plan, status.update)
+    except (ModelError, BenchError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    parallel.show(found, Console())
+    if out is not None:
+        parallel.save(found, out)

@@ -131,7 +131,7 @@ def _engine(
         model, base, sizes = fitted.cost, base or fitted.config, fitted.model
         blocks = base.num_blocks
     else:
-        from orcaserve.serve.model_shape import read_shape
+        from orcaserve.model.shape import read_shape
 
         device, sizes = hardware(on or ""), read_shape(shape or "")
         parallel = Parallel(options["tensor_parallel"], options["pipeline_parallel"])
@@ -264,7 +264,7 @@ def plan_command(
     from orcaserve.bench import planner
     from orcaserve.bench.measures import limits_from
     from orcaserve.bench.report import number
-    from orcaserve.serve.model_shape import read_shape
+    from orcaserve.model.shape import read_shape
 
     try:
         limits, table = limits_from(slo), planner.read_prices(prices)
@@ -345,7 +345,7 @@ def fleet_command(
 
     from orcaserve.bench import fleet
     from orcaserve.bench.workloads import traces
-    from orcaserve.serve.model_shape import read_shape
+    from orcaserve.model.shape import read_shape
 
     try:
         rows = traces.azure(trace)

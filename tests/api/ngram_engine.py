@@ -18,7 +18,7 @@ from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.request import NewRequest, TokenLogprobs
 from orcaserve.engine.executor import Executor, Pending
-from orcaserve.serve.engine_process import Progress, main
+from orcaserve.serve.engine_process import Lost, Progress, main
 
 
 def logprobs_after(token_ids: list[int], vocab: int) -> np.ndarray:
@@ -83,7 +83,7 @@ class Done:
         return self._result
 
 
-def build(options: EngineOptions, progress: Progress) -> tuple[Executor, EngineInfo]:
+def build(options: EngineOptions, progress: Progress, on_lost: Lost) -> tuple[Executor, EngineInfo]:
     given = parser.parse_args(sys.argv[1:])
     progress("weights", 0, 1)
     time.sleep(given.load_seconds)

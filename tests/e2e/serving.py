@@ -70,3 +70,11 @@ class Serving:
         if error is None:
             assert code == 0, "\n".join(self.lines)
             assert engine is None or not psutil.pid_exists(engine), "the engine process outlived the server"
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs: one that is dead and waits to be reaped does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

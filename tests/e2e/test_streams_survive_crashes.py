@@ -46,9 +46,9 @@ async def stream(client: httpx.AsyncClient, i: int, progress: list[int]) -> tupl
 
 
 async def all_streams(url: str, progress: list[int]) -> list:
-    limits = httpx.Limits(max_connections=STREAMS)
+    limits = httpx.Limits(max_connections=len(progress))
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-        return await asyncio.gather(*(stream(client, i, progress) for i in range(STREAMS)))
+        return await asyncio.gather(*(stream(client, i, progress) for i in range(len(progress))))
 
 
 async def disturbed(server: Serving, total: int) -> tuple[list, list[int]]:

@@ -205,6 +205,10 @@ class Bench:
     def step(self, rows: Iterable[tuple[int, Sequence[int]]]) -> list[torch.Tensor]:
         """One iteration: (request, its next tokens) of each row -> logits [n, V] of each row."""
         rows = list(rows)
+        return list(self.stages[-1].logits(self.hidden(rows)).split([len(tokens) for _, tokens in rows]))
+
+    def hidden(self, rows: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
+        """The same -> the hidden values behind the last layer [ΣL, H]."""
         parts = []
         for request, tokens in rows:
             start = self.computed.setdefault(request, 0)
@@ -217,7 +221,7 @@ class Bench:
         x = torch.tensor([token for _, tokens in rows for token in tokens])
         for stage, kv in zip(self.stages, self.kv, strict=True):
             x = stage.forward(x, layout, kv)
-        return list(self.stages[-1].logits(x).split([len(tokens) for _, tokens in rows]))
+        return x
 
 
 def load(

@@ -11,6 +11,7 @@ from checkpoints import make_model  # noqa: F401 - sets torch's threads as the o
 
 from orcaserve.model.layers import Experts
 from orcaserve.ops.kernels import Kernels
+from orcaserve.parallel.group import Alone
 
 TWIN = kernel_sets.make("torch")
 
@@ -22,16 +23,17 @@ def make_experts(
         return torch.randn(out, size, generator=generator).to(router.dtype)
 
     hidden = router.shape[1]
-    experts = tuple(
-        kernels.mlp_half(
+    experts = {
+        e: kernels.mlp_half(
             None,
             kernels.gated(weight(12, hidden), weight(12, hidden), None, None, "silu"),
             kernels.linear([weight(hidden, 12)], [None], cut=True),
             None,
         )
-        for _ in router
-    )
-    return Experts(None, kernels.linear([router], [None]), experts, per_token, normalise)
+        for e in range(router.shape[0])
+    }
+    owner = (0,) * router.shape[0]
+    return Experts(None, kernels.linear([router], [None]), experts, owner, per_token, normalise, Alone())
 
 
 def test_router_ties_go_to_the_lower_index() -> None:

@@ -19,7 +19,7 @@ from orcaserve.core.batch import Batch
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.engine.executor import Executor, Pending
 from orcaserve.engine.ledger import LedgerExecutor
-from orcaserve.serve.engine_process import Progress, main
+from orcaserve.serve.engine_process import Lost, Progress, main
 
 VOCAB = 1000
 
@@ -51,7 +51,7 @@ class Misbehaving:
         return self.ledger.submit(batch)
 
 
-def build(options: EngineOptions, progress: Progress) -> tuple[Executor, EngineInfo]:
+def build(options: EngineOptions, progress: Progress, on_lost: Lost) -> tuple[Executor, EngineInfo]:
     given = parser.parse_args(sys.argv[1:])
     progress("weights", 0, 2)
     if given.fail is not None:

@@ -6,9 +6,10 @@ import msgspec
 import pytest
 
 from orcaserve.core.request import NewRequest, Output, SamplingParams, TokenLogprobs
+from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.messages import Abort, Stats, Step, Stop, Submit
 from orcaserve.serve.flight_recorder import FlightRecorder
-from orcaserve.serve.frames import Beat, Failed, FrameReader, FromEngine, Loading, ToEngine, encode
+from orcaserve.serve.frames import Beat, Failed, FromEngine, Loading, ToEngine
 from orcaserve.serve.supervisor import Watch
 
 STEP = Step(num_tokens=10, seconds=1.0, stats=Stats())

@@ -8,7 +8,7 @@ import statistics
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from orcaserve.core.batch import Batch, ScheduledRequest
@@ -18,9 +18,10 @@ from orcaserve.engine.step_log import Arrived, Header, Log, Returned, Submitted
 from orcaserve.sim.cost import CostModel, Residuals, Size, StageCost, mixed, size, size_of
 from orcaserve.sim.executor import SimExecutor, VirtualClock
 from orcaserve.sim.fit import fit, fit_stage, nnls, turns_of
-from orcaserve.sim.hardware import HARDWARE, Parallel, derive, hardware, kv_tokens, layers_of
+from orcaserve.sim.hardware import HARDWARE, Parallel, derive, equal_layers, hardware, kv_tokens
 from orcaserve.sim.run import Arrival, simulate
 from orcaserve.sim.shape import SHAPES
+from orcaserve.sim.stages import balanced, equal, shares, spans
 
 terms = st.builds(StageCost, **{name: st.floats(0, 1, allow_subnormal=False) for name in StageCost.__struct_fields__})
 counts = st.integers(0, 1000)
@@ -76,6 +77,36 @@ def test_two_stages_with_two_batches_in_flight_take_half_the_time() -> None:
         records, _ = simulate(arrivals, config(depth), CostModel(stages=(half, half)))
         whole[depth] = max(record.token_times[-1] for record in records)
     assert whole[2] == pytest.approx(whole[1] / 2, rel=0.1)
+
+
+def test_two_stages_read_a_lone_prompt_in_half_the_time() -> None:
+    half = StageCost(per_token=0.001)
+    took = {}
+    for depth in (1, 2):
+        records, _ = simulate([Arrival(0.0, 4000, 1)], config(depth), CostModel(stages=(half, half)))
+        took[depth] = records[0].token_times[0]
+    assert took[2] == pytest.approx(took[1] / 2, rel=0.1)
+
+
+@given(st.integers(1, 12), st.integers(1, 60), st.floats(0, 40))
+def test_stages_are_as_short_as_can_be(stages: int, layers: int, behind: float) -> None:
+    assume(stages <= layers)
+    cut = shares(layers, behind, stages)
+    assert sum(cut) == layers and len(cut) == stages and min(cut) >= 1
+    longest = max(*cut[:-1], cut[-1] + behind) if stages > 1 else cut[0] + behind
+    for last in range(1, layers - stages + 2 if stages > 1 else 1):
+        assert longest <= max(-(-(layers - last) // (stages - 1)), last + behind) + 1e-9
+    assert spans(cut)[0][0] == 0 and spans(cut)[-1][1] == layers
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(spans(cut)))
+
+
+def test_a_large_vocabulary_takes_layers_off_the_last_stage() -> None:
+    shape = msgspec.structs.replace(SHAPES["13B"], layers=28, hidden=1024, intermediate=3072, matrices=3, vocab=151936)
+    assert equal(28, 2) == ((0, 14), (14, 28))
+    [(_, cut), (same, end)] = balanced(shape, HARDWARE["zen4-core"], 2)
+    assert 14 < cut == same < end == 28
+    with pytest.raises(ValueError, match="28 layers make no 29 stages"):
+        balanced(shape, HARDWARE["zen4-core"], 29)
 
 
 @given(st.integers(0, 2**64), st.integers(0, 2**40))
@@ -203,7 +234,7 @@ def test_more_devices_are_never_slower_but_for_what_they_send(on: str, shape: st
 
 
 def test_stages_share_the_layers_and_the_memory() -> None:
-    assert layers_of(SHAPES["175B"], Parallel(8, 5)) == [20, 19, 19, 19, 19]
+    assert equal_layers(SHAPES["175B"].layers, 5) == [20, 19, 19, 19, 19]
     assert len(derive(HARDWARE["A100-40GB"], SHAPES["341B"], Parallel(8, 4)).stages) == 4
     assert kv_tokens(HARDWARE["A100-40GB"], SHAPES["175B"], Parallel(8, 2)) > 20_000
     with pytest.raises(ValueError, match="does not fit 8 x A100-40GB"):

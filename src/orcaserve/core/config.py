@@ -9,6 +9,8 @@ import msgspec
 Dtype = Literal["auto", "bfloat16", "float32"]
 Quantization = Literal["none", "int8", "int4"]
 KVDtype = Literal["auto", "int8"]
+StageSplit = Literal["balanced", "equal"]
+ControlPlane = Literal["separate", "mixed"]
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -16,10 +18,16 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     model: folder of a Hugging Face checkpoint.
     max_batch_size: requests per iteration. max_batch_tokens: tokens per iteration (chunked prefill cuts to it).
-    kv_memory: bytes for the KV cache; None: a share of what is free.
+    kv_memory: bytes for the KV cache of each rank; None: a share of what is free.
     max_model_len: longest prompt + output in tokens; None: what the model and the KV cache allow.
-    depth: batches in flight (pipeline stages; 1 on one device).
-    threads: compute threads; None: as many as the process may use.
+    tensor_parallel: ranks that share every layer; pipeline_parallel: stages that share out the layers.
+    stage_split: stages that take equally long ("balanced"), or have equally many layers, as in the paper ("equal").
+    control_plane: batches travel beside the activations ("separate", the paper's), or with them ("mixed", for
+        comparison).
+    nnodes: hosts that share the ranks evenly. Those beside this one join at head_address (HOST:PORT of this one) and
+        know what is in secret_file.
+    depth: batches in flight, where that is to be more than there are stages.
+    threads: compute threads of all ranks of a host; None: as many as the process may use.
     backend: "native" (our decoder), "transformers" (the optional backend), "auto" (native where there is one).
     quantization: what linear maps are kept in: "none" (the dtype), or "int8" or "int4" (made while it loads).
     kernels: "auto" (the best native kernels that the machine runs), "torch" (operators of torch), or the name of an
@@ -37,6 +45,13 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     block_size: int = 16
     policy: str = "default"
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    stage_split: StageSplit = "balanced"
+    control_plane: ControlPlane = "separate"
+    nnodes: int = 1
+    head_address: str | None = None
+    secret_file: str | None = None
     depth: int = 1
     threads: int | None = None
     backend: Literal["auto", "native", "transformers"] = "auto"

@@ -1,1 +1,1 @@
-"""Floor 6: who runs a batch. Today the worker of one device, inside the engine process."""
+"""Floor 6: who runs a batch. The worker of one device inside the engine process, or a process for each rank."""

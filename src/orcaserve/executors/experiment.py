@@ -6,16 +6,18 @@ It is built as for serving (`build`), once, with KV memory for the largest exper
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
-from orcaserve.bench.paper.engine import Engine
-from orcaserve.core.config import EngineOptions
+from orcaserve.bench.paper.engine import Device, Engine
+from orcaserve.core.config import ControlPlane, EngineInfo, EngineOptions
 from orcaserve.executors.build import build
+from orcaserve.executors.distributed import start_workers
 from orcaserve.model.config import read_config
 from orcaserve.model.random_checkpoint import Shape, write_random
 
@@ -33,18 +35,44 @@ def random_model() -> Iterator[Path]:
 
 
 def engine_for(name: str, folder: Path, threads: int | None) -> Engine:
-    """Loads a model. Raises ModelError, in one line, if it cannot be served here."""
-    options = EngineOptions(
+    """Loads a model into this process. Raises ModelError, in one line, if it cannot be served here."""
+    options = _options(folder, threads=threads)
+    executor, info = build(options)
+    return _engine(name, executor, info)
+
+
+@contextmanager
+def engine_of_ranks(
+    name: str, folder: Path, *, tensor: int, pipeline: int, threads: int, control: ControlPlane = "separate"
+) -> Iterator[tuple[Engine, Callable[[], tuple[float, ...]]]]:
+    """A model on worker processes, one even for a single rank, and what tells their busy seconds so far.
+
+    threads: of all of them. Raises ModelError, in one line, if it cannot be served here.
+    """
+    options = _options(
+        folder, tensor_parallel=tensor, pipeline_parallel=pipeline, control_plane=control, threads=threads
+    )
+    executor, info = start_workers(options, None, None)
+    try:
+        yield _engine(name, executor, info), lambda: executor.busy_seconds
+    finally:
+        executor.close()
+
+
+def _options(folder: Path, **others: Any) -> EngineOptions:
+    return EngineOptions(
         model=str(folder),
-        threads=threads,
         policy="orca",  # whole prompts: the most that an iteration may need
         max_batch_size=ROWS,
         max_model_len=min(LONGEST, read_config(folder).max_positions),
+        **others,
     )
-    executor, info = build(options)
+
+
+def _engine(name: str, device: Device, info: EngineInfo) -> Engine:
     size = {line.name: line.num_bytes for line in info.budget}
     return Engine(
-        device=executor,
+        device=device,
         model=name,
         architecture=info.architecture,
         dtype=info.dtype,

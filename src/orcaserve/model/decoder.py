@@ -11,15 +11,17 @@ import torch
 from orcaserve.core.config import Dtype, ModelError
 from orcaserve.model.config import ModelConfig
 from orcaserve.model.layers import Experts, Layer, Part
-from orcaserve.model.plan import TensorSpec, plan
+from orcaserve.model.plan import plan, shared
 from orcaserve.model.rope import Rope
 from orcaserve.model.weights import Progress, Weights
 from orcaserve.ops.activation import ACTIVATIONS
-from orcaserve.ops.kernels import AttentionHalf, Kernels, KVCache, Linear, MLPHalf
+from orcaserve.ops.kernels import AttentionHalf, Kernels, KVCache, Linear, MLPHalf, Norm
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.linear import embedding
 from orcaserve.ops.rotary import Rotary
 from orcaserve.ops.torch_kernels import TorchKernels
+from orcaserve.parallel.group import Alone, Group
+from orcaserve.parallel.parts import Join, SharedAttention, SharedEmbedding, SharedHead, SharedMLP
 
 Tensor = torch.Tensor
 
@@ -57,30 +59,31 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Head:
-    """[R, H] -> float32 logits [R, V]."""
+    """[R, H] -> float32 logits [R, V]; None on a rank that is not the first of its group."""
 
     norm: Part | None
     project: Linear | None
-    matrix: Linear
+    matrix: Callable[[Tensor], Tensor | None]
     softcap: float | None
 
-    def __call__(self, hidden: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor) -> Tensor | None:
         if self.norm is not None:
             hidden = self.norm(hidden)
         if self.project is not None:
             hidden = self.project(hidden)
         logits = self.matrix(hidden)
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.softcap is None or logits is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
 class Decoder:
     """Layers [first, last) of one model, with the embedding in the first stage and the output matrix in the last.
 
-    Immutable once loaded; the caches it writes to belong to the worker.
+    Of a stage that several ranks share it is one rank's part. Immutable once loaded; the caches it writes to belong to
+    the worker.
 
     config: of the whole model. dtype: of weights, activations and caches. num_layers: of this stage.
-    num_kv_heads, head_dim: of its caches. kernels: what it computes with.
-    weight_bytes: memory that this stage's weights take. deterministic: a row's bits depend on its request alone.
+    num_kv_heads, head_dim: of this rank's caches. kernels: what it computes with.
+    weight_bytes: memory that this rank's weights take. deterministic: a row's bits depend on its request alone.
     """
 
     deterministic = True
@@ -94,12 +97,13 @@ class Decoder:
         layers: Sequence[Layer],
         head: Head | None,
         weight_bytes: int,
+        num_kv_heads: int,
     ) -> None:
         self.config = config
         self.dtype = dtype
         self.num_layers = len(layers)
         self.vocab_size = config.vocab_size
-        self.num_kv_heads = config.num_kv_heads
+        self.num_kv_heads = num_kv_heads
         self.head_dim = config.head_dim
         self.weight_bytes = weight_bytes
         self.kernels = kernels
@@ -117,28 +121,36 @@ class Decoder:
         last: int | None = None,
         progress: Progress | None = None,
         kernels: Kernels | None = None,
+        group: Group | None = None,
     ) -> Decoder:
         """The stage of layers [first, last) with the weights of a checkpoint's folder.
 
-        kernels: what it is computed with; None: torch's operators.
-        progress: called with (bytes loaded, bytes in all). Raises ModelError if the files do not hold this model.
+        kernels: what it is computed with; None: torch's operators. group: the ranks that share it; None: it is alone.
+        progress: called with (bytes loaded, bytes in all). Raises ModelError if the files do not hold this model, or
+        the group cannot share it.
         """
         last = config.num_layers if last is None else last
         if config.activation not in ACTIVATIONS:
             raise ModelError(f"{Path(folder).name}: the activation {config.activation} is not supported")
         kernels = TorchKernels() if kernels is None else kernels
-        needed = plan(config, first, last)
+        group = Alone() if group is None else group
+        own = shared(config, group.split)
+        needed = plan(config, first, last, group.split)
         matrix_bytes = kernels.matrix_bytes
         with torch.inference_mode(), Weights(folder, needed, dtype, progress) as weights:
-            parts = _Parts(config, kernels, weights)
+            parts = _Parts(own, dtype, kernels, weights, group)
             tokens = weights.take_optional("embed.weight")
-            head = parts.head(tokens) if last == config.num_layers else None
-            embed = parts.embed(tokens, head) if first == 0 and tokens is not None else None
+            is_last = last == config.num_layers
+            # A tied embedding has the values of the output matrix, even where that is quantised in another stage.
+            matrix = parts.matrix(tokens) if is_last or (config.tied and kernels.is_quantised and first == 0) else None
+            head = parts.head(matrix) if is_last and matrix is not None else None
+            embed = parts.embed(tokens, matrix) if first == 0 and tokens is not None else None
             del tokens
             layers = [parts.layer(i) for i in range(first, last)]
-        others = sum(spec.num_values for key, spec in needed.items() if not _is_matrix(config, key, spec))
+        looked_up = ("positions.weight", *(() if config.tied and matrix is not None else ("embed.weight",)))
+        others = sum(spec.num_values for key, spec in needed.items() if len(spec.shape) != 2 or key in looked_up)
         weight_bytes = kernels.matrix_bytes - matrix_bytes + others * dtype.itemsize
-        return cls(config, dtype, kernels, embed, layers, head, weight_bytes)
+        return cls(config, dtype, kernels, embed, layers, head, weight_bytes, own.num_kv_heads)
 
     @torch.inference_mode()
     def forward(self, x: Tensor, layout: Layout, kv: Sequence[KVCache]) -> Tensor:
@@ -154,35 +166,40 @@ class Decoder:
         return x
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits [R, V] of the hidden values [R, H] of chosen rows. Last stage only."""
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """float32 logits [R, V] of the hidden values [R, H] of chosen rows. Last stage only.
+
+        None on a rank that is not the first of its group; all of them have to ask.
+        """
         if self._head is None:
             raise ValueError("only the last stage has the output matrix")
         return self._head(hidden)
 
 
-def _is_matrix(config: ModelConfig, key: str, spec: TensorSpec) -> bool:
-    """Whether a tensor becomes (part of) a linear map."""
-    looked_up = key == "positions.weight" or (key == "embed.weight" and not config.tied)
-    return len(spec.shape) == 2 and not looked_up
-
-
 class _Parts:
-    """Builds the parts of a stage while its weights are open, each from the tensors that it takes."""
+    """Builds the parts of a stage while its weights are open, each from the tensors that it takes.
 
-    def __init__(self, config: ModelConfig, kernels: Kernels, weights: Weights) -> None:
+    config: of what this rank of the group computes, as `shared` gives it.
+    """
+
+    def __init__(
+        self, config: ModelConfig, dtype: torch.dtype, kernels: Kernels, weights: Weights, group: Group
+    ) -> None:
         self._config = config
+        self._dtype = dtype
         self._kernels = kernels
         self._weights = weights
+        self._group = group
+        self._is_shared = group.split.size > 1
         self._slopes = None if config.alibi is None else torch.tensor(config.alibi, dtype=torch.float32)
         self._ropes: dict[Rope, Rotary] = {}  # one table of sines for all layers that rotate alike
 
-    def embed(self, tokens: Tensor, head: Head | None) -> Embedding:
+    def embed(self, tokens: Tensor, matrix: Linear | None) -> Embedding:
         config, weights = self._config, self._weights
         # A tied embedding reads the rows of the output matrix: there is one copy of it, in whatever layout.
-        tied = head is not None and config.tied
+        rows = matrix.rows if matrix is not None and config.tied else lambda ids: embedding(ids, tokens)
         return Embedding(
-            tokens=head.matrix.rows if tied and head is not None else lambda ids: embedding(ids, tokens),
+            tokens=SharedEmbedding(rows, config.vocab_size, self._group) if self._is_shared else rows,
             norm=self._norm("embed_norm"),
             positions=weights.take_optional("positions.weight"),
             rows_before=config.row.learned_positions or 0,
@@ -190,13 +207,17 @@ class _Parts:
             scale=config.hidden_size**0.5 if config.row.scaled_embedding else None,
         )
 
-    def head(self, tokens: Tensor | None) -> Head:
-        config, weights = self._config, self._weights
-        matrix = tokens if config.tied and tokens is not None else weights.take("head.weight")
+    def matrix(self, tokens: Tensor | None) -> Linear:
+        """The output matrix; tokens: that of the embedding."""
+        matrix = tokens if self._config.tied and tokens is not None else self._weights.take("head.weight")
+        return self._kernels.linear([matrix], [None], wide=True)
+
+    def head(self, matrix: Linear) -> Head:
+        config = self._config
         return Head(
             norm=self._norm("final_norm"),
-            project=self._linear("project_out") if "project_out.weight" in weights else None,
-            matrix=self._kernels.linear([matrix], [None], wide=True),
+            project=self._linear("project_out") if "project_out.weight" in self._weights else None,
+            matrix=SharedHead(matrix, config.vocab_size, self._group) if self._is_shared else matrix,
             softcap=config.final_softcap,
         )
 
@@ -220,7 +241,8 @@ class _Parts:
         rope = config.layers[i].rope
         if rope is not None and rope not in self._ropes:
             self._ropes[rope] = Rotary(torch.tensor(rope.inv_freq, dtype=torch.float32), rope.scaling, rope.dim)
-        return self._kernels.attention_half(
+        out, out_norm, join = self._second(f"{i}.o", f"{i}.attention_out_norm")
+        half = self._kernels.attention_half(
             norm,
             qkv=self._qkv(i),
             heads=self._kernels.heads(
@@ -233,13 +255,27 @@ class _Parts:
                 config.row.norm == "rms_plus_one",
                 None if rope is None else self._ropes[rope],
             ),
-            out=self._linear(f"{i}.o", cut=True),
-            out_norm=self._norm(f"{i}.attention_out_norm"),
+            out=out,
+            out_norm=out_norm,
             scale=config.attention_scale,
             window=config.layers[i].window,
             softcap=config.attention_softcap,
             slopes=self._slopes,
         )
+        return half if join is None else SharedAttention(half, join)
+
+    def _second(self, key: str, norm_key: str) -> tuple[Linear, Norm | None, Join | None]:
+        """A half's second map, cut along K, and the norm behind it; in a group what its ranks do to put it together."""
+        norm = self._norm(norm_key)
+        if not self._is_shared:
+            return self._linear(key, cut=True), norm, None
+        weight, bias = self._take(key)
+        try:
+            part = self._kernels.partial(weight, self._group.split.size)
+        except ValueError as error:
+            raise ModelError(f"the layers cannot be shared by {self._group.split.size} ranks: {error}") from error
+        bias = None if bias is None else bias.float().contiguous()
+        return part, None, Join(self._kernels, self._group, self._dtype, bias, norm)
 
     def _qkv(self, i: int) -> Linear:
         """One map to q, k and v below each other, however the checkpoint keeps them."""
@@ -270,24 +306,34 @@ class _Parts:
             inner = self._kernels.gated(*weight.chunk(2), gate_bias, up_bias, config.activation)
         else:
             inner = self._gated(f"{i}.gate", f"{i}.up")
-        return self._kernels.mlp_half(norm, inner, self._linear(f"{i}.down", cut=True), self._norm(f"{i}.mlp_out_norm"))
+        down, out_norm, join = self._second(f"{i}.down", f"{i}.mlp_out_norm")
+        half = self._kernels.mlp_half(norm, inner, down, out_norm)
+        return half if join is None else SharedMLP(half, join)
 
     def _experts(self, i: int, norm: Part | None) -> MLPHalf:
         config = self._config
         if f"{i}.mlp_out_norm.weight" in self._weights:
             raise ValueError(f"the row of {config.architecture} has a norm behind its experts")
-        experts = []
-        for e in range(config.num_experts):
+        experts = {}
+        split = self._group.split
+        for e in range(*split.of(config.num_experts)):
             inner = self._gated(f"{i}.expert_gate.{e}", f"{i}.expert_up.{e}")
-            experts.append(self._kernels.mlp_half(None, inner, self._linear(f"{i}.expert_down.{e}", cut=True), None))
-        router = self._linear(f"{i}.router", exact=True)
-        return Experts(norm, router, tuple(experts), config.experts_per_token, config.normalise_experts)
+            experts[e] = self._kernels.mlp_half(None, inner, self._linear(f"{i}.expert_down.{e}", cut=True), None)
+        return Experts(
+            norm=norm,
+            router=self._linear(f"{i}.router", exact=True),
+            experts=experts,
+            owner=split.owner(config.num_experts),
+            per_token=config.experts_per_token,
+            normalise=config.normalise_experts,
+            group=self._group,
+        )
 
     def _gated(self, gate_key: str, up_key: str) -> Part:
         (gate, gate_bias), (up, up_bias) = self._take(gate_key), self._take(up_key)
         return self._kernels.gated(gate, up, gate_bias, up_bias, self._config.activation)
 
-    def _norm(self, key: str) -> Part | None:
+    def _norm(self, key: str) -> Norm | None:
         """The norm of a key, None if the plan has none."""
         config, weights = self._config, self._weights
         weight = weights.take_optional(f"{key}.weight")

@@ -11,6 +11,7 @@ import torch
 
 from orcaserve.ops.kernels import AttentionHalf, KVCache, Linear, MLPHalf, Part
 from orcaserve.ops.layout import Layout
+from orcaserve.parallel.group import Group
 
 Tensor = torch.Tensor
 
@@ -20,22 +21,32 @@ class Experts:
     """A mixture of experts: a row, normed, goes through its `per_token` likeliest experts (ties to the lower index).
 
     Their results are summed in float32 in the order of the experts, whatever their weights, so that a row's bits
-    depend on nothing but the row.
+    depend on nothing but the row. Each rank of the group has some of the experts whole.
+
+    experts: of this rank, by number. owner: the rank of each of all experts.
     """
 
     norm: Part | None
     router: Linear
-    experts: tuple[MLPHalf, ...]
+    experts: dict[int, MLPHalf]
+    owner: tuple[int, ...]
     per_token: int
     normalise: bool
+    group: Group
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x if self.norm is None else self.norm(x)
         shares, chosen = self.route(x)
-        mixed = torch.zeros(x.shape, dtype=torch.float32)
+        own = x.new_zeros((x.shape[0], self.per_token, x.shape[1]))
         for e in torch.unique(chosen).tolist():
-            rows, place = torch.where(chosen == e)
-            mixed[rows] += shares[rows, place, None] * self.experts[e](x[rows]).float()
+            if e in self.experts:
+                rows, place = torch.where(chosen == e)
+                own[rows, place] = self.experts[e](x[rows])
+        rows, owner = torch.arange(x.shape[0]), torch.tensor(self.owner)[chosen]
+        every = self.group.all_gather(own)
+        mixed = torch.zeros(x.shape, dtype=torch.float32)
+        for place in chosen.argsort(dim=1).unbind(1):
+            mixed += shares[rows, place, None] * every[owner[rows, place], rows, place].float()
         return (mixed if residual is None else mixed + residual).to(x.dtype)
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ Progress = Callable[[int, int], None]
 
 
 class Weights:
-    """Hands out each tensor of a plan once. Owns the open files; a context manager.
+    """Hands out each tensor of a plan once, or what the plan takes of it. Owns the open files; a context manager.
 
     Opening finds whatever is wrong with the files: ModelError for a missing or torn shard, a missing tensor, a shape
     or a dtype that does not fit. A tensor that has the wanted dtype in the file stays a mapping of the file (its pages
@@ -59,10 +59,10 @@ class Weights:
         return key in self._plan
 
     def take(self, key: str) -> torch.Tensor:
-        """The tensor of a key of the plan, in the plan's shape."""
+        """The tensor of a key of the plan, in the plan's shape, or the spans of it that the plan takes."""
         spec = self._plan[key]
         file, name = self._found[key]
-        stored = file.get_tensor(name)
+        stored = _read(file, name, spec)
         size = stored.numel() * stored.element_size()
         if stored.dtype == self._dtype:
             # One read per page brings the file in now, while a progress bar is looking, not under the first request.
@@ -149,6 +149,16 @@ class Weights:
             )
         self._total += spec.num_values * _PLAIN[dtype].itemsize
         return file, name
+
+
+def _read(file: Any, name: str, spec: TensorSpec) -> torch.Tensor:
+    """As the file has it: a mapping, or a copy where the spans do not lie in one piece."""
+    if not spec.spans:
+        return file.get_tensor(name)
+    stored = file.get_slice(name)
+    axis = spec.axis if not spec.transposed else len(spec.shape) - 1 - spec.axis
+    parts = [stored[(slice(None),) * axis + (slice(first, last),)] for first, last in spec.spans]
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def _line(error: BaseException) -> str:

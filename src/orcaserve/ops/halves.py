@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from orcaserve.ops.kernels import Heads, Kernels, KVCache, Linear, Part
+from orcaserve.ops.kernels import Heads, Kernels, KVCache, Linear, Norm, Part
 from orcaserve.ops.layout import Layout
 
 
@@ -19,13 +19,13 @@ class ComposedAttention:
     qkv: Linear
     heads: Heads
     out: Linear
-    out_norm: Part | None
+    out_norm: Norm | None
     scale: float
     window: int | None
     softcap: float | None
     slopes: Tensor | None = None
 
-    def __call__(self, x: Tensor, layout: Layout, cache: KVCache, residual: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, layout: Layout, cache: KVCache, residual: Tensor | None) -> Tensor:
         x = x if self.norm is None else self.norm(x)
         q = self.heads(self.qkv(x), layout, cache)
         mixed = self.kernels.attention(
@@ -39,15 +39,12 @@ class ComposedMLP:
     norm: Part | None
     inner: Part
     down: Linear
-    out_norm: Part | None
+    out_norm: Norm | None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x if self.norm is None else self.norm(x)
         return _add(self.down, self.out_norm, self.inner(x), residual)
 
 
-def _add(linear: Linear, norm: Part | None, x: Tensor, residual: Tensor | None) -> Tensor:
-    if norm is None:
-        return linear(x, residual)
-    out = norm(linear(x))
-    return out if residual is None else residual + out
+def _add(linear: Linear, norm: Norm | None, x: Tensor, residual: Tensor | None) -> Tensor:
+    return linear(x, residual) if norm is None else norm(linear(x), residual)

@@ -21,6 +21,12 @@ from orcaserve.ops.vocabulary import Logprobs
 Part = Callable[[Tensor], Tensor]
 
 
+class Norm(Protocol):
+    """[M, H] -> [M, H]; with a residual [M, H] their sum."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor: ...
+
+
 class Linear(Protocol):
     """[M, K] -> [M, N]; with a residual [M, N] their sum, rounded once."""
 
@@ -42,12 +48,12 @@ class Heads(Protocol):
 
 
 class AttentionHalf(Protocol):
-    """residual + out_norm(out(attention(heads(qkv(norm(x)))))), all [M, H], the norms where there are any.
+    """residual + out_norm(out(attention(heads(qkv(norm(x)))))), all [M, H]; norms and residual where there are any.
 
     Writes this iteration's keys and values to the cache, attends over what the cache then holds.
     """
 
-    def __call__(self, x: Tensor, layout: Layout, cache: KVCache, residual: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, layout: Layout, cache: KVCache, residual: Tensor | None) -> Tensor: ...
 
 
 class MLPHalf(Protocol):
@@ -63,6 +69,7 @@ class Kernels(Protocol):
     block_multiple: a block of the KV cache has a multiple of so many tokens.
     matrix_bytes: memory of the weights of all linear maps built so far.
     kv_dtype: what its caches keep; "auto": the dtype of the activations.
+    is_quantised: whether `Linear.rows` gives other values than the weight had.
     """
 
     @property
@@ -73,6 +80,8 @@ class Kernels(Protocol):
     def matrix_bytes(self) -> int: ...
     @property
     def kv_dtype(self) -> KVDtype: ...
+    @property
+    def is_quantised(self) -> bool: ...
 
     def linear(
         self,
@@ -91,15 +100,29 @@ class Kernels(Protocol):
         """
         ...
 
+    def partial(self, weight: Tensor, part_of: int) -> Linear:
+        """One of `part_of` equal parts, along K, of a cut map: [M, K / part_of] -> its part of the sum, float32 [M, N].
+
+        Raises ValueError where the segments of the whole cannot be shared so, or these kernels know no segments.
+        """
+        ...
+
+    def join(self, parts: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The parts' float32 [P, M, N] (P of 1, 2, 4, 8) -> what the uncut map gives, [M, N] of dtype, bit for bit.
+
+        bias: float32 [N]. residual: [M, N].
+        """
+        ...
+
     def gated(
         self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
     ) -> Part:
         """x -> activation(gate(x)) * up(x); weights [N, K]."""
         ...
 
-    def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part: ...
+    def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Norm: ...
 
-    def layer_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> Part: ...
+    def layer_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> Norm: ...
 
     def heads(
         self,
@@ -139,7 +162,7 @@ class Kernels(Protocol):
         qkv: Linear,
         heads: Heads,
         out: Linear,
-        out_norm: Part | None,
+        out_norm: Norm | None,
         *,
         scale: float,
         window: int | None = None,
@@ -149,7 +172,7 @@ class Kernels(Protocol):
         """Half a layer of parts that these kernels built."""
         ...
 
-    def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Part | None) -> MLPHalf:
+    def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Norm | None) -> MLPHalf:
         """inner: x -> activation(up(x)), or what `gated` gives."""
         ...
 

@@ -81,10 +81,17 @@ class _Weights:
     """A packed matrix; of two, if gated. The tensors it was made of are not kept.
 
     parts: (weight [N_i, K], bias or None, 0 for columns side by side, 1 and 2 for the two of a gated pair).
+    part_of: into how many parts like this one the whole matrix is cut along K. Raises ValueError where none of its
+    segments may be cut so often.
     """
 
     def __init__(
-        self, engine: Any, parts: Sequence[tuple[Tensor, Tensor | None, int]], cut: bool, format: Format
+        self,
+        engine: Any,
+        parts: Sequence[tuple[Tensor, Tensor | None, int]],
+        cut: bool,
+        format: Format,
+        part_of: int = 1,
     ) -> None:
         first, _, half = parts[0]
         k, width = first.shape[1], 32 if half else 64
@@ -93,6 +100,9 @@ class _Weights:
         self.dtype, self.k = first.dtype, k
         self.n = first.shape[0] if half else sum(weight.shape[0] for weight, _, _ in parts)
         multiple = {"plain": _pair(self.dtype), "int8": 4, "int4": GROUP}[format]
+        segments = _segments(k * part_of, multiple, cut, format != "plain")
+        if segments % part_of:
+            raise ValueError(f"{k * part_of} values are summed in {segments} parts, which {part_of} cannot share")
         self.matrix = _native.Matrix(
             dtype=_dtype(self.dtype),
             format=getattr(_native.Format, format),
@@ -100,7 +110,7 @@ class _Weights:
             k=k,
             gated=bool(half),
             group=GROUP,
-            segments=_segments(k, multiple, cut, format != "plain"),
+            segments=segments // part_of,
         )
         bias = torch.zeros((2 if half else 1, -(-self.n // width) * width))
         at = 0
@@ -121,12 +131,12 @@ class NativeLinear:
     def __init__(self, engine: Any, weights: _Weights, activation: str | None, wide: bool) -> None:
         self._engine = engine
         self._weights = weights  # keeps the bias alive
-        self._n, self._out_dtype = weights.n, torch.float32 if wide else weights.dtype
+        self.n, self.out_dtype = weights.n, torch.float32 if wide else weights.dtype
         self.native = _native.Linear(weights.matrix, weights.bias_address, _ACTIVATIONS[activation], wide)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         m = x.shape[0]
-        out = torch.empty((m, self._n), dtype=self._out_dtype)
+        out = torch.empty((m, self.n), dtype=self.out_dtype)
         self._engine.linear(self.native, x.data_ptr(), m, _address(residual), out.data_ptr())
         return out
 
@@ -147,9 +157,10 @@ class NativeNorm:
             centred=centred,
         )  # fmt: skip
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """With a residual [M, H] their sum, rounded once."""
         out = torch.empty_like(x)
-        self._engine.norm(self.native, x.data_ptr(), x.shape[0], out.data_ptr())
+        self._engine.norm(self.native, x.data_ptr(), x.shape[0], _address(residual), out.data_ptr())
         return out
 
 
@@ -197,16 +208,16 @@ class NativeAttention:
         view: Any,
         slopes: Tensor | None,
     ) -> None:
-        self._engine, self._heads = engine, heads
+        self._engine, self._heads, self._out = engine, heads, out
         self._parts = norm, qkv, heads, out, out_norm, slopes  # whose tensors the native half reads
         self._native = _native.AttentionHalf(_part(norm), qkv.native, heads.native, view, out.native, _part(out_norm))
 
-    def __call__(self, x: Tensor, layout: Layout, cache: NativeCache, residual: Tensor) -> Tensor:
-        result = torch.empty_like(x)
+    def __call__(self, x: Tensor, layout: Layout, cache: NativeCache, residual: Tensor | None) -> Tensor:
+        result = torch.empty((x.shape[0], self._out.n), dtype=self._out.out_dtype)
         heads = self._heads
         rows = _rows(layout, heads.num_heads, heads.num_kv_heads)
         self._engine.attention_half(
-            self._native, rows.native, cache.native, x.data_ptr(), residual.data_ptr(), heads.angles(layout),
+            self._native, rows.native, cache.native, x.data_ptr(), _address(residual), heads.angles(layout),
             result.data_ptr(),
         )  # fmt: skip
         return result
@@ -218,12 +229,12 @@ class NativeMLP:
     def __init__(
         self, engine: Any, norm: NativeNorm | None, inner: NativeLinear, down: NativeLinear, out_norm: NativeNorm | None
     ) -> None:
-        self._engine = engine
+        self._engine, self._down = engine, down
         self._parts = norm, inner, down, out_norm  # whose tensors the native half reads
         self._native = _native.MLPHalf(_part(norm), inner.native, down.native, _part(out_norm))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        result = torch.empty_like(x)
+        result = torch.empty((x.shape[0], self._down.n), dtype=self._down.out_dtype)
         self._engine.mlp_half(self._native, x.data_ptr(), x.shape[0], _address(residual), result.data_ptr())
         return result
 
@@ -295,6 +306,7 @@ class NativeKernels:
         self._quantization = quantization
         self.matrix_bytes = 0
         self.kv_dtype = kv_dtype
+        self.is_quantised = quantization != "none"
         self.name = f"native-{VERSION}-{self._engine.isa}" + ("" if quantization == "none" else f"-{quantization}")
         self.name += "" if kv_dtype == "auto" else f"-kv-{kv_dtype}"
 
@@ -310,6 +322,18 @@ class NativeKernels:
     ) -> NativeLinear:
         parts = [(weight, bias, 0) for weight, bias in zip(weights, biases, strict=True)]
         return NativeLinear(self._engine, self._pack(parts, cut, self._format(wide, exact)), activation, wide)
+
+    def partial(self, weight: Tensor, part_of: int) -> NativeLinear:
+        packed = self._pack([(weight, None, 0)], True, self._format(), part_of)
+        return NativeLinear(self._engine, packed, None, wide=True)
+
+    def join(self, parts: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+        count, m, n = parts.shape
+        out = torch.empty((m, n), dtype=dtype)
+        self._engine.join(
+            _dtype(dtype), parts.data_ptr(), count, m, n, _address(bias), _address(residual), out.data_ptr()
+        )
+        return out
 
     def gated(
         self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
@@ -389,8 +413,10 @@ class NativeKernels:
         native = _native.Cache(_dtype(dtype), self.kv_dtype == "int8", num_blocks * block_size, num_kv_heads, head_dim)
         return NativeCache(native, num_kv_heads, head_dim, dtype)
 
-    def _pack(self, parts: Sequence[tuple[Tensor, Tensor | None, int]], cut: bool, format: Format) -> _Weights:
-        weights = _Weights(self._engine, parts, cut, format)
+    def _pack(
+        self, parts: Sequence[tuple[Tensor, Tensor | None, int]], cut: bool, format: Format, part_of: int = 1
+    ) -> _Weights:
+        weights = _Weights(self._engine, parts, cut, format, part_of)
         self.matrix_bytes += weights.matrix.nbytes
         return weights
 

@@ -13,7 +13,7 @@ from orcaserve.ops.activation import ACTIVATIONS
 from orcaserve.ops.attention import Cache, ScaledBytes, attention, store_kv
 from orcaserve.ops.draw import Draw, draw
 from orcaserve.ops.halves import ComposedAttention, ComposedMLP
-from orcaserve.ops.kernels import Heads, Linear, Part
+from orcaserve.ops.kernels import Heads, Linear, Norm, Part
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.linear import TileLinear, embedding
 from orcaserve.ops.norm import layer_norm, rms_norm
@@ -73,6 +73,7 @@ class TorchKernels:
     """`Kernels` of torch's operators on tiles of fixed shapes. kv_dtype: "int8" keeps keys and values in 8 bits."""
 
     block_multiple = 1
+    is_quantised = False
 
     def __init__(self, *, kv_dtype: KVDtype = "auto") -> None:
         self.matrix_bytes = 0
@@ -92,6 +93,16 @@ class TorchKernels:
         parts = tuple(self._tiles(weight, bias) for weight, bias in zip(weights, biases, strict=True))
         return TorchLinear(parts, None if activation is None else ACTIVATIONS[activation], wide)
 
+    def partial(self, weight: Tensor, part_of: int) -> TorchLinear:
+        raise ValueError("torch's operators sum K in one piece, which cannot be cut; this needs the native kernels")
+
+    def join(self, parts: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+        sums = list(parts)
+        while len(sums) > 1:
+            sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
+        out = sums[0] if bias is None else sums[0] + bias
+        return (out if residual is None else out + residual).to(dtype)
+
     def gated(
         self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
     ) -> Part:
@@ -99,11 +110,11 @@ class TorchKernels:
         act = ACTIVATIONS[activation]
         return lambda x: act(first(x)) * second(x)
 
-    def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Part:
-        return lambda x: rms_norm(x, weight, eps, plus_one=plus_one)
+    def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Norm:
+        return lambda x, residual=None: _sum(rms_norm(x, weight, eps, plus_one=plus_one), residual)
 
-    def layer_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> Part:
-        return lambda x: layer_norm(x, weight, bias, eps)
+    def layer_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> Norm:
+        return lambda x, residual=None: _sum(layer_norm(x, weight, bias, eps), residual)
 
     def heads(
         self,
@@ -140,7 +151,7 @@ class TorchKernels:
         qkv: Linear,
         heads: Heads,
         out: Linear,
-        out_norm: Part | None,
+        out_norm: Norm | None,
         *,
         scale: float,
         window: int | None = None,
@@ -149,7 +160,7 @@ class TorchKernels:
     ) -> ComposedAttention:
         return ComposedAttention(self, norm, qkv, heads, out, out_norm, scale, window, softcap, slopes)
 
-    def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Part | None) -> ComposedMLP:
+    def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Norm | None) -> ComposedMLP:
         return ComposedMLP(norm, inner, down, out_norm)
 
     def kv_cache(
@@ -176,3 +187,7 @@ class TorchKernels:
 
     def logprobs(self, logits: Tensor, peaks: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> Logprobs:
         return logprobs(logits, peaks, rows, tokens, top)
+
+
+def _sum(x: Tensor, residual: Tensor | None) -> Tensor:
+    return x if residual is None else residual + x

@@ -9,7 +9,6 @@ Exit codes: 0 after Stop or the frontend's end, 1 if the model cannot be served,
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import secrets
@@ -18,7 +17,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -28,6 +26,7 @@ from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.policy import POLICIES
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.executor import Executor
+from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Command, Stats
 from orcaserve.engine.step_log import Header, StepLog
@@ -36,24 +35,23 @@ from orcaserve.serve.frames import (
     BEAT_SECONDS,
     Beat,
     Failed,
-    FrameReader,
     FromEngine,
     Loading,
     Ready,
     Start,
     ToEngine,
-    encode,
 )
 from orcaserve.serve.step_log_file import StepLogFile
 from orcaserve.worker.machine import cpu_name
+from orcaserve.worker.process import die_with_parent, in_one_line, keep_freed_memory
 
 FLUSH_SECONDS = 1.0
 RECEIVE_BYTES = 1 << 18
-KEPT_BYTES = 32 << 20  # of one array; as much as glibc allows
 EXIT_MODEL, EXIT_LOOP = 1, 70
 
 Progress = Callable[[str, int, int], None]
-Build = Callable[[EngineOptions, Progress], tuple[Executor, EngineInfo]]
+Lost = Callable[[str], None]
+Build = Callable[[EngineOptions, Progress, Lost], tuple[Executor, EngineInfo]]
 
 
 class SocketInbox:
@@ -117,7 +115,7 @@ def main(socket_fd: int, recorder_fd: int, build: Build | None = None) -> int:
         signal.signal(number, signal.SIG_IGN)
     for fd in (socket_fd, recorder_fd):
         os.set_inheritable(fd, False)
-    _die_with_parent()
+    die_with_parent()
     sock = socket.socket(fileno=socket_fd)
     start: queue.SimpleQueue[EngineOptions] = queue.SimpleQueue()
     inbox = SocketInbox()
@@ -135,7 +133,7 @@ def _serve(
     pulse = _Pulse(outbox)
     try:
         build = build or _default_build()
-        executor, info = build(options, lambda stage, done, total: outbox.put(Loading(stage, done, total)))
+        executor, info = build(options, lambda stage, done, total: outbox.put(Loading(stage, done, total)), _end)
         recording = RecordingExecutor(executor, recorder)
         scheduler = (CheckedScheduler if options.check else Scheduler)(_scheduler_config(options, info))
         file = None if options.step_log is None else StepLogFile(Path(options.step_log))
@@ -148,7 +146,7 @@ def _serve(
         outbox.put(Failed(str(error)))
         return EXIT_MODEL
     except Exception as error:
-        outbox.put(Failed(f"the engine could not start: {_line(error)}"))
+        outbox.put(Failed(f"the engine could not start: {in_one_line(error)}"))
         return EXIT_MODEL
     keep_freed_memory()
     pulse.watch(lambda: recording.num_tokens, loop.stats)
@@ -156,12 +154,18 @@ def _serve(
     try:
         loop.run()
     except Exception as error:
-        print(f"orcaserve engine: the loop failed: {_line(error)}", file=sys.stderr, flush=True)
+        print(f"orcaserve engine: the loop failed: {in_one_line(error)}", file=sys.stderr, flush=True)
         return EXIT_LOOP
     finally:
         if file is not None:
             file.close(FLUSH_SECONDS)
     return 0
+
+
+def _end(why: str) -> None:
+    """The executor is lost, and with it this process: the supervisor starts everything again."""
+    print(f"orcaserve engine: {why}", file=sys.stderr, flush=True)
+    os._exit(EXIT_LOOP)
 
 
 def _default_build() -> Build:
@@ -200,7 +204,7 @@ def _read(sock: socket.socket, start: queue.SimpleQueue[EngineOptions], inbox: S
                 else:
                     inbox.put(cast(Command, frame))
     except Exception as error:
-        print(f"orcaserve engine: the link failed: {_line(error)}", file=sys.stderr, flush=True)
+        print(f"orcaserve engine: the link failed: {in_one_line(error)}", file=sys.stderr, flush=True)
     os._exit(0)
 
 
@@ -213,14 +217,14 @@ def _scheduler_config(options: EngineOptions, info: EngineInfo) -> SchedulerConf
         max_batch_tokens=max(options.max_batch_tokens, options.max_batch_size),  # room for everyone's next token
         num_blocks=info.num_blocks,
         block_size=info.block_size,
-        depth=options.depth,
+        depth=max(options.depth, options.pipeline_parallel),
     )
 
 
 def _header(options: EngineOptions, info: EngineInfo) -> Header:
     """The first line of a step log."""
     from orcaserve.model.config import read_config
-    from orcaserve.serve.model_shape import shape_of
+    from orcaserve.model.shape import shape_of
 
     try:
         config = read_config(options.model)
@@ -228,36 +232,6 @@ def _header(options: EngineOptions, info: EngineInfo) -> Header:
     except ModelError:  # another backend's model
         shape = None
     return Header(config=_scheduler_config(options, info), model=shape, machine=cpu_name(), threads=info.threads)
-
-
-def _die_with_parent() -> None:
-    """Asks Linux to kill this process when the thread that started it ends: not even a stopped one stays behind.
-
-    Elsewhere, and for a parent that is gone already, the end of the socket says the same to a process that runs.
-    """
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def keep_freed_memory() -> None:
-    """Asks glibc to hand out again what an iteration frees, instead of giving it back to the kernel.
-
-    Every iteration takes and frees the same few arrays. As fresh pages from the kernel, the logits of sixteen rows
-    alone cost milliseconds of page faults. What loading the model left behind goes back first.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is not None and hasattr(libc, "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        libc.malloc_trim(0)
-        libc.mallopt(mmap_threshold, KEPT_BYTES)
-        libc.mallopt(trim_threshold, 2 * KEPT_BYTES)
-
-
-def _line(error: Exception) -> str:
-    """An exception in one line, with the place that raised it."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return " ".join(f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})".split())
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""What crosses the socket between the frontend and the engine process: typed frames, each led by its length.
-
-A frame is a 4-byte little-endian length and so many bytes of msgpack. Both ends of the socket pair are ours, so a frame
-that does not decode is a bug and raises `msgspec.MsgspecError`.
-"""
+"""What crosses the socket between the frontend and the engine process, in frames as `engine.framing` has them."""
 
 from __future__ import annotations
 
@@ -53,34 +49,3 @@ ToEngine = Start | Submit | Abort | Stop
 FromEngine = Loading | Ready | Failed | Beat | Step
 
 BEAT_SECONDS = 0.25  # how often the engine process says that it is alive, and how often the frontend looks
-_HEADER = 4
-_encoder = msgspec.msgpack.Encoder()
-
-
-def encode(frame: ToEngine | FromEngine) -> bytes:
-    payload = _encoder.encode(frame)
-    return len(payload).to_bytes(_HEADER, "little") + payload
-
-
-class FrameReader:
-    """Cuts a byte stream into frames, however it is torn. Owner of the bytes that are not yet a whole frame."""
-
-    def __init__(self, frames: object) -> None:
-        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(frames)
-        self._buffer = bytearray()
-
-    def feed(self, data: bytes) -> list[object]:
-        """The frames that `data` completes."""
-        self._buffer += data
-        start = 0
-        view = memoryview(self._buffer)
-        frames = []
-        while len(view) - start >= _HEADER:
-            end = start + _HEADER + int.from_bytes(view[start : start + _HEADER], "little")
-            if end > len(view):
-                break
-            frames.append(self._decoder.decode(view[start + _HEADER : end]))
-            start = end
-        view.release()
-        del self._buffer[:start]
-        return frames

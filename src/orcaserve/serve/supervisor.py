@@ -17,30 +17,28 @@ import subprocess  # an argument list, never a shell
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol, cast
 
 from orcaserve.core.config import EngineInfo, EngineOptions
+from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.messages import Step, Stop
+from orcaserve.engine.silence import Silence
 from orcaserve.serve.flight_recorder import FlightRecorder
 from orcaserve.serve.frames import (
     BEAT_SECONDS,
     Beat,
     Failed,
-    FrameReader,
     FromEngine,
     Loading,
     Ready,
     Start,
     ToEngine,
-    encode,
 )
+from orcaserve.worker.process import pulse
 
 log = logging.getLogger(__name__)
 
 COMMAND = (sys.executable, "-m", "orcaserve.serve.engine_process")
-FROZEN_TICKS = 3
-SILENT_TICKS = 40  # even a process that works must get a word out in ten seconds
 STUCK_SECONDS = 30.0
 STUCK_FACTOR = 20.0
 STOP_SECONDS = 1.0
@@ -150,16 +148,6 @@ class EngineProcess(asyncio.Protocol):
             await asyncio.sleep(0.005)
         return -1 if code is None else code
 
-    def pulse(self) -> object:
-        """Something that changes while the process gets work done; None where the system does not tell."""
-        try:
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return None
-        state, cpu_ticks = fields[0], (fields[11], fields[12])
-        waits_for_a_disk_or_a_core = state in ("D", "R")
-        return time.monotonic() if waits_for_a_disk_or_a_core else cpu_ticks
-
     # -- asyncio.Protocol ----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -188,16 +176,13 @@ class Watch:
     """
 
     def __init__(self, now: float) -> None:
-        self._heard = True
-        self._silent = 0
-        self._idle = 0
-        self._pulse: object = None
+        self._silence = Silence()
         self._progress = now
         self._num_tokens = 0
         self._seconds_per_token: float | None = None
 
     def hear(self, frame: FromEngine, now: float) -> None:
-        self._heard = True
+        self._silence.end()
         if isinstance(frame, Beat):
             self._num_tokens = frame.num_tokens
         elif isinstance(frame, Step):
@@ -209,14 +194,9 @@ class Watch:
 
     def tick(self, now: float, is_busy: bool, pulse: object) -> str | None:
         """Why the engine has to be killed, or None."""
-        self._silent = 0 if self._heard else self._silent + 1
-        # A beat can also be late because a library holds Python's lock while it loads, or for want of a core.
-        worked = pulse is None or pulse != self._pulse
-        self._idle = 0 if self._heard or worked else self._idle + 1
-        self._heard, self._pulse = False, pulse
         if not is_busy:
             self._progress = now
-        if self._idle >= FROZEN_TICKS or self._silent >= SILENT_TICKS:
+        if self._silence.tick(pulse):
             return "frozen"
         return "stuck" if now - self._progress > self.limit else None
 
@@ -338,7 +318,7 @@ class Supervisor:
             engine.kill()
         try:
             while verdict is None and not await engine.is_gone(within=BEAT_SECONDS):
-                verdict = watch.tick(time.monotonic(), self._owner.is_busy, engine.pulse())
+                verdict = watch.tick(time.monotonic(), self._owner.is_busy, pulse(engine.pid))
         finally:
             self._engine = None
             if self.state == "ready":

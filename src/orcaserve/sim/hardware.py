@@ -128,7 +128,7 @@ def derive(on: Hardware, shape: ModelShape, parallel: Parallel) -> CostModel:
     kv_heads = max(1.0, shape.kv_heads / tensor)
     hidden_bytes = shape.hidden * shape.value_bytes
     stages = []
-    for number, layers in enumerate(layers_of(shape, parallel)):
+    for number, layers in enumerate(equal_layers(shape.layers, parallel.pipeline)):
         # A ring all-reduce sends 2 (n-1)/n of its bytes; Megatron's layers need two.
         sent = 2 * layers * 2 * (tensor - 1) / tensor * hidden_bytes / on.link
         fixed = layers * (on.kernel + (2 * on.hop if tensor > 1 else 0.0))
@@ -151,17 +151,19 @@ def derive(on: Hardware, shape: ModelShape, parallel: Parallel) -> CostModel:
     return CostModel(stages=tuple(stages), turn=on.turn, made_from=f"{shape.name} on {on.name}, {parallel}")
 
 
-def layers_of(shape: ModelShape, parallel: Parallel) -> list[int]:
-    """Layers of each stage: equal, as in the paper; the first stages get what is left over."""
-    each, over = divmod(shape.layers, parallel.pipeline)
-    return [each + (number < over) for number in range(parallel.pipeline)]
+def equal_layers(layers: int, stages: int) -> list[int]:
+    """Layers of each stage, as equal as can be; the first stages get what is left over. ValueError if one got none."""
+    if stages > layers:
+        raise ValueError(f"{layers} layers make no {stages} stages")
+    each, over = divmod(layers, stages)
+    return [each + (number < over) for number in range(stages)]
 
 
 def kv_tokens(on: Hardware, shape: ModelShape, parallel: Parallel) -> int:
     """Tokens whose K and V fit beside the weights, in the stage that holds the fewest. ValueError if none do."""
     _check(shape, parallel)
     least = None
-    for number, layers in enumerate(layers_of(shape, parallel)):
+    for number, layers in enumerate(equal_layers(shape.layers, parallel.pipeline)):
         weights = layers * shape.layer_weights * shape.weight_bits / 8
         if number in (0, parallel.pipeline - 1):  # embeddings, and the output matrix
             weights += shape.head_weights * shape.value_bytes
@@ -181,5 +183,3 @@ def _check(shape: ModelShape, parallel: Parallel) -> None:
         raise ValueError("tensor and pipeline parallelism are whole numbers from 1")
     if shape.heads % parallel.tensor:
         raise ValueError(f"{shape.heads} attention heads cannot be shared by {parallel.tensor} devices evenly")
-    if parallel.pipeline > shape.layers:
-        raise ValueError(f"{shape.layers} layers make no {parallel.pipeline} stages")

@@ -51,6 +51,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """One way to schedule. slots: tokens of KV memory that may be used; None: all.
 
     batch_tokens: tokens of an iteration, where the policy cuts prompts.
+    depth: batches in flight.
     max_tokens: what every request declares as its longest output, while it ends at its own length, of which the
         scheduler knows nothing; None: each declares its own length.
     """
@@ -60,6 +61,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int
     slots: int | None = None
     batch_tokens: int = BATCH_TOKENS
+    depth: int = 1
     max_tokens: int | None = None
 
     def config(self, engine: Engine) -> SchedulerConfig:
@@ -76,6 +78,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
             max_batch_tokens=max(self.batch_tokens, self.max_batch_size),
             num_blocks=num_blocks,
             block_size=engine.block_size,
+            depth=self.depth,
         )
 
 

@@ -1,0 +1,29 @@
+"""`Silence`: tells from a process's beats, tick by tick, whether it is frozen. No clock: a tick is a beat long."""
+
+from __future__ import annotations
+
+FROZEN_TICKS = 3
+SILENT_TICKS = 40  # even a process that works must get a word out in ten seconds
+
+
+class Silence:
+    """Owner of what was heard and seen of one process since the last tick."""
+
+    def __init__(self) -> None:
+        self._heard = True
+        self._silent = 0
+        self._idle = 0
+        self._pulse: object = None
+
+    def end(self) -> None:
+        """Something was heard."""
+        self._heard = True
+
+    def tick(self, pulse: object) -> bool:
+        """Whether it is frozen. pulse: something that changes while it gets work done; None: not known."""
+        self._silent = 0 if self._heard else self._silent + 1
+        # A beat can also be late because a library holds Python's lock while it loads, or for want of a core.
+        worked = pulse is None or pulse != self._pulse
+        self._idle = 0 if self._heard or worked else self._idle + 1
+        self._heard, self._pulse = False, pulse
+        return self._idle >= FROZEN_TICKS or self._silent >= SILENT_TICKS

@@ -1,0 +1,106 @@
+"""A host that joins a head: starts the ranks that the head gives it, and passes on what each side says.
+
+Whatever ends (a worker, the head, the link), all of its workers end; then it joins again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from orcaserve.core.config import EngineOptions
+from orcaserve.engine.silence import Silence
+from orcaserve.executors.link import Link, LinkError, interface_of
+from orcaserve.executors.messages import FromHost, FromWorker, Gone, Here, Joined, Run, Start, Tell, ToHost, Told
+from orcaserve.executors.workers import TICK_SECONDS, Workers
+
+CONNECT_SECONDS = 2.0
+PAUSE_SECONDS = 0.5
+
+Say = Callable[[str], None]
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(ToHost).decode
+
+
+def join(model: str, node_rank: int, address: tuple[str, int], secret: bytes, say: Say) -> None:
+    """Serves for ever. model: this host's copy. say: told, in a line, what happens."""
+    said = ""
+    while True:
+        try:
+            sock = socket.create_connection(address, CONNECT_SECONDS)
+            link = Link(sock, secret, is_head=False)
+            sock.settimeout(None)
+        except OSError as error:
+            line = f"waiting for the head at {address[0]}:{address[1]} ({error})"
+        else:
+            say(f"joined {address[0]}:{address[1]}")
+            line = f"left the head: {_Session(model, sock.getsockname()[0], link).serve(node_rank)}"
+        if line != said:
+            say(line)
+        said = line
+        time.sleep(PAUSE_SECONDS)
+
+
+class _Session:
+    """From joining to the end of the link. Owner of the workers."""
+
+    def __init__(self, model: str, own_address: str, link: Link) -> None:
+        self._model, self._own_address, self._link = model, own_address, link
+        self._silence = Silence()
+        self._ended = threading.Event()
+        self._why = ""
+
+    def serve(self, node_rank: int) -> str:
+        """Why it ended."""
+        workers: Workers | None = None
+        try:
+            self._send(Joined(node_rank))
+            threading.Thread(target=self._tick, name="beat", daemon=True).start()
+            while True:
+                frame = _decode(self._link.read())
+                self._silence.end()
+                if isinstance(frame, Start):
+                    workers = self._start(frame)
+                elif workers is not None and isinstance(frame, Tell):
+                    workers.tell(frame.rank, frame.frame)
+                elif workers is not None and isinstance(frame, Run):
+                    workers.run(frame.batch)
+        except (LinkError, OSError, msgspec.MsgspecError) as error:
+            return self._why or str(error)
+        finally:
+            self._ended.set()
+            self._link.close()
+            if workers is not None:
+                workers.close()
+
+    def _start(self, start: Start) -> Workers:
+        options: EngineOptions = msgspec.structs.replace(start.options, model=self._model)
+        return Workers(
+            options, start.places, start.store, interface_of(self._own_address), self._on_frame, self._on_lost
+        )
+
+    def _on_frame(self, rank: int, frame: FromWorker) -> None:
+        self._send(Told(rank, frame))
+
+    def _on_lost(self, why: str) -> None:
+        self._why = why
+        self._send(Gone(why))
+        self._link.close()  # ends the reading
+
+    def _tick(self) -> None:
+        """Says that this host is here, and sees that the head is."""
+        while not self._ended.wait(TICK_SECONDS):
+            self._send(Here())
+            if self._silence.tick(pulse="not seen from here") and not self._why:
+                self._why = "nothing is heard of the head"
+                self._link.close()
+
+    def _send(self, frame: FromHost) -> None:
+        with contextlib.suppress(LinkError):
+            self._link.send(_encode(frame))

@@ -1,0 +1,178 @@
+"""`Workers`: the worker processes of one host, the sockets to them, and whether they are alive."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import subprocess  # an argument list, never a shell
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from orcaserve.core.config import EngineOptions
+from orcaserve.engine.framing import FrameReader, encode
+from orcaserve.engine.silence import Silence
+from orcaserve.executors.messages import Begin, FromWorker, Place, StoreAt, ToWorker
+from orcaserve.worker.machine import available_memory, usable_cpus
+from orcaserve.worker.process import pulse
+
+COMMAND = (sys.executable, "-m", "orcaserve.executors.worker_process")
+TICK_SECONDS = 0.25  # as often as workers say that they are alive
+END_SECONDS = 2.0
+RECEIVE_BYTES = 1 << 18
+
+OnFrame = Callable[[int, FromWorker], None]
+OnLost = Callable[[str], None]
+
+
+class Workers:
+    """The ranks of one host, as processes. Owner of them and of the sockets to them.
+
+    What they report is heard by a thread, which calls `on_frame(rank, frame)`, and `on_lost(why)` once.
+    """
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        places: Sequence[Place],
+        store: StoreAt | None,
+        interface: str,
+        on_frame: OnFrame,
+        on_lost: OnLost,
+    ) -> None:
+        """Starts them and has them load, sharing memory and threads evenly; raises OSError if that cannot be done.
+
+        Must run in a thread that lives as long as they shall: they ask Linux to die with it. store: where all ranks
+        find each other; None: these are all, and do so in a file of their own. interface: on which they listen.
+        A file descriptor in `store` is given to them.
+        """
+        self._on_frame, self._on_lost = on_frame, on_lost
+        self._ended = threading.Event()
+        self.places = tuple(places)
+        self._reports: list[socket.socket] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._store_fd = os.memfd_create("orcaserve-ranks")
+        self._store = store or StoreAt(self._store_fd)
+        self._interface = interface
+        inboxes = [socket.socketpair() for _ in places]
+        try:
+            for index in range(len(places)):
+                self._start(index, inboxes)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._control = inboxes[0][0]
+            for index, (into, inbox) in enumerate(inboxes):
+                inbox.close()
+                if index:
+                    into.close()
+        threads = options.threads or usable_cpus()
+        for place in places:
+            share = available_memory() // len(places), max(1, threads // len(places))
+            self.tell(place.rank, Begin(options, place, self._store, *share))
+        threading.Thread(target=self._listen, name="workers", daemon=True).start()
+
+    def _start(self, index: int, inboxes: Sequence[tuple[socket.socket, socket.socket]]) -> None:
+        ours, theirs = socket.socketpair()
+        self._reports.append(ours)
+        outs = [inboxes[other][0].fileno() for other in passes_on(self.places, index)]
+        fds = [theirs.fileno(), inboxes[index][1].fileno(), *outs]
+        with theirs:
+            process = subprocess.Popen(  # noqa: S603
+                [*COMMAND, *map(str, fds)],
+                pass_fds=(*fds, *([self._store.fd] if self._store.fd >= 0 else ())),
+                # torch's own switches: where it listens, and that it need not say so
+                env={**os.environ, "GLOO_SOCKET_IFNAME": self._interface, "TORCH_CPP_LOG_LEVEL": "ERROR"},
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+            )
+        self._processes.append(process)
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(process.pid for process in self._processes)
+
+    def tell(self, rank: int, frame: ToWorker) -> None:
+        with contextlib.suppress(OSError):  # its death is heard elsewhere
+            self._reports[rank - self.places[0].rank].sendall(encode(frame))
+
+    def run(self, batch: bytes) -> None:
+        """A batch as it is on the control plane: to the first worker, which passes it on."""
+        with contextlib.suppress(OSError):
+            self._control.sendall(batch)
+
+    def close(self) -> None:
+        """Ends all of them, and waits for that."""
+        self._ended.set()
+        for sock in self._reports:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        end = time.monotonic() + END_SECONDS
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._store_fd >= 0:
+            os.close(self._store_fd)
+            self._store_fd = -1
+
+    def _listen(self) -> None:
+        readers = [FrameReader(FromWorker) for _ in self._reports]
+        silences = [Silence() for _ in self._reports]
+        ranks = [place.rank for place in self.places]
+        with selectors.DefaultSelector() as selector:
+            for index, sock in enumerate(self._reports):
+                selector.register(sock, selectors.EVENT_READ, index)
+            ticked = time.monotonic()
+            while not self._ended.is_set():
+                for key, _ in selector.select(TICK_SECONDS):
+                    index = cast(int, key.data)
+                    data = _receive(self._reports[index])
+                    if not data:
+                        return self._lose(f"worker {ranks[index]} is gone ({self._manner(index)})")
+                    silences[index].end()
+                    for frame in readers[index].feed(data):
+                        self._on_frame(ranks[index], cast(FromWorker, frame))
+                if time.monotonic() - ticked >= TICK_SECONDS:
+                    ticked = time.monotonic()
+                    for index, silence in enumerate(silences):
+                        if silence.tick(pulse(self._processes[index].pid)):
+                            return self._lose(f"worker {ranks[index]} is frozen")
+
+    def _lose(self, why: str) -> None:
+        if not self._ended.is_set():
+            self._on_lost(why)
+
+    def _manner(self, index: int) -> str:
+        try:
+            code = self._processes[index].wait(TICK_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "it closed its socket"
+        return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+
+def passes_on(places: Sequence[Place], index: int) -> list[int]:
+    """To which of a host's workers, by index, one of them passes batches on.
+
+    The first of each stage to the others of its stage, and to the first of the next stage.
+    """
+    own = places[index].stage
+    if index and places[index - 1].stage == own:
+        return []
+    later = range(index + 1, len(places))
+    following = [other for other in later if places[other].stage != own][:1]
+    return following + [other for other in later if places[other].stage == own]
+
+
+def _receive(sock: socket.socket) -> bytes:
+    try:
+        return sock.recv(RECEIVE_BYTES)
+    except OSError:
+        return b""

@@ -1,0 +1,88 @@
+"""`World`: this process among the ranks of one model, over torch.distributed. It is the data plane: activations only.
+
+Rank r is in stage r // tensor; the ranks of a stage share its layers. Hidden values go from each rank of a stage to the
+same one of the next. (Where a switch mixes the planes, batches travel here as well, so that the paper's claim, section
+4.1, can be measured.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from orcaserve.parallel.group import Alone, Group, TorchGroup
+
+# Whether a peer is alive is seen elsewhere, and at once; here one waits for as long as an iteration may take.
+_PATIENCE = timedelta(days=1)
+
+
+class World:
+    """Owner of this process's part in torch.distributed; one in a process."""
+
+    def __init__(self, store: dist.Store, rank: int, tensor: int, pipeline: int) -> None:
+        """Waits until all tensor * pipeline ranks are here."""
+        self._rank, self._tensor = rank, tensor
+        self._stage, self._stages = rank // tensor, pipeline
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=tensor * pipeline, timeout=_PATIENCE)
+        # Every rank takes part in making every group.
+        groups = [
+            dist.new_group(list(range(first, first + tensor)), timeout=_PATIENCE) if tensor > 1 else None
+            for first in range(0, tensor * pipeline, tensor)
+        ]
+        mine = groups[self._stage]
+        self._mine = mine
+        self.group: Group = Alone() if mine is None else TorchGroup(mine)
+        self._sent: deque[tuple[dist.Work, Tensor]] = deque()
+
+    @property
+    def is_first(self) -> bool:
+        return self._stage == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self._stage == self._stages - 1
+
+    def receive_bytes(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes] from the stage before."""
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        dist.recv(data, self._rank - self._tensor)
+        return data
+
+    def send_bytes(self, data: Tensor) -> None:
+        """Gives uint8 values to the stage behind, without waiting for it."""
+        while self._sent and self._sent[0][0].is_completed():
+            self._sent.popleft()
+        work = dist.isend(data, self._rank + self._tensor)
+        if work is not None:
+            self._sent.append((work, data))
+
+    def share_bytes(self, data: Tensor) -> None:
+        """From the first rank of the stage to the others, in place."""
+        if self._mine is not None:
+            dist.broadcast(data, group=self._mine, group_src=0)
+
+
+class Hidden:
+    """Hidden values [ΣL, size] of a dtype, from stage to stage."""
+
+    def __init__(self, world: World, size: int, dtype: torch.dtype) -> None:
+        self._world, self._size, self._dtype = world, size, dtype
+
+    @property
+    def is_first(self) -> bool:
+        return self._world.is_first
+
+    @property
+    def is_last(self) -> bool:
+        return self._world.is_last
+
+    def receive(self, num_tokens: int) -> Tensor:
+        data = self._world.receive_bytes(num_tokens * self._size * self._dtype.itemsize)
+        return data.view(self._dtype).view(num_tokens, self._size)
+
+    def send(self, hidden: Tensor) -> None:
+        self._world.send_bytes(hidden.contiguous().view(-1).view(torch.uint8))

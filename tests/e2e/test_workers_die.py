@@ -1,0 +1,56 @@
+"""A server on several worker processes: any of them may die or freeze, and every stream ends as if nothing had been."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import kernel_sets
+import psutil
+from serving import Serving, is_alive
+from test_streams_survive_crashes import all_streams
+
+pytestmark = kernel_sets.NEEDS_NATIVE
+
+STREAMS = 40
+
+
+def workers(server: Serving) -> list[psutil.Process]:
+    """Those that the engine has now."""
+    return [child for child in server.engine.children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+async def disturbed(server: Serving, total: int, harm: list[tuple[int, int]]) -> tuple[list, list[int]]:
+    """The streams while workers are harmed: (which, by what signal) at each third of all tokens."""
+    progress = [0] * STREAMS
+    running = asyncio.ensure_future(all_streams(server.url, progress))
+    gone: list[int] = []
+    for i, (which, number) in enumerate(harm):
+        while sum(progress) < (i + 1) / (len(harm) + 1) * total:
+            assert not running.done(), running.exception()
+            await asyncio.sleep(0.005)
+        while len(there := [p.pid for p in await asyncio.to_thread(workers, server)]) < 4 or set(there) & set(gone):
+            await asyncio.sleep(0.01)
+        gone += there
+        os.kill(there[which], number)
+    return await running, gone
+
+
+def test_streams_survive_their_workers() -> None:
+    options = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2", "--kv-memory", "8MiB"]
+    with Serving(*options, "--max-batch-size", "32") as server:
+        calm = asyncio.run(all_streams(server.url, [0] * STREAMS))
+        total = sum(len(ids) for _, ids, _, _ in calm)
+        began = time.monotonic()
+        harm = [(3, signal.SIGKILL), (1, signal.SIGSTOP)]
+        stormy, gone = asyncio.run(disturbed(server, total, harm))
+        print(f"{total} tokens in {time.monotonic() - began:.1f} s, workers lost: {gone}")
+        assert len(set(gone)) == 8
+        for i, (expected, got) in enumerate(zip(calm, stormy, strict=True)):
+            assert got == expected, f"stream {i}: {got} instead of {expected}"
+        assert not any(map(is_alive, gone)), "a worker of a lost group lives on"
+        last = [p.pid for p in workers(server)]
+    time.sleep(1)
+    assert not any(map(is_alive, last)), "workers outlived the server by a second"

@@ -1,0 +1,218 @@
+"""Real worker processes: the same answers whatever the tensor- and pipeline-parallel sizes, and what their ends do."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import kernel_sets
+import psutil
+import pytest
+import torch
+from checkpoints import make_model
+
+from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
+from orcaserve.core.invariants import CheckedScheduler
+from orcaserve.core.policy import POLICIES
+from orcaserve.core.request import NewRequest, Output, SamplingParams
+from orcaserve.core.scheduler import SchedulerConfig
+from orcaserve.engine.executor import Executor
+from orcaserve.engine.loop import EngineLoop
+from orcaserve.engine.messages import Command, Step, Submit
+from orcaserve.executors.build import build
+from orcaserve.executors.distributed import DistributedExecutor, WorkerLost
+
+pytestmark = kernel_sets.NEEDS_NATIVE
+
+VOCAB = 331
+_SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "max_position_embeddings": 256, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+SHAPES = {
+    "gpt2": (
+        "GPT2Config",
+        {"n_embd": 64, "n_layer": 5, "n_head": 8, "n_positions": 256, "vocab_size": VOCAB, "bos_token_id": 1,
+         "eos_token_id": 2},
+    ),
+    "llama": ("LlamaConfig", _SIZES),
+    "qwen3": ("Qwen3Config", {**_SIZES, "head_dim": 16, "tie_word_embeddings": True}),
+    "mixtral": ("MixtralConfig", {**_SIZES, "num_local_experts": 6, "num_experts_per_tok": 2}),
+}  # fmt: skip
+SIZES = (1, 2, 4)
+SOME = [
+    ("gpt2", 1, 4), ("gpt2", 4, 1), ("llama", 2, 2), ("qwen3", 1, 2), ("qwen3", 2, 1), ("mixtral", 2, 2)
+]  # fmt: skip
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "tensor" in metafunc.fixturenames:
+        grid = [case for case in itertools.product(SHAPES, SIZES, SIZES) if case[1:] != (1, 1)]
+        metafunc.parametrize(("shape", "tensor", "pipeline"), grid if metafunc.config.getoption("whole_grid") else SOME)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    made = {}
+    for name, (config, sizes) in SHAPES.items():
+        made[name] = tmp_path_factory.mktemp(name)
+        make_model(config, sizes, seed=5).save_pretrained(made[name])
+    return made
+
+
+@contextmanager
+def engine(folder: Path, **options) -> Iterator[tuple[Executor, EngineInfo]]:
+    executor, info = build(EngineOptions(model=str(folder), kv_memory=1 << 21, max_model_len=200, **options))
+    try:
+        yield executor, info
+    finally:
+        if isinstance(executor, DistributedExecutor):
+            executor.close()
+        torch.set_num_threads(1)
+
+
+class Crowd:
+    """Inbox and outbox of an engine to which all requests come at once."""
+
+    def __init__(self, members: Sequence[NewRequest]) -> None:
+        self._commands: list[Command] = [Submit(member) for member in members]
+        self.outputs: dict[int, list[Output]] = {member.id: [] for member in members}
+        self.num_open = len(members)
+
+    def take(self, block: bool) -> list[Command]:
+        commands, self._commands = self._commands, []
+        return commands
+
+    def put(self, step: Step) -> None:
+        for output in step.outputs:
+            self.outputs[output.id].append(output)
+            self.num_open -= output.finish_reason is not None
+
+
+def requests(seed: int, count: int) -> list[NewRequest]:
+    chance = random.Random(seed)
+    made = []
+    for i in range(count):
+        prompt = tuple(chance.randrange(3, VOCAB) for _ in range(chance.choice((1, 7, 40, 120))))
+        params = SamplingParams(
+            temperature=float(i % 2), logprobs=3, prompt_logprobs=2 if i % 3 == 0 else None, top_p=0.9
+        )
+        made.append(
+            NewRequest(
+                id=i, token_ids=prompt, num_prompt=len(prompt), max_tokens=chance.randint(1, 30), params=params, seed=i
+            )
+        )
+    return made
+
+
+def answers(executor: Executor, info: EngineInfo, depth: int, members: Sequence[NewRequest], policy="default") -> list:
+    """Tokens and log-probabilities of each, to the bit."""
+    config = SchedulerConfig(
+        policy=POLICIES[policy],
+        max_batch_size=8,
+        max_batch_tokens=48,
+        num_blocks=min(40, info.num_blocks),  # so that some are preempted
+        block_size=info.block_size,
+        depth=depth,
+    )
+    scheduler, crowd = CheckedScheduler(config), Crowd(members)
+    loop = EngineLoop(scheduler, executor, crowd, crowd, time.monotonic)
+    while crowd.num_open:
+        loop.step()
+    found = []
+    for member in members:
+        outputs = crowd.outputs[member.id]
+        scores = [score for output in outputs for score in (*output.prompt_logprobs, *output.logprobs)]
+        assert outputs[-1].error is None
+        found.append(
+            (
+                [token for output in outputs for token in output.token_ids],
+                [(score.token_id, score.logprob.hex(), score.rank, score.top) for score in scores],
+            )
+        )
+    return found
+
+
+def test_ranks_answer_as_one_process(folders, shape, tensor, pipeline, pytestconfig):
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    members = requests(seed, 24)
+    for dtype in ("bfloat16", "float32") if pytestconfig.getoption("whole_grid") else ("bfloat16",):
+        with engine(folders[shape], threads=1, dtype=dtype) as (executor, info):
+            alone = answers(executor, info, 1, members)
+            profile = info.profile
+        sizes = {"tensor_parallel": tensor, "pipeline_parallel": pipeline}
+        with engine(folders[shape], threads=2, dtype=dtype, **sizes) as (executor, info):
+            assert info.profile == profile
+            assert isinstance(executor, DistributedExecutor) and len(executor.pids) == tensor * pipeline
+            together = answers(executor, info, pipeline, members)
+            executor.forget_all()
+            again = answers(executor, info, pipeline, members, policy="orca")
+        assert together == alone
+        assert again == alone
+        assert not any(psutil.pid_exists(pid) for pid in executor.pids)
+
+
+@pytest.mark.parametrize("options", [{"control_plane": "mixed"}, {"stage_split": "equal"}, {"quantization": "int8"}])
+def test_variants_answer_as_one_process(folders, options):
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    members = requests(seed, 16)
+    quantization = options.get("quantization", "none")
+    with engine(folders["qwen3"], threads=1, quantization=quantization) as (executor, info):
+        alone = answers(executor, info, 1, members)
+    with engine(folders["qwen3"], tensor_parallel=2, pipeline_parallel=2, **options) as (executor, info):
+        assert answers(executor, info, 2, members) == alone
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tensor_parallel": 3}, "shared by 1, 2, 4, 8 ranks, not by 3"),
+        ({"pipeline_parallel": 6}, "5 layers make no 6 stages"),
+        ({"tensor_parallel": 2, "kernels": "torch"}, "native kernels"),
+        ({"pipeline_parallel": 2, "backend": "transformers"}, "one process"),
+        ({"pipeline_parallel": 2, "max_model_len": 4000}, "the model's longest is 256"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(folders, options, says):
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(ModelError, match=says) as caught:
+        build(EngineOptions(model=str(folders["llama"]), **options))
+    assert "\n" not in str(caught.value)
+    assert set(psutil.Process().children(recursive=True)) <= before, "no worker is left"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_worker_is_noticed_within_a_second(folders, number):
+    told, noticed = [], threading.Event()
+
+    def on_lost(why: str) -> None:
+        told.append((time.monotonic(), why))
+        noticed.set()
+
+    options = EngineOptions(model=str(folders["gpt2"]), pipeline_parallel=2, kv_memory=1 << 21, max_model_len=200)
+    executor, info = build(options, None, on_lost)
+    try:
+        answers(executor, info, 2, requests(1, 3))
+        assert not told
+        at = time.monotonic()
+        os.kill(executor.pids[1], number)
+        assert noticed.wait(10)
+        [(then, why)] = told
+        print(f"noticed after {then - at:.2f} s: {why}")
+        assert "worker 1" in why
+        with pytest.raises(WorkerLost):
+            answers(executor, info, 2, requests(2, 3))
+    finally:
+        executor.close()
+        torch.set_num_threads(1)
+    assert not any(psutil.pid_exists(pid) for pid in executor.pids)
