@@ -290,6 +290,7 @@ def bench_parallel(model: str | None, requests: int, batch: int, rounds: int, se
             plan = parallel.Plan(
                 inside=experiment.engine_for(name, folder, 1),
                 ranks=ranks,
+                layers=lambda stages: experiment.layers_of_stages(folder, stages),
                 requests=requests,
                 batch=batch,
                 rounds=rounds,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,20 +17,31 @@ import msgspec
 
 from orcaserve.bench import measures
 from orcaserve.bench.paper.drive import drive
-from orcaserve.bench.paper.engine import Engine, Setup
+from orcaserve.bench.paper.engine import Device, Engine, Setup
+from orcaserve.bench.simulation import arrivals_of
 from orcaserve.bench.workloads import Work
 from orcaserve.bench.workloads.spec import make
+from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.policy import DEFAULT, STATIC
+from orcaserve.engine.executor import Pending
+from orcaserve.sim.cost import CostModel, Size, StageCost, size
+from orcaserve.sim.fit import fit_stage
+from orcaserve.sim.run import simulate
+from orcaserve.sim.stages import split_layers
 
 SETTLE = 0.5  # seconds until every rank has said how busy it was
-MICROBATCHED = msgspec.structs.replace(STATIC, name="static", deal=True)
+MICROBATCHED = msgspec.structs.replace(STATIC, name="microbatched", deal=True)
+_POLICIES = {policy.name: policy for policy in (DEFAULT, STATIC, MICROBATCHED)}
 
 # (tensor, pipeline, threads of all, control plane) -> an engine, and the busy seconds of its ranks so far
 Ranks = Callable[[int, int, int, str], AbstractContextManager[tuple[Engine, Callable[[], tuple[float, ...]]]]]
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to run the trace. rate: (prompt + generated) tokens/s; busy: share of the time of each rank."""
+    """One way to run the trace. rate: (prompt + generated) tokens/s; busy: share of the time of each rank.
+
+    predicted: the rate that the simulator foretells of what one stage's iterations took, alone; None: it does not.
+    """
 
     name: str
     ranks: str
@@ -40,6 +51,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     iterations: int
     busy: tuple[float, ...]
+    predicted: float | None = None
 
 
 class Iteration(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,10 +73,14 @@ class Found(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """inside: an engine in this process, of one thread. batch: most requests of a batch. seed: of the work."""
+    """inside: an engine in this process, of one thread. batch: most requests of a batch. seed: of the work.
+
+    layers: of each stage, where there are so many.
+    """
 
     inside: Engine
     ranks: Ranks
+    layers: Callable[[int], Sequence[int]]
     requests: int
     batch: int
     rounds: int
@@ -77,7 +93,61 @@ def run(plan: Plan, say: Callable[[str], None]) -> Found:
     a, b = min(512, longest * 4 // 5), min(128, longest // 5)
     text = f"burst:in=32-{a},out=1-{b},n={plan.requests}"
     work = make(text, vocab=plan.inside.vocab_size, seed=plan.seed)
-    return Found(text, _trace(plan, work, say), _iterations(plan, say))
+    stage, turn = _learn(plan, say)
+    runs = [_foretold(plan, work, stage, turn, one) for one in _trace(plan, work, say)]
+    return Found(text, runs, _iterations(plan, say))
+
+
+class _Timed:
+    """A device that notes what each batch held and how long it took, and the time between batches. One in flight."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self.samples: list[tuple[Size, float]] = []
+        self.between: list[float] = []
+        self._ended: float | None = None
+
+    def submit(self, batch: Batch) -> Pending:
+        now = time.perf_counter()
+        if self._ended is not None:
+            self.between.append(now - self._ended)
+        self._batch, self._began, self._pending = batch, now, self._device.submit(batch)
+        return self
+
+    def result(self) -> StepResult:
+        result = self._pending.result()
+        self._ended = time.perf_counter()
+        self.samples.append((size(self._batch), self._ended - self._began))
+        return result
+
+    def forget_all(self) -> None:
+        self._device.forget_all()
+
+
+def _learn(plan: Plan, say: Callable[[str], None]) -> tuple[StageCost, float]:
+    """What one stage's iterations cost, from another work than the one that is foretold; and a turn of the host."""
+    say("what an iteration costs")
+    longest = plan.inside.max_model_len
+    text = f"burst:in=16-{min(600, longest * 4 // 5)},out=1-{min(60, longest // 5)},n={max(16, plan.requests // 2)}"
+    with plan.ranks(1, 1, 1, "separate") as (engine, _):
+        timed = _Timed(engine.device)
+        setup = Setup(name="learn", policy=DEFAULT, max_batch_size=plan.batch)
+        learning = msgspec.structs.replace(engine, device=timed)
+        drive(learning, make(text, vocab=engine.vocab_size, seed=plan.seed + 1), setup)
+    return fit_stage(timed.samples[2:]), statistics.median(timed.between)
+
+
+def _foretold(plan: Plan, work: Work, stage: StageCost, turn: float, one: Run) -> Run:
+    """With the simulator's rate: one stage's cost, cut at the layers at which the engine cuts the model."""
+    if "TP 1" not in one.ranks:
+        return one
+    layers = plan.layers(len(one.busy))
+    model = CostModel(stages=split_layers(stage, layers), turn=turn)
+    setup = Setup(name="", policy=_POLICIES[one.policy], max_batch_size=plan.batch, depth=len(layers))
+    records, _ = simulate(arrivals_of(work), setup.config(plan.inside), model, model.host)
+    seconds = max(record.token_times[-1] for record in records)
+    tokens = sum(len(item.prompt_ids) + item.max_tokens for item in work.items)
+    return msgspec.structs.replace(one, predicted=tokens / seconds)
 
 
 def _trace(plan: Plan, work: Work, say: Callable[[str], None]) -> list[Run]:
@@ -157,20 +227,22 @@ def show(found: Found, console: Any) -> None:
 
     console.print(f"All at once: {found.work}; medians of rounds.")
     base = found.runs[0].rate
-    table = Table("", "ranks", "threads", "tokens/s", "by one stage", "iterations", "busy", box=None)
+    head = ("", "ranks", "threads", "tokens/s", "foretold", "by one stage", "iterations", "busy")
+    table = Table(*head, box=None)
     for one in found.runs:
         table.add_row(
             one.name,
             one.ranks,
             str(one.threads),
             f"{one.rate:.0f}",
+            "" if one.predicted is None else f"{one.predicted:.0f}",
             f"{one.rate / base:.2f}",
             str(one.iterations),
             " ".join(f"{share:.0%}" for share in one.busy),
         )
     console.print(table)
-    head = ("requests", "in this process", "one worker", "two stages", "two stages, mixed planes")
-    table = Table(*head, title="Microseconds of an iteration, one batch at a time", box=None)
+    columns = ("requests", "in this process", "one worker", "two stages", "two stages, mixed planes")
+    table = Table(*columns, title="Microseconds of an iteration, one batch at a time", box=None)
     for at in found.iterations:
         table.add_row(str(at.requests), *(f"{x:.0f}" for x in (at.inside, at.worker, at.separate, at.mixed)))
     console.print(table)

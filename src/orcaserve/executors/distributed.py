@@ -169,6 +169,8 @@ def make_places(config: ModelConfig, options: EngineOptions) -> tuple[Place, ...
         raise ModelError("the transformers backend runs in one process; leave out the parallel sizes")
     tensor, pipeline = options.tensor_parallel, options.pipeline_parallel
     shared(config, Split(0, tensor))  # refuses
+    if options.nnodes > 1 and options.control_plane == "mixed":
+        raise ModelError("the planes can be mixed on one host only")
     if tensor * pipeline % options.nnodes:
         raise ModelError(f"{tensor * pipeline} ranks cannot be spread evenly over {options.nnodes} hosts")
     try:

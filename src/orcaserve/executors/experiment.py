@@ -17,7 +17,7 @@ import torch
 from orcaserve.bench.paper.engine import Device, Engine
 from orcaserve.core.config import ControlPlane, EngineInfo, EngineOptions
 from orcaserve.executors.build import build
-from orcaserve.executors.distributed import start_workers
+from orcaserve.executors.distributed import make_places, start_workers
 from orcaserve.model.config import read_config
 from orcaserve.model.random_checkpoint import Shape, write_random
 
@@ -57,6 +57,12 @@ def engine_of_ranks(
         yield _engine(name, executor, info), lambda: executor.busy_seconds
     finally:
         executor.close()
+
+
+def layers_of_stages(folder: Path, stages: int) -> list[int]:
+    """Layers of each stage, as the engine cuts this model."""
+    options = EngineOptions(model=str(folder), pipeline_parallel=stages)
+    return [last - first for first, last in make_places(read_config(folder), options)[0].stages]
 
 
 def _options(folder: Path, **others: Any) -> EngineOptions:

@@ -82,14 +82,15 @@ def main(report_fd: int, inbox_fd: int, out_fds: Sequence[int]) -> int:
     def on_command(frame: ToWorker) -> None:
         begin.put(frame) if isinstance(frame, Begin) else make.put(frame)
 
-    outs = [socket.socket(fileno=fd) for fd in out_fds]
     _read_in_background(sock, cast(type[ToWorker], ToWorker), on_command, (), lambda: os._exit(0))
-    # A neighbour that is gone is the engine's business, which ends everybody.
-    _read_in_background(socket.socket(fileno=inbox_fd), Batch, batches.put, outs, lambda: None)
     worker: list[StageWorker] = []
     threading.Thread(target=_beat, args=(report, worker), name="beat", daemon=True).start()
     try:
-        return _serve(begin.get(), make, batches, outs, report, worker)
+        first = begin.get()
+        outs = [socket.socket(fileno=fd) for fd in out_fds] if first.options.control_plane == "separate" else []
+        # A neighbour that is gone is the engine's business, which ends everybody.
+        _read_in_background(socket.socket(fileno=inbox_fd), Batch, batches.put, outs, lambda: None)
+        return _serve(first, make, batches, report, worker)
     except ModelError as error:
         report.put(Refused(str(error)))
         return EXIT_MODEL
@@ -99,7 +100,6 @@ def _serve(
     begin: Begin,
     make: queue.SimpleQueue[MakeCache],
     batches: queue.SimpleQueue[Batch],
-    outs: Sequence[socket.socket],
     report: Report,
     beating: list[StageWorker],
 ) -> int:

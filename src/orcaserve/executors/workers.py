@@ -58,7 +58,9 @@ class Workers:
         self._store_fd = os.memfd_create("orcaserve-ranks")
         self._store = store or StoreAt(self._store_fd)
         self._interface = interface
+        self._thread = threading.Thread(target=self._listen, name="workers", daemon=True)
         inboxes = [socket.socketpair() for _ in places]
+        self._control = inboxes[0][0]
         try:
             for index in range(len(places)):
                 self._start(index, inboxes)
@@ -66,16 +68,14 @@ class Workers:
             self.close()
             raise
         finally:
-            self._control = inboxes[0][0]
             for index, (into, inbox) in enumerate(inboxes):
                 inbox.close()
                 if index:
                     into.close()
-        threads = options.threads or usable_cpus()
+        share = available_memory() // len(places), max(1, (options.threads or usable_cpus()) // len(places))
         for place in places:
-            share = available_memory() // len(places), max(1, threads // len(places))
             self.tell(place.rank, Begin(options, place, self._store, *share))
-        threading.Thread(target=self._listen, name="workers", daemon=True).start()
+        self._thread.start()
 
     def _start(self, index: int, inboxes: Sequence[tuple[socket.socket, socket.socket]]) -> None:
         ours, theirs = socket.socketpair()
@@ -119,6 +119,10 @@ class Workers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self._thread.is_alive():
+            self._thread.join(END_SECONDS)
+        for sock in (*self._reports, self._control):
+            sock.close()
         if self._store_fd >= 0:
             os.close(self._store_fd)
             self._store_fd = -1

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orcaserve.sim.cost import Size
+import msgspec
+
+from orcaserve.sim.cost import Size, StageCost
 from orcaserve.sim.hardware import Hardware, Parallel, derive, equal_layers
 from orcaserve.sim.shape import ModelShape
 
 # The iteration whose stages are made equally long: sixteen requests, of which one is still reading its prompt.
 TYPICAL = Size(tokens=64, rows=16, samples=15, context=16 * 256, attended=64 * 256)
+
+_OF_THE_HEAD = ("head", "per_sample")
 
 Span = tuple[int, int]  # layers [first, last)
 
@@ -50,3 +54,16 @@ def shares(layers: int, behind: float, stages: int) -> list[int]:
 
     last = min(range(layers - stages + 1, 0, -1), key=longest)
     return [*equal_layers(layers - last, stages - 1), last]
+
+
+def split_layers(whole: StageCost, layers: Sequence[int]) -> tuple[StageCost, ...]:
+    """The cost of one stage of all layers, cut into stages of so many; the output matrix belongs to the last."""
+    total = sum(layers)
+    return tuple(
+        msgspec.structs.replace(
+            whole,
+            **{name: getattr(whole, name) * n / total for name in whole.__struct_fields__ if name not in _OF_THE_HEAD},
+            **({} if number == len(layers) - 1 else dict.fromkeys(_OF_THE_HEAD, 0.0)),
+        )
+        for number, n in enumerate(layers)
+    )

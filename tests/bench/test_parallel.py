@@ -1,0 +1,56 @@
+"""`orcaserve bench parallel` on a small model: real processes, every figure there; not how large they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import kernel_sets
+import pytest
+from click.testing import CliRunner
+
+from orcaserve.cli import main
+from orcaserve.sim.cost import StageCost
+from orcaserve.sim.stages import split_layers
+
+pytestmark = kernel_sets.NEEDS_NATIVE
+
+
+def test_every_way_is_measured_and_stages_are_foretold(tmp_path: Path) -> None:
+    out = tmp_path / "parallel.json"
+    asked = [
+        "bench",
+        "parallel",
+        "orcaserve-tiny",
+        "--requests",
+        "8",
+        "--batch",
+        "4",
+        "--rounds",
+        "1",
+        "--out",
+        str(out),
+    ]
+    result = CliRunner().invoke(main, asked)
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_bytes())
+    runs = {run["name"]: run for run in found["runs"]}
+    assert list(runs) == [
+        "one stage", "two stages", "two ranks share the layers", "two stages, static microbatches", "one stage, static"
+    ]  # fmt: skip
+    for run in runs.values():
+        assert run["rate"] > 0 and run["iterations"] > 0
+        assert all(0 < share < 1.1 for share in run["busy"])
+        assert (run["predicted"] is None) == (run["ranks"] == "TP 2 x PP 1")
+    assert len(runs["two stages"]["busy"]) == 2
+    assert [at["requests"] for at in found["iterations"]][:2] == [1, 16]
+    assert "two stages" in result.output
+
+
+def test_the_stages_of_a_cut_cost_what_the_whole_did() -> None:
+    whole = StageCost(fixed=1.0, weights=2.0, per_token=0.5, per_context=0.25, head=4.0, per_sample=0.125)
+    stages = split_layers(whole, [3, 1])
+    for name in StageCost.__struct_fields__:
+        assert sum(getattr(stage, name) for stage in stages) == pytest.approx(getattr(whole, name))
+    assert stages[0].head == 0 and stages[1].head == 4.0
+    assert stages[0].weights == 1.5
