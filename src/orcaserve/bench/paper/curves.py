@@ -87,7 +87,8 @@ def _curves(lab: Lab, lengths: str, setups: Sequence[Setup], shares: Sequence[fl
     idle = 0.0
     for share in shares:
         rate = f"{share * full:.6f}".rstrip("0")
-        work = lab.work(f"poisson:rate={rate},{lengths},n={requests}")
+        count = max(min(requests, lab.effort.fewest), round(requests * min(1.0, share)))
+        work = lab.work(f"poisson:rate={rate},{lengths},n={count}")
         for setup in setups:
             if setup.name in ended:
                 continue
@@ -190,7 +191,8 @@ def section(kind: str, found: list[Curves]) -> Section:
             for point in curves.of(name)
         ],
         notes=[
-            f"{found[0].requests} requests a point, the same for every setup, Poisson arrivals, no end token; rates "
+            f"{found[0].requests} requests a point, fewer below saturation, the same for every setup; Poisson "
+            "arrivals, no end token; rates "
             "are shares of what is answered when all come at once "
             f"({', '.join(f'{number(curves.saturation)} requests/s' for curves in found)}). The bound is {BOUND:g} "
             "times the least latency at the lowest rate, as the paper compares at 190 ms; between points it is read "

@@ -20,7 +20,9 @@ SHORTEST = 64  # tokens of context below which the paper's requests lose their s
 class Effort(msgspec.Struct, frozen=True, kw_only=True):
     """How much is done.
 
-    requests: of a curve's point; where all come at once there are `burst` times as many. rounds: of the engine alone.
+    requests: of a curve's point at saturation; below it fewer, down to `fewest`, since nothing waits there and the time
+        goes by in waiting for arrivals. Where all come at once there are `burst` times as many. rounds: of the engine
+        alone.
     shares: rates of Fig. 10, as shares of the measured saturation; equal_shares: of Fig. 11, whose requests are of the
     lengths `equal`, `equal_times` as many, for static batches must come and go. orca_sizes: batches of the
     iteration-level curves. longest: the total length, in tokens, that may stand for the note's 2048.
@@ -28,6 +30,7 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     requests: int
+    fewest: int
     burst: int
     rounds: int
     shares: tuple[float, ...]
@@ -41,6 +44,7 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
 QUICK = Effort(
     name="quick",
     requests=24,
+    fewest=24,
     burst=3,
     rounds=3,
     shares=(0.25, 0.5, 0.8, 1.2, 2.0),  # so few requests make a queue only if they come fast
@@ -53,9 +57,10 @@ QUICK = Effort(
 FULL = Effort(
     name="full",
     requests=100,
-    burst=4,
+    fewest=32,
+    burst=3,
     rounds=5,
-    shares=(0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5),
+    shares=(0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5),
     equal_shares=(0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5),
     equal=((32, 32), (256, 256)),
     equal_times=1,
