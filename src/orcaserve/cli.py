@@ -199,6 +199,25 @@ def _join(engine: EngineOptions, node_rank: int) -> None:
 
 
 @main.command()
+@click.argument("model", default="orcaserve-tiny")
+@click.option("--join", "address", metavar="HOST:PORT", required=True, help="Where the frontend waits for replicas.")
+@click.option("--secret-file", type=click.Path(dir_okay=False), required=True, help="What frontend and hosts know.")
+def replica(model: str, address: str, secret_file: str) -> None:
+    """Run an engine on this host for a frontend elsewhere, which says how; MODEL is this host's copy."""
+    from orcaserve.executors.hosts import read_secret
+    from orcaserve.executors.link import parse_address
+    from orcaserve.serve.find_model import find_model
+    from orcaserve.serve.replica_host import offer
+
+    try:
+        _, folder = find_model(model)
+        secret, where = read_secret(secret_file), parse_address(address)
+    except (ModelError, ValueError) as error:
+        raise click.ClickException(str(error)) from None
+    offer(str(folder), where, secret, lambda line: click.echo(f"replica: {line}", err=True))
+
+
+@main.command()
 @click.argument("prompt")
 @click.option("--model", "-m", default="orcaserve-tiny", show_default=True)
 @click.option("--chat", is_flag=True, help="Ask the prompt as a user would, through the model's chat template.")

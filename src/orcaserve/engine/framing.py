@@ -23,6 +23,11 @@ class FrameReader:
         self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(frames)
         self._buffer = bytearray()
 
+    @property
+    def rest(self) -> bytes:
+        """What has come of the next frame."""
+        return bytes(self._buffer)
+
     def feed(self, data: bytes) -> list[object]:
         """The frames that `data` completes."""
         self._buffer += data

@@ -13,7 +13,7 @@ import msgspec
 
 from orcaserve.core.config import EngineOptions, ModelError
 from orcaserve.engine.silence import Silence
-from orcaserve.executors.link import Link, LinkError, interface_of, parse_address
+from orcaserve.executors.link import Link, LinkError, accept, interface_of, parse_address
 from orcaserve.executors.messages import (
     FromHost,
     Gone,
@@ -32,7 +32,7 @@ from orcaserve.executors.workers import TICK_SECONDS, OnFrame, OnLost, Workers
 
 LOOPBACK = "lo"
 LOOK_SECONDS = 1.0
-GREETING_SECONDS = 5.0  # for a host that has connected to say who it is
+SHORTEST_SECRET = 16  # bytes
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -174,13 +174,20 @@ def shared_secret(options: EngineOptions) -> tuple[tuple[str, int], bytes]:
     if options.head_address is None or options.secret_file is None:
         raise ModelError("several hosts need --head-address and --secret-file")
     try:
-        secret = Path(options.secret_file).read_bytes().strip()
-        address = parse_address(options.head_address)
-    except (OSError, ValueError) as error:
+        return parse_address(options.head_address), read_secret(options.secret_file)
+    except ValueError as error:
         raise ModelError(f"several hosts cannot meet: {error}") from error
-    if len(secret) < 16:
-        raise ModelError(f"the secret in {options.secret_file} is too short: make one by `openssl rand -hex 32`")
-    return address, secret
+
+
+def read_secret(path: str) -> bytes:
+    """Raises ModelError if there is none, or one that could be guessed."""
+    try:
+        secret = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ModelError(f"the secret {path} cannot be read: {error.strerror}") from error
+    if len(secret) < SHORTEST_SECRET:
+        raise ModelError(f"the secret in {path} is too short: make one by `openssl rand -hex 32`")
+    return secret
 
 
 def _interface(address: str) -> str:
@@ -201,19 +208,10 @@ def _accept(address: tuple[str, int], secret: bytes, nnodes: int, progress: OnPr
         while len(there := [rank for rank, host in found.items() if host.lost is None]) < nnodes - 1:
             if progress is not None:
                 progress("hosts that have joined", 1 + len(there), nnodes)
-            listening.settimeout(LOOK_SECONDS)  # one that is here may be lost meanwhile
-            try:
-                sock, _ = listening.accept()
-            except TimeoutError:
-                continue
-            sock.settimeout(GREETING_SECONDS)
-            try:
-                link = Link(sock, secret, is_head=True)
-                said = _decode(link.read())
-            except (LinkError, msgspec.MsgspecError):
-                sock.close()  # not one of ours
-                continue
-            sock.settimeout(None)
+            if (came := accept(listening, secret, LOOK_SECONDS)) is None:
+                continue  # to look whether those that are here still are
+            link, first = came
+            said = _decode(first)
             if isinstance(said, Joined) and 0 < said.node_rank < nnodes:
                 if said.node_rank in found:  # it has come again
                     found[said.node_rank].close()

@@ -18,6 +18,8 @@ import threading
 
 _NONCE, _MAC, _HEADER = 32, 32, 4
 _LARGEST = 1 << 28  # bytes of a frame; what claims more is not ours
+_GREETING_SECONDS = 5.0  # for one that has connected to say who it is
+_CONNECT_SECONDS = 2.0
 _GREETING = b"orcaserve-link-1"
 
 
@@ -47,8 +49,10 @@ class Link:
         self._one = threading.Lock()
         self._num_sent = self._num_read = 0
 
-    def fileno(self) -> int:
-        return self._sock.fileno()
+    @property
+    def own_address(self) -> str:
+        """This host's, on the way to the other."""
+        return str(self._sock.getsockname()[0])
 
     def send(self, payload: bytes) -> None:
         """Raises LinkError."""
@@ -89,6 +93,32 @@ class Link:
                 raise LinkError("the other side has closed the connection")
             data += more
         return bytes(data)
+
+
+def accept(listening: socket.socket, secret: bytes, seconds: float) -> tuple[Link, bytes] | None:
+    """The next one who knows the secret, and what it said first. None if nobody like that comes in so many seconds."""
+    listening.settimeout(seconds)
+    try:
+        sock, _ = listening.accept()
+    except TimeoutError:
+        return None
+    sock.settimeout(_GREETING_SECONDS)
+    try:
+        link = Link(sock, secret, is_head=True)
+        said = link.read()
+    except LinkError:
+        sock.close()
+        return None
+    sock.settimeout(None)
+    return link, said
+
+
+def connect(address: tuple[str, int], secret: bytes) -> Link:
+    """To the head. Raises OSError."""
+    sock = socket.create_connection(address, _CONNECT_SECONDS)
+    link = Link(sock, secret, is_head=False)
+    sock.settimeout(None)
+    return link
 
 
 def _mac(key: bytes, number: int, payload: bytes) -> bytes:

@@ -6,7 +6,6 @@ Whatever ends (a worker, the head, the link), all of its workers end; then it jo
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,11 +14,10 @@ import msgspec
 
 from orcaserve.core.config import EngineOptions
 from orcaserve.engine.silence import Silence
-from orcaserve.executors.link import Link, LinkError, interface_of
+from orcaserve.executors.link import Link, LinkError, connect, interface_of
 from orcaserve.executors.messages import FromHost, FromWorker, Gone, Here, Joined, Run, Start, Tell, ToHost, Told
 from orcaserve.executors.workers import TICK_SECONDS, Workers
 
-CONNECT_SECONDS = 2.0
 PAUSE_SECONDS = 0.5
 
 Say = Callable[[str], None]
@@ -30,17 +28,15 @@ _decode = msgspec.msgpack.Decoder(ToHost).decode
 
 def join(model: str, node_rank: int, address: tuple[str, int], secret: bytes, say: Say) -> None:
     """Serves for ever. model: this host's copy. say: told, in a line, what happens."""
-    said = ""
+    said, joined = "", f"joined {address[0]}:{address[1]}"
     while True:
         try:
-            sock = socket.create_connection(address, CONNECT_SECONDS)
-            link = Link(sock, secret, is_head=False)
-            sock.settimeout(None)
+            link = connect(address, secret)
         except OSError as error:
             line = f"waiting for the head at {address[0]}:{address[1]} ({error})"
         else:
-            say(f"joined {address[0]}:{address[1]}")
-            line = f"left the head: {_Session(model, sock.getsockname()[0], link).serve(node_rank)}"
+            session = _Session(model, link, lambda: say(joined))
+            line = f"left the head: {session.serve(node_rank)}"
         if line != said:
             say(line)
         said = line
@@ -50,11 +46,12 @@ def join(model: str, node_rank: int, address: tuple[str, int], secret: bytes, sa
 class _Session:
     """From joining to the end of the link. Owner of the workers."""
 
-    def __init__(self, model: str, own_address: str, link: Link) -> None:
-        self._model, self._own_address, self._link = model, own_address, link
+    def __init__(self, model: str, link: Link, on_joined: Callable[[], None]) -> None:
+        self._model, self._link = model, link
         self._silence = Silence()
         self._ended = threading.Event()
         self._why = ""
+        self._on_joined: Callable[[], None] | None = on_joined
 
     def serve(self, node_rank: int) -> str:
         """Why it ended."""
@@ -65,6 +62,7 @@ class _Session:
             while True:
                 frame = _decode(self._link.read())
                 self._silence.end()
+                self._has_joined()
                 if isinstance(frame, Start):
                     workers = self._start(frame)
                 elif workers is not None and isinstance(frame, Tell):
@@ -82,7 +80,7 @@ class _Session:
     def _start(self, start: Start) -> Workers:
         options: EngineOptions = msgspec.structs.replace(start.options, model=self._model)
         return Workers(
-            options, start.places, start.store, interface_of(self._own_address), self._on_frame, self._on_lost
+            options, start.places, start.store, interface_of(self._link.own_address), self._on_frame, self._on_lost
         )
 
     def _on_frame(self, rank: int, frame: FromWorker) -> None:
@@ -92,6 +90,12 @@ class _Session:
         self._why = why
         self._send(Gone(why))
         self._link.close()  # ends the reading
+
+    def _has_joined(self) -> None:
+        """With the first frame: before that the other side may still find that the secret is another."""
+        if self._on_joined is not None:
+            self._on_joined()
+            self._on_joined = None
 
     def _tick(self) -> None:
         """Says that this host is here, and sees that the head is."""
