@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from hashlib import sha256
 
 from orcaserve.core.block_pool import BlockPool
@@ -107,5 +108,15 @@ class KVCacheManager:
     def _extend_keys(self, request: Request, count: int) -> None:
         keys = request.block_keys
         while len(keys) < count:
-            parent = keys[-1] if keys else sha256(request.new.cache_salt.encode()).digest()
-            keys.append(sha256(parent + array("q", self._block_tokens(request, len(keys))).tobytes()).digest())
+            parent = keys[-1] if keys else first_key(request.new.cache_salt)
+            keys.append(next_key(parent, self._block_tokens(request, len(keys))))
+
+
+def first_key(salt: str) -> bytes:
+    """What a chain of keys begins with."""
+    return sha256(salt.encode()).digest()
+
+
+def next_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The key of a block of tokens, and with its parent's of everything before it."""
+    return sha256(parent + array("q", token_ids).tobytes()).digest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -71,13 +72,13 @@ class Record(msgspec.Struct, frozen=True):
         return self.latency / len(self.token_times)
 
 
-class _World:
+class World:
     """Inbox and outbox of a simulated engine; owner of what has arrived and what has come back."""
 
     def __init__(self, arrivals: Sequence[Arrival], clock: VirtualClock) -> None:
         events = [(arrival.time, id, False) for id, arrival in enumerate(arrivals)]
         events += [(arrival.leaves, id, True) for id, arrival in enumerate(arrivals) if arrival.leaves is not None]
-        self._arrivals = arrivals
+        self._arrivals = list(arrivals)
         self._coming = deque(sorted(events, key=lambda event: event[0]))
         self._clock = clock
         self._open = set(range(len(arrivals)))
@@ -85,10 +86,27 @@ class _World:
         self.places: list[list[int]] = [[] for _ in arrivals]
         self.num_cached = [0] * len(arrivals)
 
+    def offer(self, arrival: Arrival) -> int:
+        """One more request, which comes no earlier than those before it; returns its place among them."""
+        id = len(self._arrivals)
+        self._arrivals.append(arrival)
+        self._open.add(id)
+        self.token_times.append([])
+        self.places.append([])
+        self.num_cached.append(0)
+        insort(self._coming, (arrival.time, id, False))
+        if arrival.leaves is not None:
+            insort(self._coming, (arrival.leaves, id, True))
+        return id
+
     @property
     def is_open(self) -> bool:
         """Whether a request has not ended."""
         return bool(self._open)
+
+    def is_unfinished(self, id: int) -> bool:
+        """Whether this request has not ended."""
+        return id in self._open
 
     def take(self, block: bool) -> list[Command]:
         commands: list[Command] = []
@@ -116,6 +134,11 @@ class _World:
                 self.num_cached[output.id] = output.num_cached
             if output.finish_reason is not None:
                 self._open.discard(output.id)
+
+    def records(self) -> list[Record]:
+        """What every request has seen, in the order of their places."""
+        seen = zip(self._arrivals, self.token_times, self.places, self.num_cached, strict=True)
+        return [Record(arrival.time, tuple(times), tuple(places), cached) for arrival, times, places, cached in seen]
 
     def sample(self, id: int, position: int) -> int:
         arrival = self._arrivals[id]
@@ -147,7 +170,7 @@ def simulate(
     their memory. Raises ValueError for a request that the KV cache can never hold.
     """
     clock = VirtualClock()
-    world = _World(arrivals, clock)
+    world = World(arrivals, clock)
     iterations: list[Iteration] = []
 
     def noted(batch: Batch) -> Seconds:
@@ -159,10 +182,4 @@ def simulate(
     loop = EngineLoop(Scheduler(config), executor, world, world, clock)
     while world.is_open:
         loop.step()
-    records = [
-        Record(arrival.time, tuple(times), tuple(places), num_cached)
-        for arrival, times, places, num_cached in zip(
-            arrivals, world.token_times, world.places, world.num_cached, strict=True
-        )
-    ]
-    return records, iterations
+    return world.records(), iterations
