@@ -16,6 +16,7 @@ from orcaserve.cli_simulate import simulate
 from orcaserve.cli_size import Size
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.policy import POLICIES
+from orcaserve.core.router import ROUTERS
 
 
 def engine_options(command: Any) -> Any:
@@ -113,6 +114,16 @@ def main() -> None:
 @click.option("--host", default="127.0.0.1", show_default=True, help="A public address needs --api-key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
 @engine_options
+@click.option(
+    "--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines, which share threads and memory."
+)
+@click.option(
+    "--router",
+    type=click.Choice(sorted(ROUTERS)),
+    default="prefix",
+    show_default=True,
+    help="Who of them gets a request: whoever knows most of its prompt and is not overrun, or each in turn.",
+)
 @click.option("--max-queue-requests", type=click.IntRange(1), default=1024, show_default=True)
 @click.option("--max-queue-tokens", type=click.IntRange(1), default=1 << 20, show_default=True)
 @click.option("--api-key", multiple=True, help="Clients must send one of them; may be given several times.")
@@ -135,6 +146,8 @@ def serve(
     model: str,
     host: str,
     port: int,
+    replicas: int,
+    router: str,
     max_queue_requests: int,
     max_queue_tokens: int,
     api_key: tuple[str, ...],
@@ -149,10 +162,15 @@ def serve(
     """Serve MODEL over HTTP: a Hugging Face folder, a hub name such as Qwen/Qwen3-0.6B, or the built-in model."""
     from orcaserve.serve.console import Console
     from orcaserve.serve.frontend import HttpOptions
-    from orcaserve.serve.pool import Limits
+    from orcaserve.serve.pool import Limits, Replication
+    from orcaserve.serve.replicas import step_logs
     from orcaserve.serve.server import run
 
-    if (step_log := options["step_log"]) is not None:
+    if replicas > 1 and options["nnodes"] > 1:
+        raise click.ClickException("replicas are engines of one host each: give --replicas or --nnodes")
+    for step_log in step_logs(options["step_log"], replicas):
+        if step_log is None:
+            continue
         try:
             Path(step_log).write_bytes(b"")  # engines append to it, so that one that dies does not take its log along
         except OSError as error:
@@ -175,12 +193,19 @@ def serve(
     console = Console()
 
     def on_ready(info: EngineInfo, url: str) -> None:
-        console.on_ready(info)
+        console.on_ready(info, replicas)
         console.say(f"serving {http.served_model_name} on {url}")
 
     limits = Limits(max_queue_requests=max_queue_requests, max_queue_tokens=max_queue_tokens)
     try:
-        code = run(engine, http, limits=limits, on_progress=console.on_progress, on_ready=on_ready)
+        code = run(
+            engine,
+            http,
+            replication=Replication(replicas=replicas, router=router),
+            limits=limits,
+            on_progress=console.on_progress,
+            on_ready=on_ready,
+        )
     finally:
         console.close()
     sys.exit(code)

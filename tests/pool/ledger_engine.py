@@ -3,13 +3,14 @@
 Options stand before the two file descriptors. What a batch that brings the token TOKEN does: `--crash-on TOKEN` ends
 the process, `--raise-on TOKEN` raises, `--hang-on TOKEN` never returns, `--seize-on TOKEN` keeps Python's lock too.
 `--stall-while FILE` makes iterations wait while it exists, and FILE.stalled tells that one does; `--step-seconds S`
-makes them last. `--fail MESSAGE` and `--die-loading` end the start; `--profiles FOLDER` gives every start a profile of
-its own, counted in that folder.
+makes them last. `--fail MESSAGE` and `--die-loading` end the start, and `--die-while FILE` does while it exists;
+`--load-while FILE` makes it wait. `--profiles FOLDER` gives every start a profile of its own, counted in that folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -56,13 +57,14 @@ def build(options: EngineOptions, progress: Progress, on_lost: Lost) -> tuple[Ex
     progress("weights", 0, 2)
     if given.fail is not None:
         raise ModelError(given.fail)
-    if given.die_loading:
+    if given.die_loading or (given.die_while is not None and given.die_while.exists()):
         os._exit(12)
+    while given.load_while is not None and given.load_while.exists():
+        time.sleep(0.005)
     progress("weights", 2, 2)
     profile = "ledger"
     if given.profiles is not None:
-        profile = str(len(list(given.profiles.iterdir())))
-        (given.profiles / profile).touch()
+        profile = next(name for name in map(str, itertools.count()) if claimed(given.profiles / name))
     info = EngineInfo(
         architecture="ledger",
         dtype="int64",
@@ -75,6 +77,15 @@ def build(options: EngineOptions, progress: Progress, on_lost: Lost) -> tuple[Ex
     return Misbehaving(LedgerExecutor(given.blocks, options.block_size, VOCAB), given), info
 
 
+def claimed(path: Path) -> bool:
+    """Makes a file, unless somebody has made it already."""
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 parser = argparse.ArgumentParser()
 parser.add_argument("--crash-on", type=int)
 parser.add_argument("--hang-on", type=int)
@@ -83,6 +94,8 @@ parser.add_argument("--raise-on", type=int)
 parser.add_argument("--stall-while", type=Path)
 parser.add_argument("--fail")
 parser.add_argument("--die-loading", action="store_true")
+parser.add_argument("--die-while", type=Path)
+parser.add_argument("--load-while", type=Path)
 parser.add_argument("--profiles", type=Path)
 parser.add_argument("--blocks", type=int, default=1024)
 parser.add_argument("--max-model-len", type=int, default=4096)

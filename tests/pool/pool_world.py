@@ -18,7 +18,8 @@ from ledger_engine import VOCAB
 from orcaserve.core.config import EngineOptions
 from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.engine.ledger import ledger_answer
-from orcaserve.serve.pool import Pool, Stream, Update
+from orcaserve.serve.pool import Pool
+from orcaserve.serve.stream import Stream, Update
 
 ENGINE = (sys.executable, str(Path(__file__).with_name("ledger_engine.py")))
 PATIENCE = 60.0  # seconds; only a test that fails waits for so long

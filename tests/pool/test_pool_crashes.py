@@ -26,7 +26,8 @@ from pool_world import (
 
 from orcaserve.core.config import EngineOptions
 from orcaserve.core.request import SamplingParams
-from orcaserve.serve.pool import Pool, Update
+from orcaserve.serve.pool import Pool
+from orcaserve.serve.stream import Update
 
 POISON = 999
 

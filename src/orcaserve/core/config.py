@@ -19,6 +19,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     model: folder of a Hugging Face checkpoint.
     max_batch_size: requests per iteration. max_batch_tokens: tokens per iteration (chunked prefill cuts to it).
     kv_memory: bytes for the KV cache of each rank; None: a share of what is free.
+    memory: bytes that the engine's ranks on this host may take together; None: what is free.
     max_model_len: longest prompt + output in tokens; None: what the model and the KV cache allow.
     tensor_parallel: ranks that share every layer; pipeline_parallel: stages that share out the layers.
     stage_split: stages that take equally long ("balanced"), or have equally many layers, as in the paper ("equal").
@@ -42,6 +43,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: int = 64
     max_batch_tokens: int = 512
     kv_memory: int | None = None
+    memory: int | None = None
     max_model_len: int | None = None
     block_size: int = 16
     policy: str = "default"

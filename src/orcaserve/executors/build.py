@@ -27,7 +27,7 @@ def build(
     Raises ModelError, in one line, if the model cannot be served.
     """
     policy_of(options)
-    available = available_memory()
+    available = available_memory(most=options.memory)
     if options.nnodes == 1:
         check_files(Path(options.model), available)
     if options.tensor_parallel * options.pipeline_parallel > 1:

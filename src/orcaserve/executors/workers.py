@@ -72,7 +72,8 @@ class Workers:
                 inbox.close()
                 if index:
                     into.close()
-        share = available_memory() // len(places), max(1, (options.threads or usable_cpus()) // len(places))
+        memory, threads = available_memory(most=options.memory), options.threads or usable_cpus()
+        share = memory // len(places), max(1, threads // len(places))
         for place in places:
             self.tell(place.rank, Begin(options, place, self._store, *share))
         self._thread.start()

@@ -120,7 +120,7 @@ def make_app(frontend: Frontend) -> ASGIApp:
             Operation(
                 method="GET",
                 path="/health",
-                summary="Whether the engine makes progress.",
+                summary="Whether an engine makes progress.",
                 response=protocol.Health,
                 statuses=(503,),
             ),
@@ -267,7 +267,9 @@ class _Api:
         state = self._frontend.state
         if state not in ("ready", "restarting"):  # while an engine is restarted, requests wait in the pool
             raise errors.unavailable(state, None if state == "failed" else LOADING_RETRY_SECONDS)
-        return _encoded(protocol.Health())
+        replicas = self._frontend.pool.replicas
+        lacking = replicas.not_ready if len(replicas) > 1 else ()
+        return _encoded(protocol.Health(replicas_not_ready=lacking or msgspec.UNSET))
 
     async def version(self, request: Request) -> Answer:
         info = self._frontend.info

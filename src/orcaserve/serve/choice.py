@@ -9,7 +9,7 @@ import msgspec
 from orcaserve.core.request import TokenLogprobs
 from orcaserve.serve.detokenize import Detokenizer
 from orcaserve.serve.job import Job
-from orcaserve.serve.pool import Update
+from orcaserve.serve.stream import Update
 from orcaserve.serve.tokenizer import Tokenizer
 
 

@@ -43,8 +43,11 @@ class Console:
             self._tasks[stage] = self._progress.add_task(stage, total=total or None)
         self._progress.update(self._tasks[stage], completed=done, total=total or None)
 
-    def on_ready(self, info: EngineInfo) -> None:
-        """The model is loaded: where the memory goes, and how long each part of the start took."""
+    def on_ready(self, info: EngineInfo, replicas: int = 1) -> None:
+        """The model is loaded: where the memory goes, and how long each part of the start took.
+
+        replicas: of which this is the first one that is ready; the others are loading, or are ready as well.
+        """
         self.close()
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         table.add_column(justify="left")
@@ -52,6 +55,8 @@ class Console:
         table.add_column(justify="left", style="dim")
         for line in info.budget:
             table.add_row(line.name, in_bytes(line.num_bytes), line.note)
+        if replicas > 1:
+            self.say(f"{replicas} replicas, each with its part of threads and memory; of one of them:")
         self._terminal.print(table)
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in info.timings)
         promise = "bit-exact whatever the load" if info.deterministic else "outside the promise of equal bits"

@@ -11,8 +11,9 @@ from orcaserve.serve import errors
 from orcaserve.serve.choice import ChoiceText, Piece
 from orcaserve.serve.job import Job
 from orcaserve.serve.metrics import Metrics
-from orcaserve.serve.pool import ContextLengthError, Pool, QueueFull, Stream, Unavailable, Update
+from orcaserve.serve.pool import ContextLengthError, Pool, QueueFull, Unavailable
 from orcaserve.serve.protocol import PromptTokensDetails, Usage
+from orcaserve.serve.stream import Stream, Update
 from orcaserve.serve.tokenizer import Tokenizer
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from orcaserve.core.config import EngineInfo
 from orcaserve.engine.messages import Stats, Step
+from orcaserve.serve.replica import Replica
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (
@@ -83,9 +84,12 @@ class Metrics:
         self._num_generated = histogram("request_generation_tokens", "Generated tokens per choice.", _TOKENS)
         self._iteration = histogram("iteration_tokens_total", "Tokens per iteration.", _ITERATION)
 
-    def watch(self, stats: Callable[[], Stats], info: Callable[[], EngineInfo | None]) -> None:
-        """Reports the engine's state from now on."""
+    def watch(
+        self, stats: Callable[[], Stats], info: Callable[[], EngineInfo | None], replicas: Iterable[Replica] = ()
+    ) -> None:
+        """Reports the state of all engines together from now on, and under names of our own that of each replica."""
         self._registry.register(_EngineCollector(self._model_name, stats, info))
+        self._registry.register(_ReplicaCollector(self._model_name, replicas))
 
     def rejected(self, reason: str) -> None:
         self._rejections.labels(model_name=self._model_name, reason=reason).inc()
@@ -131,7 +135,7 @@ class Metrics:
 
 
 class _EngineCollector:
-    """The engine's own numbers, asked for at every scrape. Its counters begin anew when an engine is started again."""
+    """The engines' own numbers, asked for at every scrape."""
 
     def __init__(self, model_name: str, stats: Callable[[], Stats], info: Callable[[], EngineInfo | None]) -> None:
         self._model_name = model_name
@@ -167,3 +171,41 @@ class _EngineCollector:
             )
             config.add_metric([self._model_name, str(info.block_size), str(info.num_blocks)], 1)
             yield config
+
+
+_REPLICA_GAUGES: tuple[tuple[str, str, Callable[[Replica], float]], ...] = (
+    ("ready", "Whether the replica has an engine that is ready, 1 or 0.", lambda one: one.state == "ready"),
+    ("requests_running", "Choices that take part in the replica's iterations.", lambda one: one.stats.num_running),
+    ("requests_waiting", "Choices that wait for an iteration there.", lambda one: one.stats.num_waiting),
+    (
+        "kv_cache_usage_perc",
+        "Share of the replica's KV blocks that requests hold, 0 to 1.",
+        lambda one: one.stats.num_held_blocks / max(1, one.stats.num_blocks),
+    ),
+)
+_REPLICA_COUNTERS: tuple[tuple[str, str, Callable[[Replica], float]], ...] = (
+    ("restarts", "Engines that got ready after the replica's first one.", lambda one: one.num_restarts),
+    ("prefix_cache_queries", "Prompt tokens looked up in its prefix cache.", lambda one: one.stats.prefix_queries),
+    ("prefix_cache_hits", "Prompt tokens that were found there.", lambda one: one.stats.prefix_hits),
+)
+
+
+class _ReplicaCollector:
+    """What each replica says of itself."""
+
+    def __init__(self, model_name: str, replicas: Iterable[Replica]) -> None:
+        self._model_name = model_name
+        self._replicas = replicas
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["model_name", "replica"]
+        for name, help, read in _REPLICA_GAUGES:
+            gauge = GaugeMetricFamily(f"orcaserve:replica_{name}", help, labels=labels)
+            for replica in self._replicas:
+                gauge.add_metric([self._model_name, str(replica.index)], read(replica))
+            yield gauge
+        for name, help, read in _REPLICA_COUNTERS:
+            counter = CounterMetricFamily(f"orcaserve:replica_{name}", help, labels=labels)
+            for replica in self._replicas:
+                counter.add_metric([self._model_name, str(replica.index)], read(replica))
+            yield counter

@@ -310,10 +310,14 @@ class TokenizerInfo(msgspec.Struct):
 
 
 class Health(msgspec.Struct):
-    """step_age: seconds since an iteration ended, while there is work; else 0."""
+    """step_age: seconds since an iteration ended, while there is work; else 0. With replicas: the best one's.
+
+    replicas_not_ready: those that get no requests now, by number; absent while all do.
+    """
 
     status: Literal["ok"] = "ok"
     step_age: float = 0.0
+    replicas_not_ready: tuple[int, ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Version(msgspec.Struct):

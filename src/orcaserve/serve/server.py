@@ -28,7 +28,7 @@ from orcaserve.engine.messages import Step
 from orcaserve.serve.app import make_app
 from orcaserve.serve.frontend import Frontend, HttpOptions
 from orcaserve.serve.metrics import Metrics
-from orcaserve.serve.pool import EngineFailed, Limits, Pool
+from orcaserve.serve.pool import EngineFailed, Limits, Pool, Replication
 from orcaserve.serve.served_model import ServedModel
 
 _log = logging.getLogger("orcaserve.serve")
@@ -46,6 +46,7 @@ def run(
     engine: EngineOptions,
     http: HttpOptions | None = None,
     *,
+    replication: Replication | None = None,
     limits: Limits | None = None,
     command: Sequence[str] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
@@ -53,7 +54,7 @@ def run(
 ) -> int:
     """Serves until a signal ends it; returns the exit code: 0 after a drain, 1 with one line on stderr otherwise.
 
-    command: argv of the engine process (the pool's). on_progress: how far loading has come: (stage, done, total).
+    replication: how many engines, and who gets what. command: argv of the engine process (the pool's). on_progress: how far loading has come: (stage, done, total).
     on_ready: called once with the engine and the server's URL, when requests are taken.
     """
     http = http or HttpOptions()
@@ -70,6 +71,7 @@ def run(
                     engine,
                     http,
                     listener,
+                    replication=replication,
                     limits=limits,
                     command=command,
                     on_progress=on_progress,
@@ -196,6 +198,7 @@ async def _serve(
     http: HttpOptions,
     listener: socket.socket,
     *,
+    replication: Replication | None,
     limits: Limits | None,
     command: Sequence[str] | None,
     on_progress: Callable[[str, int, int], None] | None,
@@ -210,8 +213,10 @@ async def _serve(
         metrics.on_step(step)
         work.on_step(step)
 
-    pool = Pool(engine, limits=limits, command=command, on_progress=on_progress, on_step=on_step)
-    metrics.watch(lambda: pool.stats, lambda: pool.info)
+    pool = Pool(
+        engine, replication=replication, limits=limits, command=command, on_progress=on_progress, on_step=on_step
+    )
+    metrics.watch(lambda: pool.stats, lambda: pool.info, pool.replicas)
     frontend = Frontend(name, pool, metrics, http)
     config = _uvicorn_config(make_app(frontend), http)
     try:

@@ -17,7 +17,7 @@ import subprocess  # an argument list, never a shell
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.engine.framing import FrameReader, encode
@@ -47,6 +47,17 @@ LASTING_SECONDS = 10.0  # an engine that was ready for so long was worth its sta
 MOST_FRUITLESS = 8
 
 
+class Death(NamedTuple):
+    """How an engine ended, in words for the operator, and which requests were in its last batches.
+
+    from_outside: somebody who is not this process has killed it.
+    """
+
+    reason: str
+    in_flight: tuple[int, ...] = ()
+    from_outside: bool = False
+
+
 class Owner(Protocol):
     """Whom a supervisor serves. Called from the event loop; must not raise."""
 
@@ -63,8 +74,8 @@ class Owner(Protocol):
 
     def on_beat(self, beat: Beat) -> None: ...
 
-    def on_death(self, reason: str, in_flight: tuple[int, ...]) -> bool:
-        """The engine is dead, and these requests were in its last batches. True if that settled something."""
+    def on_death(self, death: Death) -> bool:
+        """The engine is dead. True if that settled something."""
         ...
 
     def on_failed(self, message: str) -> None:
@@ -129,17 +140,18 @@ class EngineProcess(asyncio.Protocol):
     def kill(self) -> None:
         self._process.kill()
 
-    async def reap(self) -> tuple[str, tuple[int, ...]]:
-        """Makes sure that the process is dead and lets go of everything. How it died, and who was in flight."""
+    async def reap(self) -> Death:
+        """Makes sure that the process is dead and lets go of everything."""
         if self._lost.is_set():  # it may be about to exit by itself, with a code that says more than a signal
             await self._exit_code(within=BEAT_SECONDS)
+        killed_before = self._process.poll() == -signal.SIGKILL
         self.kill()
         code = await self._exit_code()
         in_flight = self._recorder.read()
         self._recorder.close()
         self._transport.abort()
         await self._lost.wait()
-        return _manner(code), in_flight
+        return Death(_manner(code), in_flight, killed_before)
 
     async def _exit_code(self, within: float = float("inf")) -> int:
         """The exit code, waited for without blocking the event loop: the end of a large process takes a while."""
@@ -279,12 +291,13 @@ class Supervisor:
             self._is_fruitful = False
             self._ready_since = None
             self._failure = None
-            reason, in_flight = await self._live()
+            death = await self._live()
+            reason = death.reason
             if self._stopping.is_set():
                 return
             if self._failure is not None and self.num_starts == 0:
                 return self._give_up(self._failure)
-            if self._owner.on_death(reason, in_flight):
+            if self._owner.on_death(death):
                 self._is_fruitful = True
             lasted = self._ready_since is not None and time.monotonic() - self._ready_since >= LASTING_SECONDS
             fruitless = 0 if self._is_fruitful or lasted else fruitless + 1
@@ -299,8 +312,8 @@ class Supervisor:
                 await asyncio.wait_for(self._stopping.wait(), max(0.0, began + pause - time.monotonic()))
                 return
 
-    async def _live(self) -> tuple[str, tuple[int, ...]]:
-        """One engine process, from its start to its end: why it ended, and who was in flight."""
+    async def _live(self) -> Death:
+        """One engine process, from its start to its end."""
         self._watch = watch = Watch(time.monotonic())
         began = time.monotonic()
 
@@ -311,7 +324,7 @@ class Supervisor:
         try:
             engine = await EngineProcess.start(self._command, self._options, on_frame)
         except OSError as error:
-            return f"it could not be started: {error.strerror}", ()
+            return Death(f"it could not be started: {error.strerror}")
         self._engine = engine
         verdict = None
         if self._stopping.is_set():
@@ -323,8 +336,8 @@ class Supervisor:
             self._engine = None
             if self.state == "ready":
                 self.state = "restarting"
-            how, in_flight = await engine.reap()
-        return verdict or how, in_flight
+            death = await engine.reap()
+        return death if verdict is None else Death(verdict, death.in_flight)
 
     def _hear(self, frame: FromEngine, began: float) -> None:
         match frame:

@@ -11,9 +11,13 @@ _ROOT = Path("/")
 _NO_LIMIT = 1 << 60  # version 1 writes "no limit" as a huge number
 
 
-def available_memory(root: Path = _ROOT) -> int:
-    """Bytes that can be taken without swapping: what the kernel says, or what is left under the tightest limit."""
-    return min([_free(root), *(max(0, limit - used) for limit, used in _memory_limits(root))])
+def available_memory(root: Path = _ROOT, most: int | None = None) -> int:
+    """Bytes that can be taken without swapping: what the kernel says, or what is left under the tightest limit.
+
+    most: no more than this.
+    """
+    found = [_free(root), *(max(0, limit - used) for limit, used in _memory_limits(root))]
+    return min(found if most is None else [*found, most])
 
 
 def usable_cpus(root: Path = _ROOT) -> int:

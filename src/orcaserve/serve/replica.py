@@ -1,0 +1,148 @@
+"""`Replica`: one engine behind the pool and what belongs to it alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from orcaserve.core.config import EngineInfo, EngineOptions
+from orcaserve.engine.messages import Abort, Stats, Step, Submit
+from orcaserve.serve.frames import Beat
+from orcaserve.serve.resume import Choice
+from orcaserve.serve.supervisor import Death, Supervisor
+
+_COUNTERS = ("num_preemptions", "prefix_queries", "prefix_hits", "num_steps")
+
+
+class Keeper(Protocol):
+    """Whom replicas serve. Called from the event loop; must not raise."""
+
+    def on_loading(self, replica: Replica, stage: str, done: int, total: int) -> None: ...
+
+    def on_ready(self, replica: Replica) -> None:
+        """It has an engine, which has been given nothing yet."""
+        ...
+
+    def on_step(self, replica: Replica, step: Step) -> None: ...
+
+    def on_death(self, replica: Replica, death: Death) -> bool:
+        """Its engine is dead. True if that settled something."""
+        ...
+
+    def on_failed(self, replica: Replica, message: str) -> None:
+        """It will have no further engine."""
+        ...
+
+
+class Replica:
+    """Owner of a supervisor and, while its engine lives, of the record of what that has been given.
+
+    submitted: by engine id, in the order of submission. unstarted: those of them that await their first iteration here.
+    load: how many they are. info: of its latest engine. tokens_per_second: that it computes lately.
+    """
+
+    def __init__(self, index: int, options: EngineOptions, keeper: Keeper, command: Sequence[str] | None) -> None:
+        self.index = index
+        self.submitted: dict[int, Choice] = {}
+        self.unstarted: dict[int, Choice] = {}
+        self.info: EngineInfo | None = None
+        self.tokens_per_second: float | None = None
+        self._keeper = keeper
+        self._supervisor = Supervisor(options, self, command)
+        self._stats = Stats()  # of the engine that lives
+        self._before = Stats()  # what those before it counted
+
+    # -- what the pool asks and says -----------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """ "loading", "ready", "restarting", or "failed" for good."""
+        return self._supervisor.state
+
+    @property
+    def pid(self) -> int | None:
+        return self._supervisor.pid
+
+    @property
+    def step_age(self) -> float:
+        """Seconds since its engine finished an iteration, while it has work; else 0."""
+        return self._supervisor.step_age
+
+    @property
+    def num_restarts(self) -> int:
+        """Engines that got ready after the first one."""
+        return max(0, self._supervisor.num_starts - 1)
+
+    @property
+    def load(self) -> int:
+        return len(self.submitted)
+
+    @property
+    def stats(self) -> Stats:
+        """The engine's state; counters go on from what the engines before it had counted."""
+        return msgspec.structs.replace(self._stats, **_counted((self._before, self._stats)))
+
+    def start(self) -> None:
+        self._supervisor.start()
+
+    async def stop(self) -> None:
+        await self._supervisor.stop()
+
+    def submit(self, choice: Choice, id: int) -> None:
+        """Gives the engine a choice. id: never used before, by any replica."""
+        choice.engine_id, choice.replica = id, self.index
+        self.submitted[id] = self.unstarted[id] = choice
+        self._supervisor.send(Submit(choice.submission(id)))
+
+    def take_back(self, choice: Choice) -> None:
+        """Has the engine forget a choice that it has been given."""
+        if choice.engine_id is not None:
+            self._supervisor.send(Abort(choice.engine_id))
+            self.release(choice)
+
+    def release(self, choice: Choice) -> None:
+        """The engine has done with a choice."""
+        if choice.engine_id is not None:
+            del self.submitted[choice.engine_id]
+            self.unstarted.pop(choice.engine_id, None)
+            choice.engine_id = choice.replica = None
+
+    # -- what the supervisor tells -------------------------------------------------------------------------------
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.submitted)
+
+    def on_loading(self, stage: str, done: int, total: int) -> None:
+        self._keeper.on_loading(self, stage, done, total)
+
+    def on_ready(self, info: EngineInfo) -> None:
+        self.info = info
+        self._keeper.on_ready(self)
+
+    def on_beat(self, beat: Beat) -> None:
+        if beat.stats is not None:
+            self._stats = beat.stats
+
+    def on_step(self, step: Step) -> None:
+        self._stats = step.stats
+        if step.seconds > 0 and step.num_tokens > 0:
+            latest, known = step.num_tokens / step.seconds, self.tokens_per_second
+            self.tokens_per_second = latest if known is None else known + 0.05 * (latest - known)
+        self._keeper.on_step(self, step)
+        for id in step.started:
+            self.unstarted.pop(id, None)
+
+    def on_death(self, death: Death) -> bool:
+        self._before = Stats(**_counted((self._before, self._stats)))
+        self._stats = Stats()
+        return self._keeper.on_death(self, death)
+
+    def on_failed(self, message: str) -> None:
+        self._keeper.on_failed(self, message)
+
+
+def _counted(lives: Sequence[Stats]) -> dict[str, int]:
+    return {name: sum(getattr(life, name) for life in lives) for name in _COUNTERS}

@@ -1,0 +1,117 @@
+"""`Stream`: the `Update`s of one request's choices on their way from the pool to whoever asked for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from orcaserve.core.request import FinishReason, TokenLogprobs
+
+
+class Update(msgspec.Struct, frozen=True, kw_only=True):
+    """What one choice gained since its last update.
+
+    num_cached: prompt tokens that the prefix cache spared; 0 after the choice's first update.
+    queue_seconds: from its arrival to its first iteration; None after the choice's first update.
+    prompt_logprobs: all at once, of the prompt positions 1 … num_prompt-1.
+    finish_reason: set in the choice's last update. error: why it is "error", in words fit for a client.
+    """
+
+    choice: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    num_cached: int = 0
+    queue_seconds: float | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+    def then(self, later: Update) -> Update:
+        """Both in one, for a consumer that is slower than the engine."""
+        return Update(
+            choice=self.choice,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=self.logprobs + later.logprobs,
+            prompt_logprobs=self.prompt_logprobs + later.prompt_logprobs,
+            num_cached=self.num_cached + later.num_cached,
+            queue_seconds=later.queue_seconds if self.queue_seconds is None else self.queue_seconds,
+            finish_reason=later.finish_reason,
+            error=later.error,
+        )
+
+
+class Stream:
+    """The updates of one request's choices, as they come. For one consumer.
+
+    Slow consumers get fewer, larger updates; what is buffered is bounded by the request's own max_tokens. Leaving early
+    aborts what is unfinished: `aclose`, the end of `async with`, a cancelled wait, or dropping the stream.
+    """
+
+    def __init__(self, choices: Iterable[int], on_abort: Callable[[int], None]) -> None:
+        """choices: their indexes. on_abort: told of each that is left before its end."""
+        self._on_abort = on_abort
+        self._open = dict.fromkeys(choices)  # ordered, as a set is not
+        self._buffered: dict[int, Update] = {}
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Update:
+        if self._waiter is not None:
+            raise RuntimeError("a stream has one consumer")
+        while not self._buffered:
+            if not self._open:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            except asyncio.CancelledError:
+                self.abort()
+                raise
+            finally:
+                self._waiter = None
+        return self._buffered.pop(next(iter(self._buffered)))
+
+    def abort(self, choice: int | None = None) -> None:
+        """Ends a choice, or all of them; no further update of it follows. Ended and unknown ones are ignored."""
+        for index in list(self._open) if choice is None else [choice]:
+            if index in self._open:
+                del self._open[index]
+                self._on_abort(index)
+        for index in list(self._buffered) if choice is None else [choice]:
+            self._buffered.pop(index, None)
+        self._wake()
+
+    async def aclose(self) -> None:
+        self.abort()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def __del__(self) -> None:
+        for index in self._open:
+            self._on_abort(index)
+
+    def push(self, update: Update) -> None:
+        """The pool's news. Those about choices that have been left are dropped."""
+        if update.choice not in self._open:
+            return
+        before = self._buffered.get(update.choice)
+        self._buffered[update.choice] = update if before is None else before.then(update)
+        if update.finish_reason is not None:
+            del self._open[update.choice]
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
