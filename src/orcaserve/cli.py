@@ -124,6 +124,14 @@ def main() -> None:
     show_default=True,
     help="Who of them gets a request: whoever knows most of its prompt and is not overrun, or each in turn.",
 )
+@click.option(
+    "--replicas-join",
+    metavar="HOST:PORT",
+    help="Replicas run on other hosts (orcaserve replica), which join here: replica i at PORT + i.",
+)
+@click.option(
+    "--ray", metavar="ADDRESS", help="Place replicas, or the hosts of ranks, on a Ray cluster: auto, HOST:PORT."
+)
 @click.option("--max-queue-requests", type=click.IntRange(1), default=1024, show_default=True)
 @click.option("--max-queue-tokens", type=click.IntRange(1), default=1 << 20, show_default=True)
 @click.option("--api-key", multiple=True, help="Clients must send one of them; may be given several times.")
@@ -135,6 +143,7 @@ def main() -> None:
 @click.option("--node-rank", type=click.IntRange(0), default=0, help="Of this host; 0 is the head, which serves HTTP.")
 @click.option("--head-address", metavar="HOST:PORT", help="Where the other hosts find the head.")
 @click.option("--secret-file", type=click.Path(dir_okay=False), help="What all hosts know: openssl rand -hex 32.")
+@click.option("--end-with-parent", is_flag=True, hidden=True)
 @click.option("--check", is_flag=True, help="Verify the scheduler's invariants after every step.")
 @click.option(
     "--step-log",
@@ -148,6 +157,8 @@ def serve(
     port: int,
     replicas: int,
     router: str,
+    replicas_join: str | None,
+    ray: str | None,
     max_queue_requests: int,
     max_queue_tokens: int,
     api_key: tuple[str, ...],
@@ -157,9 +168,13 @@ def serve(
     drain_seconds: float,
     log_level: str,
     node_rank: int,
+    end_with_parent: bool,
     **options: Any,
 ) -> None:
     """Serve MODEL over HTTP: a Hugging Face folder, a hub name such as Qwen/Qwen3-0.6B, or the built-in model."""
+    from contextlib import ExitStack
+
+    from orcaserve.serve.cluster import elsewhere
     from orcaserve.serve.console import Console
     from orcaserve.serve.frontend import HttpOptions
     from orcaserve.serve.pool import Limits, Replication
@@ -179,7 +194,7 @@ def serve(
     if node_rank >= engine.nnodes:
         raise click.ClickException(f"of {engine.nnodes} hosts there is none of rank {node_rank}")
     if node_rank:
-        return _join(engine, node_rank)
+        return _join(engine, node_rank, end_with_parent)
     http = HttpOptions(
         host=host,
         port=port,
@@ -191,31 +206,38 @@ def serve(
         log_level=log_level,
     )
     console = Console()
+    commands = None
 
     def on_ready(info: EngineInfo, url: str) -> None:
-        console.on_ready(info, replicas)
+        console.on_ready(info, replicas if commands is None else 1)
         console.say(f"serving {http.served_model_name} on {url}")
 
     limits = Limits(max_queue_requests=max_queue_requests, max_queue_tokens=max_queue_tokens)
-    try:
+    with ExitStack() as stack:
+        stack.callback(console.close)
+        try:
+            engine, commands = stack.enter_context(elsewhere(ray, replicas_join, model, engine, replicas))
+        except ModelError as error:
+            raise click.ClickException(str(error)) from None
         code = run(
             engine,
             http,
-            replication=Replication(replicas=replicas, router=router),
+            replication=Replication(replicas=replicas, router=router, commands=commands),
             limits=limits,
             on_progress=console.on_progress,
             on_ready=on_ready,
         )
-    finally:
-        console.close()
     sys.exit(code)
 
 
-def _join(engine: EngineOptions, node_rank: int) -> None:
+def _join(engine: EngineOptions, node_rank: int, end_with_parent: bool) -> None:
     """Serves as another host's ranks, until it is ended."""
     from orcaserve.executors.hosts import shared_secret
     from orcaserve.executors.node import join
+    from orcaserve.worker.process import die_with_parent
 
+    if end_with_parent:
+        die_with_parent()
     try:
         address, secret = shared_secret(engine)
     except ModelError as error:
@@ -227,13 +249,17 @@ def _join(engine: EngineOptions, node_rank: int) -> None:
 @click.argument("model", default="orcaserve-tiny")
 @click.option("--join", "address", metavar="HOST:PORT", required=True, help="Where the frontend waits for replicas.")
 @click.option("--secret-file", type=click.Path(dir_okay=False), required=True, help="What frontend and hosts know.")
-def replica(model: str, address: str, secret_file: str) -> None:
+@click.option("--end-with-parent", is_flag=True, hidden=True)
+def replica(model: str, address: str, secret_file: str, end_with_parent: bool) -> None:
     """Run an engine on this host for a frontend elsewhere, which says how; MODEL is this host's copy."""
     from orcaserve.executors.hosts import read_secret
     from orcaserve.executors.link import parse_address
     from orcaserve.serve.find_model import find_model
     from orcaserve.serve.replica_host import offer
+    from orcaserve.worker.process import die_with_parent
 
+    if end_with_parent:
+        die_with_parent()
     try:
         _, folder = find_model(model)
         secret, where = read_secret(secret_file), parse_address(address)

@@ -42,11 +42,11 @@ class Serving:
 
     @property
     def engine(self) -> psutil.Process:
-        """The engine process that runs now. One that was killed and waits to be reaped is passed over."""
+        """The engine process that runs now, or the relay in its place; not one that is dead and waits to be reaped."""
         while True:
             for child in psutil.Process(self.process.pid).children():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if any("engine_process" in word for word in child.cmdline()):
+                    if any(word.startswith("orcaserve.serve.") for word in child.cmdline()):
                         return child
             time.sleep(0.01)
 

@@ -137,9 +137,13 @@ def test_who_does_not_know_the_secret_is_not_let_in(tmp_path: Path) -> None:
         pool = Pool(EngineOptions(model="ledger"), command=command)
         await pool.start()
         stranger = Host(address, wrong)
+        await asyncio.sleep(1)
+        relay = pool.replicas[0].pid
+        silent = socket.create_connection(address.split(":"))  # says nothing, and the relay does not freeze over it
         try:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(pool.ready(), 3)
+            assert pool.replicas[0].pid == relay
             assert not psutil.Process(stranger.process.pid).children()
             friend = Host(address, secret)
             try:
@@ -147,6 +151,7 @@ def test_who_does_not_know_the_secret_is_not_let_in(tmp_path: Path) -> None:
             finally:
                 friend.close()
         finally:
+            silent.close()
             await pool.close()
             stranger.close()
 

@@ -22,7 +22,7 @@ from orcaserve.core.request import NewRequest, Output, SamplingParams
 from orcaserve.core.router import ROUTERS
 from orcaserve.engine.messages import Stats, Step
 from orcaserve.serve.replica import Replica
-from orcaserve.serve.replicas import Replicas
+from orcaserve.serve.replicas import Replicas, shares
 from orcaserve.serve.resume import Choice
 from orcaserve.serve.stream import Stream, Update
 from orcaserve.serve.supervisor import Death
@@ -49,10 +49,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Replication(msgspec.Struct, frozen=True, kw_only=True):
-    """How many engines there are, and by what a request is given to one of them: a key of `ROUTERS`."""
+    """How many engines there are, and by what a request is given to one of them: a key of `ROUTERS`.
+
+    commands: argv of what stands in for each one's process, if they run on other hosts. None: they share this one.
+    """
 
     replicas: int = 1
     router: str = "prefix"
+    commands: tuple[tuple[str, ...], ...] | None = None
 
 
 class Unavailable(Exception):
@@ -112,7 +116,10 @@ class Pool:
         self.failure: str | None = None  # the line for the operator, once the state is "failed"
         self._on_progress = on_progress
         self._on_step = on_step
-        self.replicas = Replicas(options, wished.replicas, self, command)
+        if wished.commands is not None:
+            self.replicas = Replicas([options] * wished.replicas, self, wished.commands)
+        else:
+            self.replicas = Replicas(shares(options, wished.replicas), self, [command] * wished.replicas)
         # There is nothing to know about prompts where there is nothing to choose.
         self._router = ROUTERS[wished.router if wished.replicas > 1 else "round-robin"](options.block_size)
         self._is_draining = False

@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -59,29 +60,35 @@ def main(address: str, secret_file: str, socket_fd: int, recorder_fd: int) -> in
         os.set_inheritable(fd, False)
     die_with_parent()
     sock = socket.socket(fileno=socket_fd)
-    threading.Thread(target=_watch_frontend, args=(sock,), daemon=True).start()
     try:
         listening = socket.create_server(parse_address(address))
         secret = Path(secret_file).read_bytes().strip()
     except (OSError, ValueError) as error:
         sock.sendall(encode(Failed(f"no host can join at {address}: {error}")))
         return EXIT_REFUSED
+    has_come = threading.Event()
+    waiting = threading.Thread(target=_say_that_one_waits, args=(sock, has_come), daemon=True)
+    waiting.start()
     with listening:
-        link = _wait_for_host(listening, secret, sock)
+        link = _host(listening, secret)
+    has_come.set()
+    waiting.join()
     return _Session(link, sock, FlightRecorder(recorder_fd)).run()
 
 
-def _watch_frontend(sock: socket.socket) -> None:
-    """Ends the process when the frontend is gone, before a host has joined as well."""
-    sock.recv(1, socket.MSG_PEEK)  # its first frame, or its end
-    if not sock.recv(1, socket.MSG_PEEK):
+def _say_that_one_waits(sock: socket.socket, has_come: threading.Event) -> None:
+    """Beats in the engine's place, whoever may be talking at the door; ends the process when the frontend is gone."""
+    try:
+        sock.sendall(encode(Loading("waiting for a host", 0, 0)))
+        while not has_come.wait(BEAT_SECONDS):
+            sock.sendall(encode(Beat()))
+    except OSError:
         os._exit(0)
 
 
-def _wait_for_host(listening: socket.socket, secret: bytes, sock: socket.socket) -> Link:
-    sock.sendall(encode(Loading("waiting for a host", 0, 0)))
+def _host(listening: socket.socket, secret: bytes) -> Link:
+    """The next one that knows the secret and offers an engine."""
     while True:
-        sock.sendall(encode(Beat()))
         came = accept(listening, secret, BEAT_SECONDS)
         if came is not None:
             link, first = came
@@ -128,7 +135,8 @@ class _Session:
         os._exit(0)
 
     def _tick(self) -> None:
-        while not threading.Event().wait(BEAT_SECONDS):
+        while True:
+            time.sleep(BEAT_SECONDS)
             try:
                 self._link.send(_encode(Here()))
             except LinkError:

@@ -19,8 +19,14 @@ class Replicas:
     engine is ready.
     """
 
-    def __init__(self, options: EngineOptions, count: int, keeper: Keeper, command: Sequence[str] | None) -> None:
-        self._all = [Replica(index, own, keeper, command) for index, own in enumerate(shares(options, count))]
+    def __init__(
+        self, options: Sequence[EngineOptions], keeper: Keeper, commands: Sequence[Sequence[str] | None]
+    ) -> None:
+        """options, commands: of each."""
+        self._all = [
+            Replica(index, own, keeper, command)
+            for index, (own, command) in enumerate(zip(options, commands, strict=True))
+        ]
         self.info: EngineInfo | None = None
 
     def __len__(self) -> int:
