@@ -1,4 +1,4 @@
-"""A server process of the tests: argv: the model's folder, HttpOptions and Limits as JSON, the engine's argv."""
+"""A server process of the tests. argv: the model, HttpOptions, Limits and Replication as JSON, the engine's argv."""
 
 import sys
 
@@ -6,7 +6,7 @@ import msgspec
 
 from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.serve.frontend import HttpOptions
-from orcaserve.serve.pool import Limits
+from orcaserve.serve.pool import Limits, Replication
 from orcaserve.serve.server import run
 
 
@@ -15,10 +15,11 @@ def say(info: EngineInfo, url: str) -> None:
 
 
 if __name__ == "__main__":
-    model, http, limits, *command = sys.argv[1:]
+    model, http, limits, replication, *command = sys.argv[1:]
     code = run(
         EngineOptions(model=model, max_batch_size=64, max_batch_tokens=256),
         msgspec.json.decode(http, type=HttpOptions),
+        replication=msgspec.json.decode(replication, type=Replication),
         limits=msgspec.json.decode(limits, type=Limits),
         command=command,
         on_ready=say,

@@ -68,10 +68,12 @@ class Server:
         *engine: str,
         http: dict[str, Any] | None = None,
         limits: dict[str, Any] | None = None,
+        replication: dict[str, Any] | None = None,
         command: Sequence[str] = (sys.executable, str(ENGINE), "--vocab", str(VOCAB)),
     ) -> None:
         options = {"port": 0, "log_level": "warning", **(http or {})}
-        argv = [sys.executable, HERE / "api_server.py", model, json.dumps(options), json.dumps(limits or {})]
+        argv = [sys.executable, HERE / "api_server.py", model]
+        argv += [json.dumps(of or {}) for of in (options, limits, replication)]
         argv += [*command, *engine]
         self.process = subprocess.Popen(
             [str(word) for word in argv],

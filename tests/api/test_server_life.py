@@ -98,6 +98,37 @@ def test_streams_outlive_the_engine(model_dir: Path) -> None:
         assert server.stop()[0] == 0
 
 
+def test_a_server_is_well_while_one_replica_is(model_dir: Path) -> None:
+    """An engine is killed and loads for a while: who is not ready is said, and the other one serves."""
+
+    def ready(client: httpx.Client) -> list[float]:
+        text = client.get("/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith("orcaserve:replica_ready{")]
+        return [float(line.split()[-1]) for line in lines]
+
+    server = Server(model_dir, "--load-seconds", "1.5", replication={"replicas": 2})
+    with server.ready(), server.client() as client:
+        wait_for(lambda: ready(client) == [1, 1])
+        assert client.get("/ready").json() == {"status": "ok", "step_age": 0.0}
+        engines = psutil.Process(server.process.pid).children()
+        engines[0].kill()
+        wait_for(lambda: sum(ready(client)) == 1)
+        lacking = client.get("/ready")
+        assert lacking.status_code == 200
+        assert lacking.json()["replicas_not_ready"] == [ready(client).index(0)]
+        assert client.get("/health").status_code == 200
+        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+        engines[1].kill()
+        wait_for(lambda: sum(ready(client)) == 0)
+        assert client.get("/health").status_code == 200
+        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 200, "it waited"
+        wait_for(lambda: ready(client) == [1, 1])
+        assert metric(client, "num_requests_running") == 0
+        children = psutil.Process(server.process.pid).children()
+        assert server.stop()[0] == 0
+        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
 def test_sigterm_lets_running_requests_end(model_dir: Path) -> None:
     with Server(model_dir, "--step-seconds", "0.01").ready() as server, server.client() as client:
         with client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:

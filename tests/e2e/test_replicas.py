@@ -1,0 +1,97 @@
+"""Two replicas of the built-in model: the promise while one of them is killed, and prefixes that are found."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import psutil
+import pytest
+from crowd import all_streams, body
+from serving import Serving, is_alive
+
+STREAMS = 120
+BODIES = [body(i, 80 + i % 50, ignore_eos=True) for i in range(STREAMS)]
+OPTIONS = ("--replicas", "2", "--threads", "2", "--kv-memory", "16MiB")
+
+
+def engines(server: Serving) -> set[int]:
+    children = psutil.Process(server.process.pid).children()
+    return {child.pid for child in children if is_alive(child.pid)}
+
+
+def all_ready(server: Serving) -> None:
+    end = time.monotonic() + 120
+    while "replicas_not_ready" in server.client.get("/ready").json():
+        assert time.monotonic() < end, "a replica does not get ready"
+        time.sleep(0.05)
+
+
+def of_replica(server: Serving, name: str, replica: int) -> float:
+    for line in server.client.get("/metrics").text.splitlines():
+        if line.startswith(f"orcaserve:replica_{name}{{") and f'replica="{replica}"' in line:
+            return float(line.rpartition(" ")[2])
+    raise AssertionError(f"no metric {name}")
+
+
+def both_run(server: Serving) -> bool:
+    return all(of_replica(server, "requests_running", replica) > 0 for replica in range(2))
+
+
+async def disturbed(server: Serving, total: int) -> tuple[list, list[int]]:
+    """The same streams while an engine is killed when a sixth of all tokens have come, and its successor after that."""
+    progress = [0] * STREAMS
+    running = asyncio.ensure_future(all_streams(server.url, BODIES, progress))
+    while sum(progress) < total / 6:
+        assert not running.done(), running.exception()
+        await asyncio.sleep(0.005)
+    before = engines(server)
+    victims = [before.pop()]
+    psutil.Process(victims[0]).kill()
+    assert (await asyncio.to_thread(server.client.get, "/health")).status_code == 200
+    while not (new := engines(server) - before - set(victims)) or not await asyncio.to_thread(both_run, server):
+        assert not running.done(), "it was over before the successor had work"
+        await asyncio.sleep(0.005)
+    victims.append(new.pop())
+    psutil.Process(victims[1]).kill()
+    return await running, victims
+
+
+def test_a_crowd_on_two_replicas_of_which_one_is_killed_twice() -> None:
+    with Serving(*OPTIONS, "--max-batch-size", "16") as server:
+        assert any("2 replicas" in line for line in server.lines), server.lines
+        all_ready(server)
+        calm = asyncio.run(all_streams(server.url, BODIES, [0] * STREAMS))
+        assert all(of_replica(server, "prefix_cache_queries_total", replica) > 0 for replica in range(2))
+        stormy, victims = asyncio.run(disturbed(server, sum(len(ids) for _, ids, _, _ in calm)))
+        assert len(set(victims)) == 2
+        for i, (expected, got) in enumerate(zip(calm, stormy, strict=True)):
+            assert got == expected, f"stream {i}: {got} instead of {expected}"
+        all_ready(server)
+        assert sum(of_replica(server, "restarts_total", replica) for replica in range(2)) == 2
+        assert server.gauge("vllm:num_requests_running") == 0
+        assert server.gauge("vllm:kv_cache_usage_perc") == 0
+
+
+@pytest.fixture(scope="module")
+def spared() -> dict[str, float]:
+    """By router: tokens found in prefix caches when three users of one system prompt take turns."""
+    found = {}
+    for router in ("prefix", "round-robin"):
+        with Serving(*OPTIONS, "--router", router) as server:
+            all_ready(server)
+            system = "You are a friend of all animals who live in the woods, by the sea and in the old house. " * 4
+            for turn in range(1, 5):
+                for user in ("Anna", "Ben", "Clara"):
+                    asked = system + f"{user} says: tell me about the fox and the bear, please. " * (3 * turn)
+                    answer = server.client.post("/v1/completions", json={"prompt": asked, "max_tokens": 2})
+                    answer.raise_for_status()
+            found[router] = server.gauge("vllm:prefix_cache_hits_total")
+            each = [of_replica(server, "prefix_cache_hits_total", replica) for replica in range(2)]
+            assert sum(each) == found[router]
+    print(found)
+    return found
+
+
+def test_shared_prefixes_are_found_more_often_than_in_turn(spared: dict[str, float]) -> None:
+    assert spared["prefix"] > 1.2 * spared["round-robin"] > 0
