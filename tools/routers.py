@@ -3,13 +3,13 @@
     python tools/routers.py --workload mooncake:path=FILE,speed=0.5 --replicas 4
 
 Prints a row per router: the share of prompt tokens that prefix caches spared, TTFT, and how unequal the replicas were.
-Load is in unfinished requests, and the imbalance is the busiest replica's over the mean, at every arrival at which at
-least as many requests were unfinished as there are replicas.
+The imbalance is the busiest replica's load over the mean, at every arrival at which that was at least 4 requests.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Mapping
 
 from orcaserve.bench import measures, simulation
@@ -41,7 +41,7 @@ LLAMA_3_8B = ModelShape(
 class LeastLoaded(RoundRobin):
     """The replica with the least to do; among equals, in turn."""
 
-    def choose(self, keys: Keys, loads: Mapping[int, float]) -> int:
+    def choose(self, keys: Keys, loads: Mapping[int, int]) -> int:
         return min(loads, key=lambda replica: (loads[replica], replica <= self.last, replica))
 
 
@@ -52,10 +52,10 @@ class Rendezvous(PrefixRouter):
         super().__init__(BLOCK, factor)
         self._block = block
 
-    def choose(self, keys: Keys, loads: Mapping[int, float]) -> int:
-        limit = self._factor * sum(loads.values()) / len(loads)
+    def choose(self, keys: Keys, loads: Mapping[int, int]) -> int:
+        share = math.ceil(self._factor * (sum(loads.values()) + 1) / len(loads))
         name = keys[min(self._block, len(keys) - 1)] if self._block >= 0 else keys[-1]
-        within = [replica for replica, load in loads.items() if load <= limit]
+        within = [replica for replica, load in loads.items() if load < share]
         return max(within, key=lambda replica: weight(name, replica))
 
 
@@ -65,7 +65,7 @@ class Unbounded(PrefixRouter):
     def __init__(self) -> None:
         super().__init__(BLOCK, float("inf"))
 
-    def choose(self, keys: Keys, loads: Mapping[int, float]) -> int:
+    def choose(self, keys: Keys, loads: Mapping[int, int]) -> int:
         name = keys[-1]
         return max(loads, key=lambda replica: (self.held(keys, replica), -loads[replica], weight(name, replica)))
 
@@ -73,26 +73,26 @@ class Unbounded(PrefixRouter):
 ROUTERS: dict[str, Callable[[], Router]] = {
     "round robin": RoundRobin,
     "least loaded": LeastLoaded,
-    "hash of the first block": lambda: Rendezvous(0),
-    "hash of the block at 1024 tokens": lambda: Rendezvous(1024 // BLOCK),
-    "hash of the whole prompt": lambda: Rendezvous(-1),
+    "hash of the first block, bound 1.25": lambda: Rendezvous(0),
+    "hash of the block at token 1024, bound 1.25": lambda: Rendezvous(1024 // BLOCK),
+    "hash of the whole prompt, bound 1.25": lambda: Rendezvous(-1),
     "longest prefix, no bound": Unbounded,
-    "prefix, bound 1.1": lambda: PrefixRouter(BLOCK, 1.1),
-    "prefix, bound 1.25": lambda: PrefixRouter(BLOCK),
-    "prefix, bound 1.5": lambda: PrefixRouter(BLOCK, 1.5),
-    "prefix, bound 2": lambda: PrefixRouter(BLOCK, 2.0),
+    "longest prefix, bound 1.1": lambda: PrefixRouter(BLOCK, 1.1),
+    "longest prefix, bound 1.25 (prefix)": lambda: PrefixRouter(BLOCK),
+    "longest prefix, bound 1.5": lambda: PrefixRouter(BLOCK, 1.5),
+    "longest prefix, bound 2": lambda: PrefixRouter(BLOCK, 2.0),
 }
-LOADS: dict[str, Callable[[Arrival], float]] = {
-    "requests": lambda arrival: 1.0,
-    "tokens": lambda arrival: float(arrival.num_prompt),
+LOADS: dict[str, Callable[[Arrival], int]] = {
+    "requests": lambda arrival: 1,
+    "tokens": lambda arrival: arrival.num_prompt,
 }
 
 
-def imbalance(routed: Routed) -> tuple[float, float]:
-    """Greatest and mean of the busiest replica's share over the mean's."""
+def imbalance(routed: Routed, least: int) -> tuple[float, float]:
+    """Greatest and mean of the busiest replica's load over the mean, where that is at least so much."""
     shares = []
     for loads in routed.loads:
-        if sum(loads) >= len(loads):
+        if sum(loads) >= least * len(loads):
             shares.append(max(loads) * len(loads) / sum(loads))
     return max(shares, default=1.0), sum(shares) / max(1, len(shares))
 
@@ -136,7 +136,7 @@ def main() -> None:
         routed = simulate_routed(arrivals, config, costs, ROUTERS[name](), LOADS[arguments.load])
         first = [record.token_times[0] - record.arrival for record in routed.records]
         median, late = measures.quantile(first, 0.5), measures.quantile(first, 0.99)
-        greatest, mean = imbalance(routed)
+        greatest, mean = imbalance(routed, 4 if arguments.load == "requests" else 1)
         cells = (
             f"{sum(record.num_cached for record in routed.records) / tokens:.1%}",
             f"{median or 0:.3f} s",

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
+from math import ceil
 from typing import Protocol
 
 from orcaserve.core.kv_cache import first_key, next_key
 
-FACTOR = 1.25  # of the mean load; a replica above it gets nothing more (bounded loads, Mirrokni et al. 2016)
+FACTOR = 1.25  # of the mean load, beyond which nothing may bring a replica (bounded loads, Mirrokni et al. 2016)
 Keys = tuple[bytes, ...]
 
 
@@ -24,8 +25,8 @@ class Router(Protocol):
         """What `choose` and `sent` need to know of a prompt."""
         ...
 
-    def choose(self, keys: Keys, loads: Mapping[int, float]) -> int:
-        """One of the replicas in `loads`, which are those that can be had, with what each has to do. Changes nothing.
+    def choose(self, keys: Keys, loads: Mapping[int, int]) -> int:
+        """One of the replicas in `loads`: those that can be had, and how many requests each has. Changes nothing.
 
         ValueError if there is none.
         """
@@ -49,7 +50,7 @@ class RoundRobin:
     def keys(self, token_ids: Sequence[int], salt: str) -> Keys:
         return ()
 
-    def choose(self, keys: Keys, loads: Mapping[int, float]) -> int:
+    def choose(self, keys: Keys, loads: Mapping[int, int]) -> int:
         if not loads:
             raise ValueError("there is no replica to choose")
         return min(loads, key=lambda replica: (replica <= self.last, replica))
@@ -62,8 +63,9 @@ class RoundRobin:
 
 
 class PrefixRouter:
-    """The replica that should hold the longest prefix of the prompt, unless its load exceeds FACTOR times the mean.
+    """The replica that should hold the longest prefix of the prompt, unless that has its share of the load.
 
+    A share is `factor` times the mean, this request included, rounded up; so there is always one that has less.
     What a replica should hold is what it has been sent, the least recently used forgotten first, as in its own cache.
     Among those that hold equally much the least loaded one comes first, then the order of rendezvous hashing: that of
     a hash of the prompt and the replica, so that one replica more or less moves only prompts of its own.
@@ -71,7 +73,7 @@ class PrefixRouter:
 
     def __init__(self, block_size: int, factor: float = FACTOR) -> None:
         if factor < 1:
-            raise ValueError(f"no replica may be above {factor} times the mean load: there must be one that is not")
+            raise ValueError(f"not all requests have a place if no replica may have {factor} times the mean load")
         self._block_size = block_size
         self._factor = factor
         self._caches: dict[int, OrderedDict[bytes, None]] = {}  # of each replica, the next to be forgotten first
@@ -85,11 +87,11 @@ class PrefixRouter:
             keys.append(key)
         return tuple(keys)
 
-    def choose(self, keys: Keys, loads: Mapping[int, float]) -> int:
+    def choose(self, keys: Keys, loads: Mapping[int, int]) -> int:
         if not loads:
             raise ValueError("there is no replica to choose")
-        limit = self._factor * sum(loads.values()) / len(loads)
-        within = [replica for replica, load in loads.items() if load <= limit] or [min(loads, key=loads.__getitem__)]
+        share = ceil(self._factor * (sum(loads.values()) + 1) / len(loads))
+        within = [replica for replica, load in loads.items() if load < share]
         name = keys[-1] if keys else b""
         return max(within, key=lambda replica: (self.held(keys, replica), -loads[replica], weight(name, replica)))
 

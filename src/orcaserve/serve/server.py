@@ -54,8 +54,9 @@ def run(
 ) -> int:
     """Serves until a signal ends it; returns the exit code: 0 after a drain, 1 with one line on stderr otherwise.
 
-    replication: how many engines, and who gets what. command: argv of the engine process (the pool's). on_progress: how far loading has come: (stage, done, total).
-    on_ready: called once with the engine and the server's URL, when requests are taken.
+    replication: how many engines, and who gets what. command: argv of the engine process (the pool's).
+    on_progress: how far loading has come: (stage, done, total). on_ready: called once with
+    the engine and the server's URL, when requests are taken.
     """
     http = http or HttpOptions()
     logging.basicConfig(

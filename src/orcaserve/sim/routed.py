@@ -25,7 +25,7 @@ class Routed(msgspec.Struct, frozen=True):
 
     records: tuple[Record, ...]
     replicas: tuple[int, ...]
-    loads: tuple[tuple[float, ...], ...]
+    loads: tuple[tuple[int, ...], ...]
     prefix_hits: tuple[int, ...]
     prefix_queries: tuple[int, ...]
 
@@ -39,11 +39,11 @@ class _Engine:
         self.scheduler = Scheduler(config)
         executor = SimExecutor(cost, self._clock, None, self.world.sample)
         self._loop = EngineLoop(self.scheduler, executor, self.world, self.world, self._clock)
-        self._ends: list[tuple[float, float]] = []  # when a request ended, and its load: some lie ahead of others' time
-        self._open: dict[int, float] = {}
-        self.load = 0.0
+        self._ends: list[tuple[float, int]] = []  # when a request ended, and its load: some lie ahead of others' time
+        self._open: dict[int, int] = {}
+        self.load = 0
 
-    def offer(self, arrival: Arrival, load: float) -> int:
+    def offer(self, arrival: Arrival, load: int) -> int:
         id = self.world.offer(arrival)
         self._open[id] = load
         self.load += load
@@ -64,7 +64,7 @@ def simulate_routed(
     config: SchedulerConfig,
     costs: Sequence[Callable[[Batch], Seconds]],
     router: Router,
-    load: Callable[[Arrival], float] = lambda arrival: 1.0,
+    load: Callable[[Arrival], int] = lambda arrival: 1,
 ) -> Routed:
     """Runs a workload to its end, on as many engines as there are `costs` (seconds of a batch in every stage).
 
@@ -74,7 +74,7 @@ def simulate_routed(
     for number in range(len(engines)):
         router.begin(number, config.num_blocks)
     places: list[tuple[int, int]] = []
-    loads: list[tuple[float, ...]] = []
+    loads: list[tuple[int, ...]] = []
     for index, arrival in enumerate(arrivals):
         for engine in engines:
             engine.run_until(arrival.time)
