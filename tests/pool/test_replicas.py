@@ -182,25 +182,28 @@ def test_poison_takes_no_innocent_of_another_replica_along(how: str) -> None:
     run(main())
 
 
-def test_suspects_are_tried_on_an_idle_replica_while_theirs_is_away(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_trial_never_takes_the_last_replica_that_serves(count: int, tmp_path: Path) -> None:
+    """The poison's replica does not come back for a while: it is tried on an idle one, but for the last."""
     loading = tmp_path / "loading"
 
     async def main() -> None:
         engine = ("--crash-on", str(POISON), "--load-while", str(loading), "--step-seconds", "0.002")
-        async with pool_of(*engine, replication=of(2)) as pool:
+        async with pool_of(*engine, replication=of(count)) as pool:
             await all_ready(pool)
             loading.touch()
-            poison = submit(pool, Wish((POISON,), 1, 50))
-            [home] = [replica for replica in pool.replicas if replica.load]
-            await until(lambda: home.state == "restarting", "the crash is noticed")
-            await until(
-                lambda: all(one.state == "restarting" for one in pool.replicas), "it was tried on the other one"
-            )
-            wish = innocent(1)[0]
-            stream = submit(pool, wish)
+            poison = asyncio.ensure_future(gather(submit(pool, Wish((POISON,), 1, 50))))
+            await until(lambda: len(pool.replicas.in_force) == 1, "one is left")
+            [last] = pool.replicas.in_force
+            pid = last.pid
+            for wish in innocent(5):
+                assert (await gather(submit(pool, wish)))[:2] == wish.answer()
+            assert len(pool.replicas.in_force) == 1
+            assert poison.done() == (count == 3), "it was alone both times"
             loading.unlink()
-            assert (await gather(poison))[1] == "error"
-            assert (await gather(stream))[:2] == wish.answer()
+            assert (await poison)[:2] == ([], "error")
+            assert last.pid == pid
+            await all_ready(pool)
 
     run(main())
 

@@ -376,6 +376,7 @@ class Pool:
         info = replica.info
         if info is None:
             return
+        self._router.begin(replica.index, info.num_blocks)
         if self.info is not None and self.info.profile != info.profile:
             if self.replicas.in_force:
                 log.warning("replica %d has another numerics profile (%s): it is not used", replica.index, info.profile)
@@ -384,7 +385,6 @@ class Pool:
                 if choice.has_begun:
                     self._end(choice, OTHER_PROFILE)
         self.replicas.adopt(info)
-        self._router.begin(replica.index, info.num_blocks)
         self._resume()
         if replica is not self._suspects.court:
             self._relieve(replica)

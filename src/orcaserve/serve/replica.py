@@ -80,6 +80,11 @@ class Replica:
         return len(self.submitted)
 
     @property
+    def experience(self) -> int:
+        """Iterations of the engine that lives now: a new one has the least in its prefix cache."""
+        return self._stats.num_steps
+
+    @property
     def stats(self) -> Stats:
         """The engine's state; counters go on from what the engines before it had counted."""
         return msgspec.structs.replace(self._stats, **_counted((self._before, self._stats)))

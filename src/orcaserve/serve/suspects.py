@@ -71,11 +71,13 @@ class Suspects:
 
 
 def _choose_court(replicas: Replicas) -> Replica | None:
-    """A replica without work, such as one whose engine is new; None while one is on its way.
+    """A replica without work, one whose engine is new first. Never the last one that serves, if others are coming.
 
-    Where all are busy the least busy one gets nothing more, and will be free when its requests have ended.
+    Where none is coming and all are busy, the least busy one gets nothing more and will be free when its requests end.
     """
     ready = replicas.in_force
-    if not ready or replicas.is_any_coming:
-        return next((replica for replica in ready if not replica.submitted), None)
-    return min(ready, key=lambda replica: replica.load)
+    if not ready or (replicas.is_any_coming and len(ready) == 1):
+        return None
+    if idle := [replica for replica in ready if not replica.submitted]:
+        return min(idle, key=lambda replica: replica.experience)
+    return None if replicas.is_any_coming else min(ready, key=lambda replica: replica.load)
