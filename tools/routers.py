@@ -59,15 +59,22 @@ class Rendezvous(PrefixRouter):
         return max(within, key=lambda replica: weight(name, replica))
 
 
+class Longest(PrefixRouter):
+    """The longest prefix, whatever is forgotten for it."""
+
+    def gain(self, keys: Keys, replica: int) -> int:
+        return self.held(keys, replica)
+
+
 class Unbounded(PrefixRouter):
-    """The longest prefix, whatever the load."""
+    """The greatest gain, whatever the load."""
 
     def __init__(self) -> None:
         super().__init__(BLOCK, float("inf"))
 
     def choose(self, keys: Keys, loads: Mapping[int, int]) -> int:
         name = keys[-1]
-        return max(loads, key=lambda replica: (self.held(keys, replica), -loads[replica], weight(name, replica)))
+        return max(loads, key=lambda replica: (self.gain(keys, replica), -loads[replica], weight(name, replica)))
 
 
 ROUTERS: dict[str, Callable[[], Router]] = {
@@ -76,11 +83,12 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "hash of the first block, bound 1.25": lambda: Rendezvous(0),
     "hash of the block at token 1024, bound 1.25": lambda: Rendezvous(1024 // BLOCK),
     "hash of the whole prompt, bound 1.25": lambda: Rendezvous(-1),
-    "longest prefix, no bound": Unbounded,
-    "longest prefix, bound 1.1": lambda: PrefixRouter(BLOCK, 1.1),
-    "longest prefix, bound 1.25 (prefix)": lambda: PrefixRouter(BLOCK),
-    "longest prefix, bound 1.5": lambda: PrefixRouter(BLOCK, 1.5),
-    "longest prefix, bound 2": lambda: PrefixRouter(BLOCK, 2.0),
+    "longest prefix, bound 1.25": lambda: Longest(BLOCK),
+    "gain, no bound": Unbounded,
+    "gain, bound 1.1": lambda: PrefixRouter(BLOCK, 1.1),
+    "gain, bound 1.25 (prefix)": lambda: PrefixRouter(BLOCK),
+    "gain, bound 1.5": lambda: PrefixRouter(BLOCK, 1.5),
+    "gain, bound 2": lambda: PrefixRouter(BLOCK, 2.0),
 }
 LOADS: dict[str, Callable[[Arrival], int]] = {
     "requests": lambda arrival: 1,

@@ -148,7 +148,7 @@ def main() -> None:
 @click.option(
     "--step-log",
     type=click.Path(dir_okay=False),
-    help="Write down every iteration, for orcaserve simulate: lengths and times, no text.",
+    help="Write down every iteration, for orcaserve simulate: lengths and times, no text. With replicas: FILE.0, …",
 )
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 def serve(

@@ -123,6 +123,15 @@ def test_what_was_used_least_recently_is_forgotten_first_and_a_new_engine_knows_
     assert router.held(second, 0) == 0
 
 
+def test_a_little_that_is_known_is_not_worth_forgetting_much() -> None:
+    """Else all that begins alike would gather in one cache while the others are empty."""
+    router = started(2, num_blocks=10)
+    system, chat = range(8), range(100, 132)
+    router.sent(router.keys((*system, *chat), ""), 0)  # which fills it
+    assert route(router, (*system, *range(200, 232)), {0: 0, 1: 0}) == 1
+    assert route(router, (*system, *chat, 1), {0: 0, 1: 0}) == 0
+
+
 def test_a_load_beyond_the_bound_sends_the_prompt_to_the_next_best() -> None:
     router = started(3)
     prompt, half = range(40), range(20)

@@ -63,12 +63,13 @@ class RoundRobin:
 
 
 class PrefixRouter:
-    """The replica that should hold the longest prefix of the prompt, unless that has its share of the load.
+    """The replica whose cache gains most by the prompt, unless that has its share of the load.
 
+    A gain is what it should hold of the prompt, less what it would forget for the rest. What it should hold is what it
+    has been sent, the least recently used forgotten first, as in its own cache.
     A share is `factor` times the mean, this request included, rounded up; so there is always one that has less.
-    What a replica should hold is what it has been sent, the least recently used forgotten first, as in its own cache.
-    Among those that hold equally much the least loaded one comes first, then the order of rendezvous hashing: that of
-    a hash of the prompt and the replica, so that one replica more or less moves only prompts of its own.
+    Among equals the least loaded one comes first, then the order of rendezvous hashing, that of a hash of prompt and
+    replica: so one replica more or less moves only prompts of its own.
     """
 
     def __init__(self, block_size: int, factor: float = FACTOR) -> None:
@@ -93,7 +94,13 @@ class PrefixRouter:
         share = ceil(self._factor * (sum(loads.values()) + 1) / len(loads))
         within = [replica for replica, load in loads.items() if load < share]
         name = keys[-1] if keys else b""
-        return max(within, key=lambda replica: (self.held(keys, replica), -loads[replica], weight(name, replica)))
+        return max(within, key=lambda replica: (self.gain(keys, replica), -loads[replica], weight(name, replica)))
+
+    def gain(self, keys: Keys, replica: int) -> int:
+        """Blocks that the replica's cache would spare, less those that it would forget for the others."""
+        held = self.held(keys, replica)
+        filled = len(self._caches.get(replica, ())) + len(keys) - held
+        return held - max(0, filled - self._capacities.get(replica, 0))
 
     def held(self, keys: Keys, replica: int) -> int:
         """How many blocks of the prompt, from its beginning, the replica should hold."""
