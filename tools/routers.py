@@ -96,13 +96,13 @@ LOADS: dict[str, Callable[[Arrival], int]] = {
 }
 
 
-def imbalance(routed: Routed, least: int) -> tuple[float, float]:
+def imbalance(routed: Routed, least: int) -> tuple[str, str]:
     """Greatest and mean of the busiest replica's load over the mean, where that is at least so much."""
     shares = []
     for loads in routed.loads:
         if sum(loads) >= least * len(loads):
             shares.append(max(loads) * len(loads) / sum(loads))
-    return max(shares, default=1.0), sum(shares) / max(1, len(shares))
+    return (f"{max(shares):.2f}", f"{sum(shares) / len(shares):.2f}") if shares else ("—", "—")
 
 
 def _shape(name: str) -> ModelShape:
@@ -150,8 +150,8 @@ def main() -> None:
             f"{median or 0:.3f} s",
             f"{late or 0:.3f} s",
             f"{max(record.token_times[-1] for record in routed.records):.0f}",
-            f"{greatest:.2f}",
-            f"{mean:.2f}",
+            greatest,
+            mean,
         )
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

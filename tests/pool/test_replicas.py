@@ -227,6 +227,7 @@ def test_a_replica_that_never_comes_back_leaves_its_requests_to_the_others(
             late = innocent(5)
             streams = [submit(pool, wish) for wish in late]
             assert (await answer)[:2] == long.answer()
+            assert pool.replicas[1 - other].num_restarts == 0, "no trial before it was free"
             assert (await poison)[:2] == ([], "error")
             got = await gather_all(streams)
             assert [(tokens, reason) for tokens, reason, _ in got] == [wish.answer() for wish in late]
