@@ -19,13 +19,15 @@ constexpr float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 
 template <class T>
 struct Plain {
     static constexpr bool BYTES = false;
-    static constexpr int PAIR = Type<T>::PAIR;
+    static constexpr int PAIR = Type<T>::PAIR, TURNS = Type<T>::TURNS;
     using Cache = T;
-    using Operand = T;
+    using Operand = typename Type<T>::Left;
     using Sum = Vec;
     static Sum nothing() { return zero(); }
-    static auto broadcast(const Operand* p) { return Type<T>::broadcast(p); }
-    static Sum multiply(typename Type<T>::One a, const Cache* b, Sum c) { return Type<T>::multiply(a, b, c); }
+    static auto broadcast(const Operand* p, int turn) { return Type<T>::broadcast(p, turn); }
+    static auto take(const Cache* p, int turn) { return Type<T>::take(p, turn); }
+    template <class One, class Right>
+    static Sum multiply(One a, Right b, Sum c) { return Type<T>::multiply(a, b, c); }
     static Vec floats(Sum a) { return a; }
 };
 
@@ -34,12 +36,13 @@ struct Plain {
 // of values, which differ from position to position, go into the shares before.
 struct Bytes {
     static constexpr bool BYTES = true;
-    static constexpr int PAIR = 2;
+    static constexpr int PAIR = 2, TURNS = 1;
     using Cache = std::int8_t;
     using Operand = std::int16_t;
     using Sum = Ints;
     static Sum nothing() { return no_ints(); }
-    static Two broadcast(const Operand* p) { return broadcast_two(p); }
+    static Two broadcast(const Operand* p, int) { return broadcast_two(p); }
+    static const Cache* take(const Cache* p, int) { return p; }
     static Sum multiply(Two a, const Cache* b, Sum c) { return multiply_shorts(a, b, c); }
     static Vec floats(Sum a) { return to_floats(a); }
 };
@@ -74,22 +77,26 @@ inline Vec scales_behind(const void* data) { return load(static_cast<const float
 template <class S, int R>
 void score(const typename S::Operand* const* queries, const float* factors, const typename S::Cache* const* keys, int count,
            int d, Fetch& fetch, float* scores) {
-    constexpr int P = S::PAIR;
-    for (int group = 0; group < count; group += WIDE) {
-        typename S::Sum sums[R][WIDE];
-        const typename S::Cache* k[WIDE];
-        for (int j = 0; j < WIDE; ++j) k[j] = keys[std::min(group + j, count - 1)];
+    constexpr int P = S::PAIR, N = wide_of(R);
+    for (int group = 0; group < count; group += N) {
+        typename S::Sum sums[R][N];
+        const typename S::Cache* k[N];
+        for (int j = 0; j < N; ++j) k[j] = keys[std::min(group + j, count - 1)];
         ORCA_UNROLL for (int r = 0; r < R; ++r)
-            ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = S::nothing();
+            ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = S::nothing();
         for (int i = 0; i < d; i += P) {
             fetch.some();
-            ORCA_UNROLL for (int r = 0; r < R; ++r) {
-                const auto one = S::broadcast(queries[r] + i);
-                ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = S::multiply(one, k[j] + i * kGroup, sums[r][j]);
+            ORCA_UNROLL for (int turn = 0; turn < S::TURNS; ++turn) {
+                decltype(S::take(k[0], turn)) other[N];
+                ORCA_UNROLL for (int j = 0; j < N; ++j) other[j] = S::take(k[j] + i * kGroup, turn);
+                ORCA_UNROLL for (int r = 0; r < R; ++r) {
+                    const auto one = S::broadcast(queries[r] + i, turn);
+                    ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = S::multiply(one, other[j], sums[r][j]);
+                }
             }
         }
         for (int r = 0; r < R; ++r)
-            for (int j = 0; j < WIDE && group + j < count; ++j) {
+            for (int j = 0; j < N && group + j < count; ++j) {
                 Vec factor = set1(factors[r]);
                 if constexpr (S::BYTES) factor = factor * scales_behind(k[j] + ceil_div(d, P) * P * kGroup);
                 store(scores + r * kSpan + (group + j) * kGroup, S::floats(sums[r][j]) * factor);
@@ -97,7 +104,7 @@ void score(const typename S::Operand* const* queries, const float* factors, cons
     }
 }
 
-// out [R][padded] += shares [R][kSpan] times the values of the first `positions` positions; WIDE vectors at a time.
+// out [R][padded] += shares [R][kSpan] times the values of the first `positions` positions; W vectors at a time.
 // factors: what a row's shares are multiples of, of 8 bits.
 template <class S, int R, int W>
 void gather_values(const typename S::Operand* shares, const float* factors, const typename S::Cache* const* values,
@@ -112,9 +119,13 @@ void gather_values(const typename S::Operand* shares, const float* factors, cons
         const typename S::Operand* share = shares + group * kGroup;
         for (int at = 0; at < end; at += P, v += padded * P, share += P) {
             fetch.some();
-            ORCA_UNROLL for (int r = 0; r < R; ++r) {
-                const auto one = S::broadcast(share + r * kSpan);
-                ORCA_UNROLL for (int j = 0; j < W; ++j) sums[r][j] = S::multiply(one, v + j * 16 * P, sums[r][j]);
+            ORCA_UNROLL for (int turn = 0; turn < S::TURNS; ++turn) {
+                decltype(S::take(v, turn)) other[W];
+                ORCA_UNROLL for (int j = 0; j < W; ++j) other[j] = S::take(v + j * 16 * P, turn);
+                ORCA_UNROLL for (int r = 0; r < R; ++r) {
+                    const auto one = S::broadcast(share + r * kSpan, turn);
+                    ORCA_UNROLL for (int j = 0; j < W; ++j) sums[r][j] = S::multiply(one, other[j], sums[r][j]);
+                }
             }
         }
     }
@@ -129,9 +140,10 @@ void gather_values(const typename S::Operand* shares, const float* factors, cons
 template <class S, int R>
 void values_of(const typename S::Operand* shares, const float* factors, const typename S::Cache* const* values,
                int positions, int padded, Fetch& fetch, float* out) {
+    constexpr int N = wide_of(R);
     int column = 0;
-    for (; column + 16 * WIDE <= padded; column += 16 * WIDE) {
-        gather_values<S, R, WIDE>(shares, factors, values, positions, padded, column, fetch, out);
+    for (; column + 16 * N <= padded; column += 16 * N) {
+        gather_values<S, R, N>(shares, factors, values, positions, padded, column, fetch, out);
     }
     for (; column < padded; column += 16) {
         gather_values<S, R, 1>(shares, factors, values, positions, padded, column, fetch, out);
@@ -149,6 +161,7 @@ template <class T, class S>
 class TileWork {
     using Cache = typename S::Cache;
     using Operand = typename S::Operand;
+    static constexpr bool COPIES = !std::is_same_v<Operand, T>;  // queries
 
 public:
     // next: what this thread will most likely do then; its tile may be null
@@ -175,14 +188,14 @@ public:
     static std::size_t bytes(const Attention& g, int most) {
         const std::size_t rows = static_cast<std::size_t>(most) * (g.heads / g.kv_heads), padded = ceil_div(g.d, 16) * 16;
         return sizeof(float) * (rows * (padded + 3) + kRows * (kSpan + padded)) +
-               sizeof(Operand) * (kRows * kSpan + (S::BYTES ? rows * padded : 0)) + 64;
+               sizeof(Operand) * (kRows * kSpan + (COPIES ? rows * padded : 0)) + 64;
     }
 
     void run() {
         for (int r = 0; r < rows_; ++r) peaks_[r] = -__builtin_inff();
         std::fill(masses_, masses_ + rows_, 0.0f);
         std::fill(sums_, sums_ + rows_ * padded_, 0.0f);
-        for (int r = 0; r < rows_; ++r) factors_[r] = S::BYTES ? g_.scale * shorten(r) : g_.scale;
+        for (int r = 0; r < rows_; ++r) factors_[r] = g_.scale * prepare(r);
         for (int start = first_span(tile_); start < end(tile_); start += kSpan) meet(start);
         for (int r = 0; r < rows_; ++r) {
             T* out = static_cast<T*>(g_.out) + row_of(r) * g_.d;
@@ -208,8 +221,8 @@ private:
 
     const T* query(int r) const { return static_cast<const T*>(g_.q) + row_of(r) * g_.d; }
 
-    // Brings a query to 16 bits; returns what one of its numbers means.
-    float shorten(int r) {
+    // Makes an operand of a query; returns what one of its numbers means.
+    float prepare(int r) {
         if constexpr (S::BYTES) {
             const float most = largest_size(query(r), g_.d);
             const Vec factor = set1(most > kNothing ? kMostOfQuery / most : 0.0f);
@@ -217,6 +230,8 @@ private:
                 store_shorts(queries_ + r * padded_ + i, load_some(query(r) + i, g_.d - i) * factor);
             }
             return most / kMostOfQuery;
+        } else if constexpr (COPIES) {
+            for (int i = 0; i < padded_; i += 16) store(queries_ + r * padded_ + i, load_some(query(r) + i, g_.d - i));
         }
         return 1.0f;
     }
@@ -274,7 +289,7 @@ private:
     void rows_meet(int r0, int start, int positions, int groups, const Cache** keys, const Cache** values, Fetch& fetch) {
         const Operand* queries[R];
         for (int r = 0; r < R; ++r) {
-            if constexpr (S::BYTES) {
+            if constexpr (COPIES) {
                 queries[r] = queries_ + (r0 + r) * padded_;
             } else {
                 queries[r] = query(r0 + r);
@@ -333,7 +348,7 @@ private:
                 store(scores + at, x);
                 greatest = max(greatest, x);
             } else {
-                Type<T>::store16(shares + at, x);
+                Type<T>::store_left16(shares + at, x);
             }
         }
         mass_here_[r] = sum(mass);
@@ -372,7 +387,7 @@ private:
     float* masses_;
     float* factors_;    // [rows]: what scores are multiplied with
     Operand* shares_;
-    Operand* queries_;  // [rows][padded], of 8 bits
+    Operand* queries_;  // [rows][padded], if copied
     float mass_here_[kRows];
     float units_[kRows];  // what one of a row's shares means, of 8 bits
 };

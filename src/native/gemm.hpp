@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 #include <type_traits>
 
 #include "kernels.hpp"
@@ -12,11 +13,25 @@ namespace orca {
 namespace ORCA_ISA {
 
 constexpr int kMostSegments = 64;
-constexpr int kMostGroup = 256;          // values that share a scale, of 4 bits
-constexpr int kRows = 6;                  // rows of a register tile
-constexpr std::int64_t kChunk = 16;       // panels that one piece of work takes
-constexpr std::int64_t kShort = 16 << 10;  // bytes of a row that needs no packing
+constexpr int kMostGroup = 32;           // values that share a scale, of 4 bits
+constexpr int kRows = 6;                 // rows of a register tile
+constexpr std::int64_t kChunk = 16;      // panels that one piece of work takes
+
+// With 32 registers a panel of six rows passes over all columns of a block at once, and walks all of K by itself. With 16
+// it takes a pass for every vector of columns, so panels pass together: over some steps of the block, which stay near,
+// while the next are brought in.
+#if defined(__AVX512F__)
+constexpr int kPass = 4;                    // vectors of columns of a pass
+constexpr std::int64_t kTogether = 1;       // panels
+constexpr std::int64_t kShort = 16 << 10;   // bytes of a row that needs no packing
 constexpr std::int64_t kAhead = 8 * kRows;  // up to so many rows, memory is the limit and the next block is fetched early
+#else
+constexpr int kPass = 1;
+constexpr std::int64_t kTogether = kChunk;
+constexpr std::int64_t kShort = 0;  // there are no registers for where six rows are
+constexpr std::int64_t kAhead = std::numeric_limits<std::int64_t>::max();
+#endif
+constexpr std::int64_t kPassSteps = 128;  // of plain weights, that panels pass over together
 
 inline Vec activate(Activation how, Vec x) {
     switch (how) {
@@ -66,36 +81,60 @@ struct Ahead {
 template <class W>
 constexpr std::int64_t pair_of = 4 / sizeof(W);
 
-// R rows of activations, `row` values apart; one step further is `step` values on.
+// What weights of 8 and of 4 bits are multiplied with.
+using Byte = std::uint8_t;   // 128 above what it means
+using Signed = std::int8_t;
+
+// What is made of a row's values to meet weights.
 template <class W>
+struct LeftOf {
+    using type = W;
+};
+template <>
+struct LeftOf<bf16> {
+    using type = Type<bf16>::Left;
+};
+template <>
+struct LeftOf<Byte> {
+    using type = ByteLeft;
+};
+template <class W>
+using LeftOf_t = typename LeftOf<W>::type;
+
+// R rows of activations, `row` values apart; one step further is `step` values on.
+template <class L>
 struct Rows {
-    const W* data;
+    const L* data;
     std::int64_t row, step;
 };
 
-// out [R][64] = a [R][steps][PAIR] times b [steps][64][PAIR].
+// out [R][64] = a [R][steps][PAIR] times b [steps][64][PAIR], added to what stands there unless it is fresh; of the vectors
+// of columns from `from` on, as many as a pass takes.
 template <class T, int R>
-void tile(Rows<T> a, const T* b, std::int64_t steps, float* out, Ahead ahead) {
-    constexpr int P = Type<T>::PAIR;
-    for (int column = 0; column < 4; column += WIDE) {
-        Vec sums[R][WIDE];
-        ORCA_UNROLL for (int r = 0; r < R; ++r)
-            ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = zero();
-        const T* left = a.data;
-        const T* right = b + column * 16 * P;
-        int due = 0;
-        for (std::int64_t s = 0; s < steps; ++s, left += a.step, right += kBlock * P) {
-            if (column == 0) {
-                for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
-            }
+ORCA_APART void tile(Rows<typename Type<T>::Left> a, const T* b, std::int64_t steps, int from, bool fresh, float* out,
+                     Ahead ahead) {
+    constexpr int P = Type<T>::PAIR, N = wide_of(R);
+    if (from % N != 0) return;
+    Vec sums[R][N];
+    ORCA_UNROLL for (int r = 0; r < R; ++r)
+        ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = fresh ? zero() : load(out + r * kBlock + (from + j) * 16);
+    const std::int64_t row = kShort == 0 ? P : a.row, step = kShort == 0 ? R * P : a.step;
+    const auto* left = a.data;
+    const T* right = b + from * 16 * P;
+    int due = 0;
+    for (std::int64_t s = 0; s < steps; ++s, left += step, right += kBlock * P) {
+        for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
+        ORCA_UNROLL for (int turn = 0; turn < Type<T>::TURNS; ++turn) {
+            decltype(Type<T>::take(right, turn)) other[N];
+            ORCA_UNROLL for (int j = 0; j < N; ++j) other[j] = Type<T>::take(right + j * 16 * P, turn);
             ORCA_UNROLL for (int r = 0; r < R; ++r) {
-                const auto one = Type<T>::broadcast(left + r * a.row);
-                ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = Type<T>::multiply(one, right + j * 16 * P, sums[r][j]);
+                const auto one = Type<T>::broadcast(left + r * row, turn);
+                ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = Type<T>::multiply(one, other[j], sums[r][j]);
             }
         }
-        ORCA_UNROLL for (int r = 0; r < R; ++r)
-            ORCA_UNROLL for (int j = 0; j < WIDE; ++j) store(out + r * kBlock + (column + j) * 16, sums[r][j]);
     }
+    ORCA_UNROLL for (int r = 0; r < R; ++r)
+        ORCA_UNROLL for (int j = 0; j < N; ++j) store(out + r * kBlock + (from + j) * 16, sums[r][j]);
 }
 
 // The same of steps [first, first + steps) of coded weights, decoded on the way: the shuffles run beside the products and
@@ -126,7 +165,7 @@ void tile_of_codes(Rows<bf16> a, const std::uint8_t* codes, std::int64_t first, 
             words = load_words(some);
         }
         ORCA_UNROLL for (int r = 0; r < R; ++r) {
-            const auto one = Type<bf16>::broadcast(left + r * a.row);
+            const auto one = Type<bf16>::broadcast(left + r * a.row, 0);
             ORCA_UNROLL for (int j = 0; j < 4; ++j) sums[r][j] = Type<bf16>::multiply(one, words.v[j], sums[r][j]);
         }
     }
@@ -135,33 +174,36 @@ void tile_of_codes(Rows<bf16> a, const std::uint8_t* codes, std::int64_t first, 
 }
 #endif
 
-// The same of bytes: sums [R][64] of a [steps][R][4], which stand 128 too high, times b [steps][64][4].
+// The same of bytes: sums [R][64] of a [steps][R][4], which stand 128 too high, times b [steps][64][4]; always fresh.
 template <int R>
-void tile_of_bytes(const std::uint8_t* a, const std::int8_t* b, std::int64_t steps, const float* row_scales,
-                   std::int64_t row_stride, const float* scales, const std::int32_t* above, float* out, Ahead ahead) {
-    for (int column = 0; column < 4; column += WIDE) {
-        Ints sums[R][WIDE];
-        ORCA_UNROLL for (int r = 0; r < R; ++r)
-            ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = no_ints();
-        const std::uint8_t* left = a;
-        const std::int8_t* right = b + column * 64;
-        int due = 0;
-        for (std::int64_t s = 0; s < steps; ++s, left += R * 4, right += kBlock * 4) {
-            if (column == 0) {
-                for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
-            }
+ORCA_APART void tile_of_bytes(const ByteLeft* a, const std::int8_t* b, std::int64_t steps, const float* row_scales,
+                              std::int64_t row_stride, const float* scales, const std::int32_t* above, int from,
+                              float* out, Ahead ahead) {
+    constexpr int N = wide_of(R);
+    if (from % N != 0) return;
+    Ints sums[R][N];
+    ORCA_UNROLL for (int r = 0; r < R; ++r)
+        ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = no_ints();
+    const ByteLeft* left = a;
+    const std::int8_t* right = b + from * 64;
+    int due = 0;
+    for (std::int64_t s = 0; s < steps; ++s, left += R * 4, right += kBlock * 4) {
+        for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
+        ORCA_UNROLL for (int turn = 0; turn < kByteTurns; ++turn) {
+            decltype(take_bytes(right, turn)) other[N];
+            ORCA_UNROLL for (int j = 0; j < N; ++j) other[j] = take_bytes(right + j * 64, turn);
             ORCA_UNROLL for (int r = 0; r < R; ++r) {
-                const Four one = broadcast_four(left + r * 4);
-                ORCA_UNROLL for (int j = 0; j < WIDE; ++j) sums[r][j] = multiply_bytes(one, right + j * 64, sums[r][j]);
+                const auto one = broadcast_bytes(left + r * 4, turn);
+                ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = multiply_bytes(one, other[j], sums[r][j]);
             }
         }
-        ORCA_UNROLL for (int j = 0; j < WIDE; ++j) {
-            const Ints off = load_ints(above + (column + j) * 16);
-            const Vec scale = load(scales + (column + j) * 16);
-            ORCA_UNROLL for (int r = 0; r < R; ++r) {
-                const Vec of_both = scale * set1(row_scales[r * row_stride]);
-                store(out + r * kBlock + (column + j) * 16, to_floats(sums[r][j] - off) * of_both);
-            }
+    }
+    ORCA_UNROLL for (int j = 0; j < N; ++j) {
+        const Ints off = load_ints(above + (from + j) * 16);
+        const Vec scale = load(scales + (from + j) * 16);
+        ORCA_UNROLL for (int r = 0; r < R; ++r) {
+            const Vec of_both = scale * set1(row_scales[r * row_stride]);
+            store(out + r * kBlock + (from + j) * 16, to_floats(sums[r][j] - off) * of_both);
         }
     }
 }
@@ -170,12 +212,13 @@ void tile_of_bytes(const std::uint8_t* a, const std::int8_t* b, std::int64_t ste
 // sums of a row's groups. From three rows on half as wide, so that the sums of a group and of all groups both stay in
 // registers; with fewer it takes the whole width to have sums enough, each of which waits for itself.
 template <int R>
-void tile_of_halves(const std::int8_t* a, const std::uint8_t* b, std::int64_t groups, int group, const float* row_scales,
-                    std::int64_t row_stride, const std::int32_t* below, std::int64_t below_stride, float* out,
-                    Ahead ahead) {
-    constexpr int N = WIDE > 1 && R > 2 ? WIDE / 2 : WIDE;
+ORCA_APART void tile_of_halves(const std::int8_t* a, const std::uint8_t* b, std::int64_t groups, int group,
+                               const float* row_scales, std::int64_t row_stride, const std::int32_t* below,
+                               std::int64_t below_stride, int from, float* out, Ahead ahead) {
+    constexpr int N = wide_of(R) == 4 && R > 2 ? 2 : wide_of(R);
+    if (from % N != 0) return;
     const int pairs = group / 8;
-    for (int column = 0; column < 4; column += N) {
+    for (int column = from; column < from + std::max(N, kPass); column += N) {
         Vec totals[R][N];
         ORCA_UNROLL for (int r = 0; r < R; ++r)
             ORCA_UNROLL for (int j = 0; j < N; ++j) totals[r][j] = zero();
@@ -183,11 +226,11 @@ void tile_of_halves(const std::int8_t* a, const std::uint8_t* b, std::int64_t gr
         const std::uint8_t* right = b + column * 64;
         int due = 0;
         for (std::int64_t g = 0; g < groups; ++g) {
-            Ints sums[R][N];
+            HalfSums sums[R][N];
             ORCA_UNROLL for (int r = 0; r < R; ++r)
-                ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = set_ints(below[r * below_stride + g]);
+                ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = start_halves(below[r * below_stride + g]);
             for (int s = 0; s < pairs; ++s, left += 2 * R * 4, right += kBlock * 4) {
-                if (column == 0) {
+                if (column == from) {
                     for (due += 2 * ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
                 }
                 Halves lower[N], upper[N];
@@ -216,74 +259,125 @@ void tile_of_halves(const std::int8_t* a, const std::uint8_t* b, std::int64_t gr
     }
 }
 
-// What weights of 8 and of 4 bits are multiplied with.
-using Byte = std::uint8_t;   // 128 above what it means
-using Signed = std::int8_t;
-
 // Activations: as they came, or packed in panels of up to six rows, [steps][rows][PAIR] each; of bytes with a scale per
 // row and segment.
 template <class W>
 struct Left {
-    const W* data;
-    W* panels;            // the same place, or null
+    const LeftOf_t<W>* data;
+    LeftOf_t<W>* panels;  // the same place, or null
     float* scales;        // [m][segments], of bytes
     std::int32_t* below;  // [m][groups]: -8 times the sum of a row's group, of signed bytes
 };
 
-// Six rows at most against one block, over all of K, as a balanced tree over its segments. sums: room for [5][R][64].
-template <class W, int R>
-void product(const Left<W>& a, std::int64_t row, const Packed& packed, std::int64_t block, std::int64_t padded,
-             std::int64_t steps, float* sums, Ahead ahead) {
-    constexpr std::int64_t P = pair_of<W>;
-    const std::int64_t part = steps / packed.segments;
-    const W* left = a.data + row * steps * P;
-    const std::int64_t next_row = a.panels == nullptr ? steps * P : P, next_step = a.panels == nullptr ? P : R * P;
-    const char* right = static_cast<const char*>(packed.data) + block * block_bytes(packed, steps * P, P);
-    const Code* code = reinterpret_cast<const Code*>(right);
-    const Patch* patch = packed.format == Format::coded ? packed.patches + code->first : nullptr;
-    int depth = 0;
-    for (int segment = 0; segment < packed.segments; ++segment) {
-        const std::int64_t at = segment * part;
-        const Rows<W> rows{left + at * next_step, next_row, next_step};
-        float* out = sums + depth * R * kBlock;
+// Rows of a panel are as equal as can be: 16 rows are 6, 5 and 5.
+struct Panels {
+    std::int64_t count, base, extra;
+    explicit Panels(std::int64_t m) : count(ceil_div(m, kRows)), base(m / count), extra(m % count) {}
+    std::int64_t first(std::int64_t panel) const { return panel * base + std::min(panel, extra); }
+    int rows(std::int64_t panel) const { return static_cast<int>(base + (panel < extra)); }
+};
+
+// A product with one block of columns.
+template <class W>
+struct Product {
+    const Left<W>& a;
+    const Packed& packed;
+    std::int64_t block, padded, steps;
+    const char* data;  // of the block
+
+    Product(const Left<W>& a, const Packed& packed, std::int64_t block, std::int64_t padded, std::int64_t steps)
+        : a(a), packed(packed), block(block), padded(padded), steps(steps),
+          data(static_cast<const char*>(packed.data) + block * block_bytes(packed, steps * P, P)) {}
+
+    // Panels [begin, end), over all of K, as a balanced tree over its segments. sums: room for [5][end - begin][6][64].
+    void run(const Panels& panels, std::int64_t begin, std::int64_t end, float* sums, Ahead ahead) const {
+        const std::int64_t part = steps / packed.segments;
+        const std::int64_t at_once = kPass < 4 && packed.format == Format::plain ? kPassSteps : part;
+        const std::int64_t level = (end - begin) * kRows * kBlock;
+        const Patch* patch = packed.format == Format::coded ? packed.patches + code()->first : nullptr;
+        int depth = 0;
+        for (int segment = 0; segment < packed.segments; ++segment) {
+            float* out = sums + depth * level;
+            const Patch* next = patch;
+            for (std::int64_t first = 0; first < part; first += at_once) {
+                const Span span{segment, segment * part + first, std::min(at_once, part - first), first == 0};
+                Ahead share = share_of(span, ahead, end - begin);
+                for (int from = 0; from < 4; from += kPass)
+                    for (std::int64_t p = begin; p < end; ++p, share = share.after(span.count)) {
+                        next = patch;
+                        pass_of(panels.rows(p), panels.first(p), span, from, next, out + (p - begin) * kRows * kBlock, share);
+                    }
+            }
+            patch = next;
+            ++depth;
+            for (int done = segment; done & 1; done >>= 1) {
+                --depth;
+                for (std::int64_t p = begin; p < end; ++p) {
+                    float* into = sums + (depth - 1) * level + (p - begin) * kRows * kBlock;
+                    const float* other = into + level;
+                    for (int i = 0; i < panels.rows(p) * kBlock; i += 16) store(into + i, load(into + i) + load(other + i));
+                }
+            }
+        }
+    }
+
+private:
+    static constexpr std::int64_t P = pair_of<W>;
+
+    // Steps [at, at + count), the segment's first ones if fresh.
+    struct Span {
+        int segment;
+        std::int64_t at, count;
+        bool fresh;
+    };
+
+    // What the first of a span's passes brings in: of the next block, where each panel walks all of this one by itself;
+    // else of the span that comes next, to which every pass adds its share.
+    Ahead share_of(Span span, Ahead block, std::int64_t panels) const {
+        if (kTogether == 1) return block.after(span.at);
+        const std::int64_t end = span.at + span.count, bytes = block_bytes(packed, steps * P, P) / steps;
+        if (end == steps && block.lines == 0) return block;
+        return {end < steps ? data + end * bytes : block.next, static_cast<int>(ceil_div(bytes, 4 / kPass * panels))};
+    }
+
+    const Code* code() const { return reinterpret_cast<const Code*>(data); }
+
+    template <int R>
+    void pass(std::int64_t row, Span span, int from, const Patch*& patch, float* out, Ahead ahead) const {
+        const LeftOf_t<W>* left = a.data + row * steps * P;
+        const std::int64_t next_row = a.panels == nullptr ? steps * P : P, next_step = a.panels == nullptr ? P : R * P;
+        const std::int64_t at = span.at;
+        const Rows<LeftOf_t<W>> rows{left + at * next_step, next_row, next_step};
         if constexpr (std::is_same_v<W, Byte>) {
-            tile_of_bytes<R>(left + at * R * P, reinterpret_cast<const std::int8_t*>(right) + at * kBlock * P, part,
-                             a.scales + row * packed.segments + segment, packed.segments,
-                             packed.scales + segment * padded + block * kBlock,
-                             packed.sums + segment * padded + block * kBlock, out, ahead.after(at));
+            tile_of_bytes<R>(rows.data, reinterpret_cast<const std::int8_t*>(data) + at * kBlock * P, span.count,
+                             a.scales + row * packed.segments + span.segment, packed.segments,
+                             packed.scales + span.segment * padded + block * kBlock,
+                             packed.sums + span.segment * padded + block * kBlock, from, out, ahead);
         } else if constexpr (std::is_same_v<W, Signed>) {
             const std::int64_t groups = steps * P / packed.group, first = at * P / packed.group;
-            tile_of_halves<R>(left + at * R * P, reinterpret_cast<const std::uint8_t*>(right) + first * group_bytes(packed.group),
-                              part * P / packed.group, packed.group, a.scales + row * packed.segments + segment,
-                              packed.segments, a.below + row * groups + first, groups, out, ahead.after(at));
+            tile_of_halves<R>(rows.data, reinterpret_cast<const std::uint8_t*>(data) + first * group_bytes(packed.group),
+                              span.count * P / packed.group, packed.group, a.scales + row * packed.segments + span.segment,
+                              packed.segments, a.below + row * groups + first, groups, from, out, ahead);
         } else if (packed.format == Format::plain) {
-            tile<W, R>(rows, reinterpret_cast<const W*>(right) + at * kBlock * P, part, out, ahead.after(at));
+            const W* right = reinterpret_cast<const W*>(data) + at * kBlock * P;
+            tile<W, R>(rows, right, span.count, from, span.fresh, out, ahead);
         } else if constexpr (kCodes && std::is_same_v<W, bf16>) {
-            tile_of_codes<R>(rows, reinterpret_cast<const std::uint8_t*>(code + 1) + at * kCodedStep, at, part, *code, patch,
-                             out, ahead.after(at));
-        }
-        ++depth;
-        for (int done = segment; done & 1; done >>= 1) {
-            --depth;
-            float* into = sums + (depth - 1) * R * kBlock;
-            const float* from = into + R * kBlock;
-            for (int i = 0; i < R * kBlock; i += 16) store(into + i, load(into + i) + load(from + i));
+            tile_of_codes<R>(rows, reinterpret_cast<const std::uint8_t*>(code() + 1) + at * kCodedStep, at, span.count,
+                             *code(), patch, out, ahead);
         }
     }
-}
 
-template <class W>
-void product_of(int rows, const Left<W>& a, std::int64_t row, const Packed& packed, std::int64_t block,
-                std::int64_t padded, std::int64_t steps, float* sums, Ahead ahead) {
-    switch (rows) {
-        case 1: return product<W, 1>(a, row, packed, block, padded, steps, sums, ahead);
-        case 2: return product<W, 2>(a, row, packed, block, padded, steps, sums, ahead);
-        case 3: return product<W, 3>(a, row, packed, block, padded, steps, sums, ahead);
-        case 4: return product<W, 4>(a, row, packed, block, padded, steps, sums, ahead);
-        case 5: return product<W, 5>(a, row, packed, block, padded, steps, sums, ahead);
-        default: return product<W, 6>(a, row, packed, block, padded, steps, sums, ahead);
+    void pass_of(int rows, std::int64_t row, Span span, int from, const Patch*& patch, float* out, Ahead ahead) const {
+        switch (rows) {
+            case 1: return pass<1>(row, span, from, patch, out, ahead);
+            case 2: return pass<2>(row, span, from, patch, out, ahead);
+            case 3: return pass<3>(row, span, from, patch, out, ahead);
+            case 4: return pass<4>(row, span, from, patch, out, ahead);
+            case 5: return pass<5>(row, span, from, patch, out, ahead);
+            default: return pass<6>(row, span, from, patch, out, ahead);
+        }
     }
-}
+};
 
 // What happens to a tile [rows][64] on its way out.
 template <class T>
@@ -316,26 +410,19 @@ void finish(const Gemm& g, const float* sums, std::int64_t row, int rows, std::i
     }
 }
 
-// Rows of a panel are as equal as can be: 16 rows are 6, 5 and 5.
-struct Panels {
-    std::int64_t count, base, extra;
-    explicit Panels(std::int64_t m) : count(ceil_div(m, kRows)), base(m / count), extra(m % count) {}
-    std::int64_t first(std::int64_t panel) const { return panel * base + std::min(panel, extra); }
-    int rows(std::int64_t panel) const { return static_cast<int>(base + (panel < extra)); }
-};
-
 // Rows [first, first + rows) of a as a panel.
 template <class T>
 void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps, const Left<T>& left) {
     constexpr std::int64_t P = pair_of<T>;
-    T* panel = left.panels + first * steps * P;
+    LeftOf_t<T>* panel = left.panels + first * steps * P;
     const std::int64_t whole = g.k / P;
     for (int r = 0; r < rows; ++r) {
         const T* from = static_cast<const T*>(g.a) + (first + r) * g.k;
-        T* to = panel + r * P;
-        for (std::int64_t s = 0; s < whole; ++s, to += rows * P) std::memcpy(to, from + s * P, P * sizeof(T));
+        LeftOf_t<T>* to = panel + r * P;
+        for (std::int64_t s = 0; s < whole; ++s, to += rows * P)
+            for (int i = 0; i < P; ++i) to[i] = Type<T>::left(from[s * P + i]);
         if (whole * P < g.k) {
-            to[0] = from[whole * P];
+            to[0] = Type<T>::left(from[whole * P]);
             to[P - 1] = 0;
         }
     }
@@ -358,7 +445,7 @@ void make_panel_of_bytes(const Gemm& g, std::int64_t first, int rows, int segmen
         const float most = largest(greatest);
         left.scales[(first + r) * g.packed.segments + segment] = most / 127.0f + sum(strange);
         const Vec per_part = set1(most > 0.0f ? 127.0f / most : 0.0f);
-        W* to = left.panels + (first * steps + begin / 4 * rows + r) * 4;
+        LeftOf_t<W>* to = left.panels + (first * steps + begin / 4 * rows + r) * 4;
         std::int32_t* below = is_signed ? left.below + ((first + r) * steps * 4 + begin) / g.packed.group : nullptr;
         int total = 0, in_group = 0;
         for (std::int64_t i = 0; i < part; i += 16) {
@@ -376,7 +463,7 @@ void make_panel_of_bytes(const Gemm& g, std::int64_t first, int rows, int segmen
                 }
             }
             const std::int64_t fours = std::min<std::int64_t>(4, (part - i) / 4);
-            for (std::int64_t j = 0; j < fours; ++j, to += rows * 4) std::memcpy(to, bytes + j * 4, 4);
+            for (std::int64_t j = 0; j < fours; ++j, to += rows * 4) store_four(to, bytes + j * 4);
         }
     }
 }
@@ -410,22 +497,23 @@ void gemm_of(Pool& pool, const Gemm& g) {
     const std::int64_t blocks = ceil_div(g.n, g.gated ? kBlock / 2 : kBlock);
     const Panels panels(g.m);
     // Short rows are read as they are; of long ones, side by side, too many would fall into one set of the cache.
-    const bool packs = of_bytes || g.k % P != 0 || g.k * static_cast<std::int64_t>(sizeof(W)) > kShort;
-    const std::size_t panel_bytes = packs ? ceil_div(g.m * steps * P * sizeof(W), 64) * 64 : 0;
+    constexpr bool as_they_are = std::is_same_v<LeftOf_t<W>, T>;
+    const bool packs = !as_they_are || kShort == 0 || g.k % P != 0 || g.k * static_cast<std::int64_t>(sizeof(W)) > kShort;
+    const std::size_t panel_bytes = packs ? ceil_div(g.m * steps * P * sizeof(LeftOf_t<W>), 64) * 64 : 0;
     const std::size_t scale_bytes = of_bytes ? ceil_div(g.m * g.packed.segments * sizeof(float), 64) * 64 : 0;
     const std::size_t below_bytes = std::is_same_v<W, Signed> ? g.m * (steps * P / g.packed.group) * sizeof(std::int32_t) : 0;
     char* scratch = static_cast<char*>(pool.shared(panel_bytes + scale_bytes + below_bytes));
-    W* const room = packs ? reinterpret_cast<W*>(scratch) : nullptr;
-    const Left<W> left{packs ? room : static_cast<const W*>(g.a), room, reinterpret_cast<float*>(scratch + panel_bytes),
+    LeftOf_t<W>* const room = packs ? reinterpret_cast<LeftOf_t<W>*>(scratch) : nullptr;
+    const Left<W> left{packs ? room : static_cast<const LeftOf_t<W>*>(g.a), room, reinterpret_cast<float*>(scratch + panel_bytes),
                        reinterpret_cast<std::int32_t*>(scratch + panel_bytes + scale_bytes)};
     if (packs) pack_left<T>(pool, g, panels, steps, left);
     const std::int64_t chunks = ceil_div(panels.count, kChunk);
     const std::int64_t size = block_bytes(g.packed, g.k, P);
     const int threads = pool.threads();
-    pool.run(static_cast<std::uint32_t>(blocks * chunks), [&](std::uint32_t item, int) {
+    pool.run(static_cast<std::uint32_t>(blocks * chunks), [&](std::uint32_t item, int thread) {
         const std::int64_t block = item / chunks, chunk = item % chunks;
-        alignas(64) float sums[5 * kRows * kBlock];
         const std::int64_t begin = chunk * kChunk, end = std::min(panels.count, begin + kChunk);
+        auto* sums = static_cast<float*>(pool.scratch(thread, 5 * kTogether * kRows * kBlock * sizeof(float)));
         // The block that this thread will most likely get next, fetched bit by bit while it computes this one.
         const std::int64_t later = block + threads;
         const char* next = later < blocks ? static_cast<const char*>(g.packed.data) + later * size
@@ -434,9 +522,12 @@ void gemm_of(Pool& pool, const Gemm& g) {
         // Spread over the panels, so that memory is never idle.
         const int lines = early ? static_cast<int>(ceil_div(size / steps, panels.count)) : 0;
         Ahead ahead{next, lines};
-        for (std::int64_t p = begin; p < end; ++p, ahead = ahead.after(steps)) {
-            product_of<W>(panels.rows(p), left, panels.first(p), g.packed, block, blocks * kBlock, steps, sums, ahead);
-            finish<T>(g, sums, panels.first(p), panels.rows(p), block);
+        const Product<W> product(left, g.packed, block, blocks * kBlock, steps);
+        for (std::int64_t p = begin; p < end; p += kTogether, ahead = ahead.after(steps)) {
+            const std::int64_t last = std::min(end, p + kTogether);
+            product.run(panels, p, last, sums, ahead);
+            for (std::int64_t i = p; i < last; ++i)
+                finish<T>(g, sums + (i - p) * kRows * kBlock, panels.first(i), panels.rows(i), block);
         }
     });
 }

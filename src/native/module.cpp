@@ -90,8 +90,8 @@ private:
 
     // What describes the packing, still without memory.
     static Packed checked(Dtype dtype, Format format, std::int64_t k, int group, int segments) {
-        if (format == Format::int4 && (group < 8 || group > 256 || group % 8 != 0))
-            throw std::invalid_argument("a group has a multiple of 8 values, 256 at most");
+        if (format == Format::int4 && (group < 8 || group > 32 || group % 8 != 0))
+            throw std::invalid_argument("a group has a multiple of 8 values, 32 at most");
         if (format == Format::coded) throw std::invalid_argument("coded weights are made of plain ones");
         const Packed shape{nullptr, nullptr, nullptr, nullptr, format, group, segments};
         const bool fits = segments >= 1 && segments <= 64 && (segments & (segments - 1)) == 0 &&

@@ -18,6 +18,9 @@
 #define ORCA_UNROLL _Pragma("GCC unroll 8")
 #endif
 
+// Of functions that are one loop over a register tile: inside of another, it would have to share the registers.
+#define ORCA_APART __attribute__((noinline))
+
 namespace orca {
 namespace ORCA_ISA {
 
@@ -214,71 +217,85 @@ inline bf16 narrow(float x) {
 
 // One type's way through memory: T is how a value is stored, PAIR how many of them one step of a product takes.
 //
-// `Step` is what a product reads in one step: an operand broadcast to all lanes, and one of sixteen lanes of PAIR values.
+// A product takes a step in TURNS. In each, what was made of a row's values, `Left`, is broadcast to all lanes, `One`, and
+// meets `Right`, sixteen lanes of the other side.
 template <class T>
 struct Type;
 
 template <>
 struct Type<float> {
-    static constexpr int PAIR = 1;
-    using One = Vec;
-    static One broadcast(const float* p) { return set1(*p); }
-    static Vec multiply(One a, const float* b, Vec c) { return fma(a, load(b), c); }
+    static constexpr int PAIR = 1, TURNS = 1;
+    using Left = float;
+    static Vec broadcast(const float* p, int) { return set1(*p); }
+    static Vec take(const float* p, int) { return load(p); }
+    static Vec multiply(Vec a, Vec b, Vec c) { return fma(a, b, c); }
     static Vec load16(const float* p) { return load(p); }
     static void store16(float* p, Vec a) { store(p, a); }
+    static void store_left16(float* p, Vec a) { store(p, a); }
+    static float left(float x) { return x; }
     static float from(float x) { return x; }
     static float to(float x) { return x; }
 };
 
-#if defined(__AVX512BF16__)
 template <>
 struct Type<bf16> {
-    static constexpr int PAIR = 2;
+#if defined(__AVX512BF16__)
+    static constexpr int PAIR = 2, TURNS = 1;
+    using Left = bf16;
     struct One {
         __m512bh v;
     };
-    static One broadcast(const bf16* p) {
+    static One broadcast(const bf16* p, int) {
         std::int32_t both;
         std::memcpy(&both, p, 4);
         return {(__m512bh)_mm512_set1_epi32(both)};
     }
+    static __m512i take(const bf16* p, int) { return _mm512_loadu_si512(p); }
     static Vec multiply(One a, __m512i b, Vec c) { return {_mm512_dpbf16_ps(c.v, a.v, (__m512bh)b)}; }
-    static Vec multiply(One a, const bf16* b, Vec c) { return multiply(a, _mm512_loadu_si512(b), c); }
-#else
-template <>
-struct Type<bf16> {
-    static constexpr int PAIR = 2;
+    static void store_left16(bf16* p, Vec a) { store_bf16(p, a); }
+    static bf16 left(bf16 x) { return x; }
+#elif defined(__AVX512F__)
+    static constexpr int PAIR = 2, TURNS = 1;
+    using Left = bf16;
     struct One {
         Vec even, odd;
     };
-    static One broadcast(const bf16* p) { return {set1(widen(p[0])), set1(widen(p[1]))}; }
-#if defined(__AVX512F__)
-    static Vec multiply(One a, const bf16* b, Vec c) {
-        const __m512i both = _mm512_loadu_si512(b);
-        const Vec even = {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16))};
-        const Vec odd = {_mm512_castsi512_ps(_mm512_and_epi32(both, _mm512_set1_epi32(0xffff0000)))};
+    static One broadcast(const bf16* p, int) { return {set1(widen(p[0])), set1(widen(p[1]))}; }
+    static __m512i take(const bf16* p, int) { return _mm512_loadu_si512(p); }
+    static Vec multiply(One a, __m512i b, Vec c) {
+        const Vec even = {_mm512_castsi512_ps(_mm512_slli_epi32(b, 16))};
+        const Vec odd = {_mm512_castsi512_ps(_mm512_and_epi32(b, _mm512_set1_epi32(0xffff0000)))};
         return fma(a.odd, odd, fma(a.even, even, c));
     }
-#elif defined(__AVX2__)
-    static Vec multiply(One a, const bf16* b, Vec c) {
-        const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-        const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 16));
-        const __m256i upper = _mm256_set1_epi32(static_cast<std::int32_t>(0xffff0000));
-        const Vec even = {_mm256_castsi256_ps(_mm256_slli_epi32(low, 16)),
-                          _mm256_castsi256_ps(_mm256_slli_epi32(high, 16))};
-        const Vec odd = {_mm256_castsi256_ps(_mm256_and_si256(low, upper)),
-                         _mm256_castsi256_ps(_mm256_and_si256(high, upper))};
-        return fma(a.odd, odd, fma(a.even, even, c));
-    }
+    static void store_left16(bf16* p, Vec a) { store_bf16(p, a); }
+    static bf16 left(bf16 x) { return x; }
 #else
-    static Vec multiply(One a, const bf16* b, Vec c) {
+    // Rows are widened once; of the other side even values in one turn, odd ones in the next, so that both and a tile of
+    // sums fit sixteen registers.
+    static constexpr int PAIR = 2, TURNS = 2;
+    using Left = float;
+    static Vec broadcast(const float* p, int turn) { return set1(p[turn]); }
+#if defined(__AVX2__)
+    static __m256 widen_half(const bf16* p, int turn) {
+        const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        const __m256i upper = _mm256_set1_epi32(static_cast<std::int32_t>(0xffff0000));
+        return _mm256_castsi256_ps(turn == 0 ? _mm256_slli_epi32(both, 16) : _mm256_and_si256(both, upper));
+    }
+    static Vec take(const bf16* p, int turn) { return {widen_half(p, turn), widen_half(p + 16, turn)}; }
+#else
+    static Vec take(const bf16* p, int turn) {
         words16 both;
-        std::memcpy(&both, b, 64);
-        const Vec even = {(floats16)(both << 16)};
-        const Vec odd = {(floats16)(both & 0xffff0000u)};
-        return fma(a.odd, odd, fma(a.even, even, c));
+        std::memcpy(&both, p, 64);
+        return {(floats16)(turn == 0 ? both << 16 : both & 0xffff0000u)};
     }
 #endif
+    static Vec multiply(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+    static void store_left16(float* p, Vec a) {
+        bf16 rounded[16];
+        store_bf16(rounded, a);
+        store(p, load_bf16(rounded));
+    }
+    static float left(bf16 x) { return widen(x); }
 #endif
     static Vec load16(const bf16* p) { return load_bf16(p); }
     static void store16(bf16* p, Vec a) { store_bf16(p, a); }
@@ -345,8 +362,11 @@ inline Four broadcast_four(const std::uint8_t* p) {
     std::memcpy(&four, p, 4);
     return {_mm512_set1_epi32(four)};
 }
-inline Ints multiply_bytes(Four a, const std::int8_t* b, Ints c) {
-    const __m512i bytes = _mm512_loadu_si512(b);
+constexpr int kByteTurns = 1;
+using ByteLeft = std::uint8_t;
+inline Four broadcast_bytes(const ByteLeft* p, int) { return broadcast_four(p); }
+inline __m512i take_bytes(const std::int8_t* p, int) { return _mm512_loadu_si512(p); }
+inline Ints multiply_bytes(Four a, __m512i bytes, Ints c) {
 #if defined(__AVX512VNNI__)
     // The intrinsic makes GCC copy the sums to and fro: twice as slow.
     asm("vpdpbusd %2, %1, %0" : "+v"(c.v) : "v"(a.v), "v"(bytes));
@@ -375,7 +395,8 @@ inline Ints multiply_halves(Halves w, Four a, Ints c) {
     return {_mm512_add_epi32(c.v, _mm512_madd_epi16(_mm512_maddubs_epi16(w.v, a.v), _mm512_set1_epi16(1)))};
 #endif
 }
-inline Ints set_ints(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
+using HalfSums = Ints;
+inline HalfSums start_halves(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
 #elif defined(__AVX2__)
 struct Ints {
     __m256i a, b;
@@ -401,15 +422,31 @@ inline Four broadcast_four(const std::uint8_t* p) {
     std::memcpy(&four, p, 4);
     return {_mm256_set1_epi32(four)};
 }
-inline __m256i multiply_bytes_half(__m256i a, const std::int8_t* b, __m256i c) {
-    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-    const __m256i low = _mm256_set1_epi32(0x00ff00ff);
-    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, low), _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8));
-    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(bytes, 8));
-    return _mm256_add_epi32(c, _mm256_add_epi32(even, odd));
+// Of 16 bits; in one turn the first and third of four, in the next the others.
+constexpr int kByteTurns = 2;
+using ByteLeft = std::int16_t;
+struct Shorts {
+    __m256i a, b;
+};
+inline __m256i broadcast_bytes(const ByteLeft* p, int turn) {
+    std::int32_t two;
+    std::memcpy(&two, p + 2 * turn, 4);
+    return _mm256_set1_epi32(two);
 }
-inline Ints multiply_bytes(Four a, const std::int8_t* b, Ints c) {
-    return {multiply_bytes_half(a.v, b, c.a), multiply_bytes_half(a.v, b + 32, c.b)};
+inline __m256i widen_bytes(const std::int8_t* p, int turn) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm256_srai_epi16(turn == 0 ? _mm256_slli_epi16(bytes, 8) : bytes, 8);
+}
+inline Shorts take_bytes(const std::int8_t* p, int turn) { return {widen_bytes(p, turn), widen_bytes(p + 32, turn)}; }
+// As an instruction of its own: else the compiler adds up turns first, for which there are no registers.
+inline void add_here(__m256i& sum, __m256i x) { asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
+inline Ints multiply_bytes(__m256i a, Shorts b, Ints c) {
+    add_here(c.a, _mm256_madd_epi16(a, b.a));
+    add_here(c.b, _mm256_madd_epi16(a, b.b));
+    return c;
+}
+inline void store_four(ByteLeft* p, const std::uint8_t* bytes) {
+    for (int i = 0; i < 4; ++i) p[i / 2 + i % 2 * 2] = bytes[i];
 }
 struct Halves {
     __m256i a, b;
@@ -425,12 +462,24 @@ inline Halves upper_halves(const std::uint8_t* p) {
     return {_mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256(from), 4), mask),
             _mm256_and_si256(_mm256_srli_epi16(_mm256_loadu_si256(from + 1), 4), mask)};
 }
-inline Ints multiply_halves(Halves w, Four a, Ints c) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    return {_mm256_add_epi32(c.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, a.v), ones)),
-            _mm256_add_epi32(c.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, a.v), ones))};
+// Sums of 16 bits, side by side the halves of one of 32: those of a group of 32 values fit, for a sum of sixteen values of
+// 8 bits, each times one of [-8, 7], does, and so does what the other sixteen are too high.
+struct HalfSums {
+    __m256i a, b;
+};
+inline HalfSums start_halves(std::int32_t x) {
+    const __m256i one = _mm256_set1_epi32(x & 0xffff);
+    return {one, one};
 }
-inline Ints set_ints(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline HalfSums multiply_halves(Halves w, Four a, HalfSums c) {
+    asm("vpaddw %1, %0, %0" : "+x"(c.a) : "x"(_mm256_maddubs_epi16(w.a, a.v)));
+    asm("vpaddw %1, %0, %0" : "+x"(c.b) : "x"(_mm256_maddubs_epi16(w.b, a.v)));
+    return c;
+}
+inline Vec to_floats(HalfSums x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return to_floats(Ints{_mm256_madd_epi16(x.a, ones), _mm256_madd_epi16(x.b, ones)});
+}
 #else
 struct Ints {
     ints16 v;
@@ -454,6 +503,10 @@ struct Four {
     std::int32_t at[4];
 };
 inline Four broadcast_four(const std::uint8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
+constexpr int kByteTurns = 1;
+using ByteLeft = std::uint8_t;
+inline Four broadcast_bytes(const ByteLeft* p, int) { return broadcast_four(p); }
+inline const std::int8_t* take_bytes(const std::int8_t* p, int) { return p; }
 inline Ints multiply_bytes(Four a, const std::int8_t* b, Ints c) {
     for (int lane = 0; lane < 16; ++lane) {
         const std::int8_t* of = b + lane * 4;
@@ -479,8 +532,12 @@ inline Ints multiply_halves(const Halves& w, Four a, Ints c) {
         for (int i = 0; i < 4; ++i) c.v[lane] += w.at[lane * 4 + i] * static_cast<std::int8_t>(a.at[i]);
     return c;
 }
-inline Ints set_ints(std::int32_t x) { return {ints16{} + x}; }
+using HalfSums = Ints;
+inline HalfSums start_halves(std::int32_t x) { return {ints16{} + x}; }
 #endif
+
+template <class Byte>
+void store_four(Byte* p, const std::uint8_t* bytes) { std::memcpy(p, bytes, 4); }
 
 // Sixteen bytes that stand 128 too high become what they mean; sums: of the first eight and of the others.
 inline void lower(std::uint8_t* p, std::int32_t* sums) {
@@ -561,11 +618,12 @@ inline Ints multiply_shorts(Two a, const std::int8_t* b, Ints c) {
 }
 #endif
 
-// How many vectors side by side a product's register tile has: the accumulators must fit the registers.
+// How many vectors side by side a register tile of so many rows has: as many as the registers hold, and of few rows enough
+// that sums do not wait for themselves.
 #if defined(__AVX512F__)
-constexpr int WIDE = 4;
+constexpr int wide_of(int) { return 4; }
 #else
-constexpr int WIDE = 1;
+constexpr int wide_of(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
 // --- functions of one variable ---
