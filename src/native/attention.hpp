@@ -49,7 +49,8 @@ struct Bytes {
 constexpr float kMostOfQuery = 16383.0f;  // 16383 * 128 * kLargestHead fits a sum
 constexpr float kMostOfShare = 32767.0f;  // 32767 * 128 * kSpan too
 
-// What will be read next, brought nearer four cache lines at a time between the steps of other work.
+// What will be read next, brought nearer some cache lines at a time between the steps of other work: as many as a step
+// reads, of keys or values.
 struct Fetch {
     const void* parts[2 * kGroups];
     std::int64_t bytes[2 * kGroups];
@@ -60,11 +61,12 @@ struct Fetch {
         parts[count] = data;
         bytes[count++] = size;
     }
+    template <int lines>
     void some() {
         if (part == count) return;
         const char* next = static_cast<const char*>(parts[part]) + at;
-        ORCA_UNROLL for (int line = 0; line < 4; ++line) __builtin_prefetch(next + line * 64, 0, 2);
-        at += 256;
+        ORCA_UNROLL for (int line = 0; line < lines; ++line) __builtin_prefetch(next + line * 64, 0, 2);
+        at += lines * 64;
         if (at < bytes[part]) return;
         at = 0;
         ++part;
@@ -75,7 +77,7 @@ inline Vec scales_behind(const void* data) { return load(static_cast<const float
 
 // scores [R][kSpan] of R query rows, each times its factor, against `count` groups of keys.
 template <class S, int R>
-void score(const typename S::Operand* const* queries, const float* factors, const typename S::Cache* const* keys, int count,
+ORCA_APART void score(const typename S::Operand* const* queries, const float* factors, const typename S::Cache* const* keys, int count,
            int d, Fetch& fetch, float* scores) {
     constexpr int P = S::PAIR, N = wide_of(R);
     for (int group = 0; group < count; group += N) {
@@ -85,7 +87,7 @@ void score(const typename S::Operand* const* queries, const float* factors, cons
         ORCA_UNROLL for (int r = 0; r < R; ++r)
             ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = S::nothing();
         for (int i = 0; i < d; i += P) {
-            fetch.some();
+            fetch.some<N>();
             ORCA_UNROLL for (int turn = 0; turn < S::TURNS; ++turn) {
                 decltype(S::take(k[0], turn)) other[N];
                 ORCA_UNROLL for (int j = 0; j < N; ++j) other[j] = S::take(k[j] + i * kGroup, turn);
@@ -107,7 +109,7 @@ void score(const typename S::Operand* const* queries, const float* factors, cons
 // out [R][padded] += shares [R][kSpan] times the values of the first `positions` positions; W vectors at a time.
 // factors: what a row's shares are multiples of, of 8 bits.
 template <class S, int R, int W>
-void gather_values(const typename S::Operand* shares, const float* factors, const typename S::Cache* const* values,
+ORCA_APART void gather_values(const typename S::Operand* shares, const float* factors, const typename S::Cache* const* values,
                    int positions, int padded, int column, Fetch& fetch, float* out) {
     constexpr int P = S::PAIR;
     typename S::Sum sums[R][W];
@@ -118,7 +120,7 @@ void gather_values(const typename S::Operand* shares, const float* factors, cons
         const typename S::Cache* v = values[group] + column * P;
         const typename S::Operand* share = shares + group * kGroup;
         for (int at = 0; at < end; at += P, v += padded * P, share += P) {
-            fetch.some();
+            fetch.some<wide_of(R)>();
             ORCA_UNROLL for (int turn = 0; turn < S::TURNS; ++turn) {
                 decltype(S::take(v, turn)) other[W];
                 ORCA_UNROLL for (int j = 0; j < W; ++j) other[j] = S::take(v + j * 16 * P, turn);
@@ -335,7 +337,7 @@ private:
         const Vec pivot = set1(*peak);
         Vec mass = zero(), greatest = zero();
         for (int at = 0; at < groups * kGroup; at += 16) {
-            fetch.some();
+            fetch.some<4>();
             Vec x = exp(load(scores + at) - pivot);
             x = first(end - at, x, zero());
             x = first(begin - at, zero(), x);
