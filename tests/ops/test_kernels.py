@@ -173,6 +173,19 @@ def test_linear_of_halves(name, dtype, k, sizes, cut, segments):
     )
 
 
+@pytest.mark.parametrize("name", [*kernel_sets.BYTES, *kernel_sets.HALVES])
+def test_sums_of_the_greatest_values_overflow_nothing(name):
+    least, most = (-8.0, 7.0) if name in kernel_sets.HALVES else (-1.0, 1.0)
+    groups = torch.cat([torch.ones(2, 32), draw(1, 62, 32, dtype=torch.float32)])
+    groups[1] = -1.0
+    groups[2:4] = torch.tensor([[1.0, 1.0, -1.0, -1.0], [-1.0, -1.0, 1.0, 1.0]]).repeat(1, 8)
+    signs = groups.repeat(1, 8)
+    x, weight = torch.where(signs > 0, 1.0, -1.0), torch.where(signs > 0, most, least)
+    weight[:, 0] = least  # so that a column's greatest value is the same in all
+    found = kernel_sets.make(name).linear([weight], [None])(x)
+    close(found, x.double() @ weight.double().t(), 10)
+
+
 @every_set
 @both_dtypes
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_new", "quick_gelu", "relu", "relu2", "tanh", "sigmoid"])
