@@ -244,3 +244,16 @@ def test_batches_in_flight_are_equally_long() -> None:
     reading = [batch.num_tokens for batch in w.batches if batch.num_tokens > 40]
     assert len(reading) >= 2 and max(reading) <= 1.1 * min(reading), reading
     w.drain()
+
+
+def test_a_full_batch_takes_a_chunk_of_somebody_elses_prompt() -> None:
+    """Rows that another batch in flight carries do not count: else the batch that reads would be the longer one."""
+    w = world(max_batch_size=4, max_batch_tokens=512, num_blocks=1000, depth=2)
+    for id in range(7):
+        w.submit((id + 1,) * 3, 50)
+    w.step(4)
+    w.submit(tuple(range(1, 401)), 5)
+    w.step(2)
+    rows = {batch.step: len(batch.rows) for batch in w.batches if batch.num_tokens > 40}
+    assert sorted(rows.values()) == [4, 5], "the reader's own batch, and the other, which was full"
+    w.drain()

@@ -119,7 +119,8 @@ class CheckedScheduler(Scheduler):
     def _check_batch(self, batch: Batch, num_running: int) -> None:
         rows = batch.rows
         require(len({row.id for row in rows}) == len(rows), "a request has one row in a batch")
-        require(0 < len(rows) <= self.config.max_batch_size, "a batch has 1 … max_batch_size rows")
+        own = sum(self.requests[row.id].num_in_flight == 1 for row in rows)
+        require(len(rows) > 0 and own <= self.config.max_batch_size, "a batch has 1 … max_batch_size rows of its own")
         if self.policy.chunked:
             require(batch.num_tokens <= self.config.max_batch_tokens, "a batch keeps to its token budget")
         if self.policy.request_level and num_running:

@@ -19,8 +19,9 @@ SMALLEST_CHUNK = 32  # tokens: less of a prompt is not worth an iteration of its
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What a scheduler may use.
 
-    max_batch_size: rows of an iteration (the paper's max_bs). max_batch_tokens: tokens of an iteration, where the
-        policy cuts prompts; at least max_batch_size, so that every running request can decode.
+    max_batch_size: rows of an iteration (the paper's max_bs), besides chunks of prompts that another batch in flight
+        carries, too. max_batch_tokens: tokens of an iteration, where the policy cuts prompts; at least max_batch_size,
+        so that every running request can decode.
     num_blocks, block_size: the KV cache; their product is the paper's n_slots.
     depth: most batches in flight (the paper's n_workers).
     """
@@ -96,9 +97,13 @@ class Scheduler:
         closed = self.policy.request_level and bool(self.running)
         num_preemptions = self.num_preemptions
         row_limit = self._row_limit()
+        num_own = 0  # rows of requests that no other batch carries: only they count, since chunks even batches out
         for request in self._ready():
-            if len(rows) == row_limit or tokens_left == 0:
+            if tokens_left == 0:
                 break
+            is_own = not request.num_in_flight
+            if is_own and num_own == row_limit:
+                continue
             if not request.block_table:  # preempted for an older one, a moment ago
                 continue
             row = self._row(request, tokens_left)
@@ -108,14 +113,16 @@ class Scheduler:
                 closed = True  # it waits for an older one's end; those that need no memory go on
                 continue
             rows.append(row)
+            num_own += is_own
             tokens_left -= row.num_tokens
         # Who was preempted just now would be let in again at once, and the memory was not for him.
         closed = closed or self.num_preemptions > num_preemptions
-        while not closed and self.waiting and len(rows) < self.config.max_batch_size and tokens_left > 0:
+        while not closed and self.waiting and num_own < self.config.max_batch_size and tokens_left > 0:
             request = self.waiting[0]
             if not self._joins(rows, self._first_row(request, tokens_left)) or not self._admit(request):
                 break  # stop, not skip: nobody overtakes
             rows.append(self._row(request, tokens_left))
+            num_own += 1
             tokens_left -= rows[-1].num_tokens
         return self._seal(rows) if rows else None
 
@@ -154,8 +161,7 @@ class Scheduler:
         most, depth = self.config.max_batch_size, self.config.depth
         if not self.policy.deal or depth == 1:
             return most
-        in_several = sum(request.lag > 1 for request in self.running) if self.policy.chunked else 0
-        return min(most, -(-(len(self.running) + (depth - 1) * in_several) // depth))
+        return min(most, -(-len(self.running) // depth))
 
     def _token_limit(self) -> int:
         """Tokens of a batch. Dealt out over the depth, too: stages wait for each other where batches are unequal."""
