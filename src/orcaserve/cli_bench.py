@@ -254,8 +254,8 @@ def bench_paper(
 
 @bench.command("parallel")
 @click.argument("model", required=False)
-@click.option("--requests", type=click.IntRange(2), default=32, show_default=True, help="Of the trace.")
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Most requests of a batch.")
+@click.option("--requests", type=click.IntRange(2), default=96, show_default=True, help="Of the trace.")
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Most requests of a batch.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="A JSON file for the figures.")
