@@ -11,11 +11,12 @@ from collections.abc import Iterator
 import kernel_sets
 import psutil
 import pytest
+from crowd import all_streams, body
 from ray.cluster_utils import Cluster
 from serving import Serving
-from test_streams_survive_crashes import all_streams
 
 STREAMS = 40
+BODIES = [body(i, 30 + i % 50) for i in range(STREAMS)]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def remote_engines() -> dict[int, psutil.Process]:
 async def disturbed(server: Serving, total: int) -> list:
     """The streams while one replica's whole host process is killed at a third of the tokens."""
     progress = [0] * STREAMS
-    running = asyncio.ensure_future(all_streams(server.url, progress))
+    running = asyncio.ensure_future(all_streams(server.url, BODIES, progress))
     while sum(progress) < total / 3:
         assert not running.done(), running.exception()
         await asyncio.sleep(0.005)
@@ -64,7 +65,7 @@ async def disturbed(server: Serving, total: int) -> list:
 
 def test_two_replicas_on_a_cluster_lose_nothing(cluster: str) -> None:
     with Serving("--replicas", "2", "--ray", cluster, "--threads", "1", "--kv-memory", "8MiB") as server:
-        calm = asyncio.run(all_streams(server.url, [0] * STREAMS))
+        calm = asyncio.run(all_streams(server.url, BODIES, [0] * STREAMS))
         total = sum(len(ids) for _, ids, _, _ in calm)
         stormy = asyncio.run(disturbed(server, total))
         for i, (expected, got) in enumerate(zip(calm, stormy, strict=True)):

@@ -17,10 +17,11 @@ from pathlib import Path
 import kernel_sets
 import psutil
 import pytest
+from crowd import all_streams, body
 from serving import Serving, is_alive
-from test_streams_survive_crashes import all_streams
 
 STREAMS = 30
+BODIES = [body(i, 30 + i % 50) for i in range(STREAMS)]
 
 
 def ip(*words: str) -> None:
@@ -115,7 +116,7 @@ def two_hosts(tmp_path: Path) -> Iterator[tuple[Wire, Serving, SecondHost]]:
 async def disturbed(server: Serving, total: int, wire: Wire, second: SecondHost) -> list:
     """The streams while the link is cut for five seconds, and later the second host's workers are killed."""
     progress = [0] * STREAMS
-    running = asyncio.ensure_future(all_streams(server.url, progress))
+    running = asyncio.ensure_future(all_streams(server.url, BODIES, progress))
 
     async def until(share: float) -> None:
         while sum(progress) < share * total:
@@ -138,7 +139,7 @@ async def disturbed(server: Serving, total: int, wire: Wire, second: SecondHost)
 
 def test_streams_survive_a_cut_link_and_killed_workers(tmp_path: Path) -> None:
     with two_hosts(tmp_path) as (wire, server, second):
-        calm = asyncio.run(all_streams(server.url, [0] * STREAMS))
+        calm = asyncio.run(all_streams(server.url, BODIES, [0] * STREAMS))
         total = sum(len(ids) for _, ids, _, _ in calm)
         began = time.monotonic()
         stormy = asyncio.run(disturbed(server, total, wire, second))

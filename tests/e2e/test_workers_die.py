@@ -9,12 +9,13 @@ import time
 
 import kernel_sets
 import psutil
+from crowd import all_streams, body
 from serving import Serving, is_alive
-from test_streams_survive_crashes import all_streams
 
 pytestmark = kernel_sets.NEEDS_NATIVE
 
 STREAMS = 40
+BODIES = [body(i, 30 + i % 50) for i in range(STREAMS)]
 
 
 def workers(server: Serving) -> list[psutil.Process]:
@@ -25,7 +26,7 @@ def workers(server: Serving) -> list[psutil.Process]:
 async def disturbed(server: Serving, total: int, harm: list[tuple[int, int]]) -> tuple[list, list[int]]:
     """The streams while workers are harmed: (which, by what signal) at each third of all tokens."""
     progress = [0] * STREAMS
-    running = asyncio.ensure_future(all_streams(server.url, progress))
+    running = asyncio.ensure_future(all_streams(server.url, BODIES, progress))
     gone: list[int] = []
     for i, (which, number) in enumerate(harm):
         while sum(progress) < (i + 1) / (len(harm) + 1) * total:
@@ -41,7 +42,7 @@ async def disturbed(server: Serving, total: int, harm: list[tuple[int, int]]) ->
 def test_streams_survive_their_workers() -> None:
     options = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2", "--kv-memory", "8MiB"]
     with Serving(*options, "--max-batch-size", "32") as server:
-        calm = asyncio.run(all_streams(server.url, [0] * STREAMS))
+        calm = asyncio.run(all_streams(server.url, BODIES, [0] * STREAMS))
         total = sum(len(ids) for _, ids, _, _ in calm)
         began = time.monotonic()
         harm = [(3, signal.SIGKILL), (1, signal.SIGSTOP)]
