@@ -14,7 +14,7 @@ FLOORS = [
     ({"model"}, 4),
     ({"worker"}, 5),
     ({"executors"}, 6),
-    ({"serve", "llm", "cli", "cli_bench", "cli_simulate", "cli_size", "builtin", "__main__"}, 7),
+    ({"serve", "llm", "cli", "cli_bench", "cli_simulate", "cli_policy", "cli_size", "builtin", "__main__"}, 7),
 ]
 PURE = ("core", "engine", "sim")
 FORBIDDEN_IN_PURE = {"torch", "numpy", "time", "threading", "random", "logging", "asyncio", "os", "socket"}

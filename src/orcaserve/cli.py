@@ -12,10 +12,10 @@ import click
 
 from orcaserve import __version__
 from orcaserve.cli_bench import bench
+from orcaserve.cli_policy import POLICY_HELP, PolicyName
 from orcaserve.cli_simulate import simulate
 from orcaserve.cli_size import Size
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
-from orcaserve.core.policy import POLICIES
 from orcaserve.core.router import ROUTERS
 
 
@@ -29,7 +29,7 @@ def engine_options(command: Any) -> Any:
         click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and output together, in tokens."),
         click.option("--max-batch-size", type=click.IntRange(1), default=64, show_default=True, help="Requests."),
         click.option("--max-batch-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens."),
-        click.option("--policy", type=click.Choice(sorted(POLICIES)), default="default", show_default=True),
+        click.option("--policy", type=PolicyName(), default="default", show_default=True, help=POLICY_HELP),
         click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use."),
         click.option(
             "--quantization",

@@ -9,9 +9,10 @@ import click
 import msgspec
 
 from orcaserve.bench.simulation import Fitted
+from orcaserve.cli_policy import POLICY_HELP, PolicyName
 from orcaserve.cli_size import Size
 from orcaserve.core.config import ModelError
-from orcaserve.core.policy import POLICIES
+from orcaserve.core.policy import DEFAULT, parse_policy
 from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.engine import step_log
 from orcaserve.engine.step_log import Log
@@ -50,7 +51,7 @@ def read_fitted(path: Path) -> Fitted:
 @click.option("--model", "shape", metavar="SHAPE", help="13B, 101B, 175B, 341B (Orca's), or a Hugging Face folder.")
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--pipeline-parallel", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--policy", type=click.Choice(sorted(POLICIES)), help="Default: as recorded, or default.")
+@click.option("--policy", type=PolicyName(), help=f"{POLICY_HELP} Default: as recorded, or default.")
 @click.option("--max-batch-size", type=click.IntRange(1), help="Default: as recorded, or 64.")
 @click.option("--max-batch-tokens", type=click.IntRange(1), help="Default: as recorded, or 512.")
 @click.option("--blocks", type=click.IntRange(1), help="KV blocks of 16 tokens. Default: as recorded, or what fits.")
@@ -150,7 +151,7 @@ def _engine(
     max_batch_size = options["max_batch_size"] or (base.max_batch_size if base else 64)
     wished = options["max_batch_tokens"] or (base.max_batch_tokens if base else 512)
     config = SchedulerConfig(
-        policy=POLICIES[options["policy"]] if options["policy"] else base.policy if base else POLICIES["default"],
+        policy=parse_policy(options["policy"]) if options["policy"] else base.policy if base else DEFAULT,
         max_batch_size=max_batch_size,
         max_batch_tokens=max(wished, max_batch_size),
         num_blocks=blocks,
@@ -234,7 +235,7 @@ def _numbers(context: click.Context, param: click.Parameter, text: str) -> list[
 @click.option("--tensor-parallel", "tensor", default="1,2,4,8", show_default=True, callback=_numbers)
 @click.option("--pipeline-parallel", "pipeline", default="1", show_default=True, callback=_numbers)
 @click.option("--max-batch-size", "batches", default="32,128", show_default=True, callback=_numbers)
-@click.option("--policy", "policies", type=click.Choice(sorted(POLICIES)), multiple=True, default=("default",))
+@click.option("--policy", "policies", type=PolicyName(), multiple=True, default=("default",))
 @click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Also draw it: a PNG.")
@@ -324,7 +325,7 @@ def void(_: object) -> None:
 @click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--pipeline-parallel", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--max-batch-size", type=click.IntRange(1), default=64, show_default=True)
-@click.option("--policy", type=click.Choice(sorted(POLICIES)), default="default", show_default=True)
+@click.option("--policy", type=PolicyName(), default="default", show_default=True, help=POLICY_HELP)
 @click.option("--seed", type=int, default=0, show_default=True)
 def fleet_command(
     trace: Path,
@@ -355,7 +356,7 @@ def fleet_command(
             raise ValueError(f"{devices} devices make no engine of {parallel.devices}")
         of = fleet.Fleet(devices // parallel.devices, hourly, min(sampled, devices // parallel.devices), seed)
         config = SchedulerConfig(
-            policy=POLICIES[policy],
+            policy=parse_policy(policy),
             max_batch_size=max_batch_size,
             max_batch_tokens=max(512, max_batch_size),
             num_blocks=max(1, slots // _BLOCK),

@@ -19,7 +19,7 @@ from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Step, Stop, Submit
-from orcaserve.engine.step_log import Header, Log, StepLog, read
+from orcaserve.engine.step_log import Header, Log, StepLog, log_clock, read
 from orcaserve.sim.cost import CostModel, Door, StageCost
 from orcaserve.sim.executor import SimExecutor, VirtualClock
 from orcaserve.sim.run import Arrival, simulate
@@ -65,9 +65,8 @@ def recorded(arrivals: list[Arrival]) -> bytes:
             pass
 
     ends = Ends()
-    log = StepLog(Header(config=CONFIG), data.extend, clock)
-    executor = log.executor(SimExecutor(COST, clock, COST.host))
-    EngineLoop(Scheduler(CONFIG), executor, log.inbox(ends), ends, clock).run()
+    log = StepLog(Header(config=CONFIG), data.extend)
+    EngineLoop(Scheduler(CONFIG), SimExecutor(COST, clock, COST.host), ends, ends, log_clock(clock), log).run()
     return bytes(data)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import insort
 from hashlib import sha256
 
 import msgspec
@@ -29,9 +28,9 @@ class LosesABlock(CheckedScheduler):
 
 
 class KeepsProgressOfThePreempted(CheckedScheduler):
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, now: float) -> None:
         computed = request.num_computed
-        super()._preempt(request)
+        super()._preempt(request, now)
         request.num_computed = computed
 
 
@@ -136,12 +135,12 @@ class FreesInFlight(CheckedScheduler):
 
 
 class PreemptsTheOldest(CheckedScheduler):
-    def _make_room(self, row) -> bool:
+    def _make_room(self, row, now: float) -> bool:
         while not self.kv.grow(row.request, row.start + row.num_tokens):
             victim = next(request for request in self.running if not request.num_in_flight)
             if victim is row.request:
                 return False
-            self._preempt(victim)
+            self._preempt(victim, now)
         return True
 
 
@@ -149,14 +148,7 @@ class LetsTheSecondOvertake(CheckedScheduler):
     def _admit(self, request: Request) -> bool:
         if super()._admit(request):
             return True
-        for other in self.waiting[1:]:
-            self.waiting.remove(other)
-            self.waiting.insert(0, other)
-            if super()._admit(other):
-                return True
-            self.waiting.remove(other)
-            insort(self.waiting, other, key=self.policy.order)
-        return False
+        return any(super(LetsTheSecondOvertake, self)._admit(other) for other in list(self.waiting)[1:])
 
 
 class WantsSpareForNobody(CheckedScheduler):
@@ -188,12 +180,12 @@ class IgnoresTheBudget(CheckedScheduler):
 
 
 class OpensTheStaticBatch(CheckedScheduler):
-    def schedule(self):
+    def schedule(self, now: float = 0.0):
         policy, closed = self.policy, self.policy.request_level
         if closed:
             self.policy = type(policy)(name="open", reserve=True, chunked=False, decodes_first=False)
         running = len(self.running)
-        batch = Scheduler.schedule(self)
+        batch = Scheduler.schedule(self, now)
         self.policy = policy
         if batch is not None:
             self._check_batch(batch, running)
@@ -221,7 +213,8 @@ class ReservesOnlyThePrompt(CheckedScheduler):
         if not self.kv.admit(request, request.num_tokens):
             return False
         request.num_cached = 0
-        self.running.append(self.waiting.pop(0))
+        self.waiting.remove(request)
+        self.running.append(request)
         return True
 
 

@@ -17,8 +17,8 @@ def world(policy: Policy = DEFAULT, **changes: int) -> World:
     world.batches = []
     schedule = world.scheduler.schedule
 
-    def spy() -> Batch | None:
-        batch = schedule()
+    def spy(now: float) -> Batch | None:
+        batch = schedule(now)
         if batch is not None:
             world.batches.append(batch)
         return batch

@@ -16,7 +16,7 @@ from orcaserve.core.policy import POLICIES
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.ledger import LedgerExecutor
 from orcaserve.engine.loop import EngineLoop
-from orcaserve.engine.step_log import Header, StepLog, Submitted, read
+from orcaserve.engine.step_log import Header, StepLog, Submitted, log_clock, read
 from orcaserve.sim.replay import ReplayError, replay
 
 
@@ -27,8 +27,8 @@ class Recorded(World):
         super().__init__(config, eager)
         self.data = bytearray()
         self.now = 0.0
-        log = StepLog(Header(config=config), self.data.extend, self.clock, b"key")
-        self.loop = EngineLoop(self.scheduler, log.executor(self.executor), log.inbox(self), self, self.clock)
+        log = StepLog(Header(config=config), self.data.extend, b"key")
+        self.loop = EngineLoop(self.scheduler, self.executor, self, self, log_clock(self.clock), log)
 
     def clock(self) -> float:
         self.now += 0.001
@@ -110,8 +110,8 @@ def test_another_scheduler_is_told_where_it_differs() -> None:
     class Hasty(Scheduler):
         """Takes its third batch one row short."""
 
-        def schedule(self) -> Batch | None:
-            batch = super().schedule()
+        def schedule(self, now: float = 0.0) -> Batch | None:
+            batch = super().schedule(now)
             if batch is not None and batch.step == 3:
                 return msgspec.structs.replace(batch, rows=batch.rows[:-1])
             return batch
@@ -190,8 +190,8 @@ def test_requests_that_only_score_are_let_go() -> None:
     data = bytearray()
     executor = LedgerExecutor(config.num_blocks, config.block_size, VOCAB)
     world = World(config)
-    log = StepLog(Header(config=config), data.extend, lambda: 0.0)
-    world.loop = EngineLoop(world.scheduler, log.executor(executor), log.inbox(world), world, lambda: 0.0)
+    log = StepLog(Header(config=config), data.extend)
+    world.loop = EngineLoop(world.scheduler, executor, world, world, lambda: 0.0, log)
     world.executor = executor
     world.submit((1, 2, 3, 4, 5, 6, 7), 0)
     world.submit((1, 2, 3, 4, 5, 6, 8), 3)

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from orcaserve.bench import load_report, simulation
-from orcaserve.core.policy import POLICIES
+from orcaserve.core.policy import parse_policy
 from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.sim.hardware import Parallel, derive, hardware, kv_tokens
 from orcaserve.sim.run import Arrival
@@ -105,7 +105,7 @@ def _tried(
     on, parallel = hardware(candidate.hardware), candidate.parallel
     try:
         config = SchedulerConfig(
-            policy=POLICIES[candidate.policy],
+            policy=parse_policy(candidate.policy),
             max_batch_size=candidate.max_batch_size,
             max_batch_tokens=max(512, candidate.max_batch_size),
             num_blocks=max(1, kv_tokens(on, shape, parallel) // 16),

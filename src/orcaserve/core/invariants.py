@@ -40,13 +40,19 @@ def _check_pool(scheduler: Scheduler) -> None:
 
 
 def _check_requests(scheduler: Scheduler) -> None:
-    order, size = scheduler.policy.order, scheduler.kv.block_size
-    ids = [request.id for request in scheduler.waiting + scheduler.running]
+    size = scheduler.kv.block_size
+    waiting = list(scheduler.waiting)
+    ids = [request.id for request in waiting + scheduler.running]
+    require(len(waiting) == len(scheduler.waiting), "the queue knows how many wait")
     require(sorted(ids) == sorted(scheduler.requests), "a request is waiting or running, and never both")
-    for queue in (scheduler.waiting, scheduler.running):
-        keys = [order(request) for request in queue]
-        require(keys == sorted(keys), "queues are in the policy's order")
-    for request in scheduler.waiting:
+    places = [(request.lane, request.key, request.arrival) for request in waiting]
+    for lane in {request.lane for request in waiting}:
+        keys = [place for place in places if place[0] == lane]
+        require(keys == sorted(keys), "lanes are in the policy's order")
+    if not scheduler.order.moves:
+        keys = [(request.lane, request.key, request.arrival) for request in scheduler.running]
+        require(keys == sorted(keys), "who runs is in the policy's order")
+    for request in waiting:
         require(not request.block_table and request.num_computed == 0, "who waits holds no KV")
         require(not request.num_in_flight, "who waits is in no batch")
     for request in scheduler.running:
@@ -77,9 +83,9 @@ class CheckedScheduler(Scheduler):
         super().__init__(config)
         self._starts: dict[int, deque[int]] = {}
 
-    def schedule(self) -> Batch | None:
+    def schedule(self, now: float = 0.0) -> Batch | None:
         num_running = len(self.running)
-        batch = super().schedule()
+        batch = super().schedule(now)
         check(self)
         if batch is not None:
             self._check_batch(batch, num_running)
@@ -90,8 +96,8 @@ class CheckedScheduler(Scheduler):
             require(in_flight, "progress: where work is left and no batch is in flight, one can be made")
         return batch
 
-    def update(self, batch: Batch, result: StepResult) -> tuple[Output, ...]:
-        outputs = super().update(batch, result)
+    def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
+        outputs = super().update(batch, result, now)
         check(self)
         for row in batch.rows:
             starts = self._starts[row.id]
@@ -108,8 +114,8 @@ class CheckedScheduler(Scheduler):
             require(gone == (output.finish_reason is not None) or self.policy.request_level, "who has ended is gone")
         return outputs
 
-    def add(self, new: NewRequest) -> None:
-        super().add(new)
+    def add(self, new: NewRequest, now: float = 0.0) -> None:
+        super().add(new, now)
         check(self)
 
     def abort(self, id: int) -> None:
@@ -133,9 +139,9 @@ class CheckedScheduler(Scheduler):
             self._check_row(row.id, row.start, row.num_tokens, written)
             samples = row.start + row.num_tokens == self.requests[row.id].num_tokens
             require(row.samples <= samples, "only who has caught up samples")
-        if self.waiting and self.config.depth == 1 and self.running:
-            youngest, first = self.running[-1], self.waiting[0]
-            require(self.policy.order(youngest) < self.policy.order(first), "nobody overtakes in the queue")
+        if self.waiting and self.config.depth == 1 and self.running and not self.order.moves:
+            last, first = self.running[-1], self.waiting.first
+            require(self._place(last) < self._place(first), "nobody overtakes in the queue")
 
     def _check_row(self, id: int, start: int, num_tokens: int, written: set[int]) -> None:
         request: Request = self.requests[id]

@@ -1,4 +1,4 @@
-"""The scheduler's policies, as data: who goes first, what admission promises, how much of a prompt one iteration takes.
+"""The scheduler's policies, as data: what admission promises, how much of a prompt one iteration takes, in what order.
 
 Orca exactly as published (OSDI 2022, Algorithm 1) is one named combination, request-level batching another, and
 iteration-level scheduling without selective batching a third.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from orcaserve.core.order import ORDERS, Order, OrderError, find_order, make_order
 from orcaserve.core.request import Request
 
 Shape = tuple[int, int]  # of a row: its first position, its number of tokens
@@ -27,6 +28,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     alike: a batch holds only rows that can be stacked to one tensor [B, L, H], as without selective batching (paper,
         section 3.2): they begin at the same position and take as many tokens. The first row decides; the others wait.
         Not for request_level, whose members stay together.
+    order, options: who goes first, and what that order is told; see `orcaserve.core.order`.
     """
 
     name: str
@@ -37,10 +39,12 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     deal: bool = True
     alike: bool = False
+    order: str = "fcfs"
+    options: tuple[tuple[str, str], ...] = ()
 
-    def order(self, request: Request) -> int:
-        """Sort key among requests; the least goes first, the greatest is preempted first. First come, first served."""
-        return request.arrival
+    def make_order(self) -> Order:
+        """A new one, for one scheduler. Raises OrderError."""
+        return make_order(self.order, self.options)
 
     def room(self, request: Request) -> int:
         """Tokens for which admission must find KV slots."""
@@ -64,3 +68,25 @@ STACKED = Policy(
     name="stacked", alike=True, reserve=True, chunked=False, decodes_first=False, prefix_cache=False, deal=False
 )
 POLICIES = {policy.name: policy for policy in (DEFAULT, ORCA, STATIC, STACKED)}
+
+
+def parse_policy(text: str) -> Policy:
+    """NAME[,option=value…]: a policy of `POLICIES`, or the default with another order. OrderError is one clear line."""
+    name, *pairs = text.split(",")
+    options = []
+    for pair in pairs:
+        option, equals, value = pair.partition("=")
+        if not equals:
+            raise OrderError(f"policy {text!r}: {pair!r} is no option; write NAME,option=value")
+        options.append((option.strip(), value.strip()))
+    name = name.strip()
+    if name in POLICIES:
+        base = msgspec.structs.replace(POLICIES[name], options=tuple(options))
+    else:
+        try:
+            find_order(name)
+        except OrderError:
+            raise OrderError(f"there is no policy {name!r}; there are {', '.join([*POLICIES, *ORDERS])}") from None
+        base = msgspec.structs.replace(DEFAULT, name=text, order=name, options=tuple(options))
+    base.make_order()
+    return base

@@ -55,6 +55,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     end_token_ids: tokens that end the request (the model's end tokens unless ignored, and the stop tokens).
     seed, choice: with the position and the token id they are the whole input of the sampling noise.
     cache_salt: prefix-cache blocks are shared only among requests of the same salt.
+    tenant: for whom it is. priority: the lower, the earlier. deadline: seconds from when a scheduler takes it in until
+        its first token is due; None: whenever. What these mean is the policy's affair.
     """
 
     id: int
@@ -66,6 +68,9 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     choice: int = 0
     end_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
+    tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -106,9 +111,12 @@ class Request:
 
     __slots__ = (
         "arrival",
+        "arrived",
         "block_keys",
         "block_table",
         "finish_reason",
+        "key",
+        "lane",
         "new",
         "num_cached",
         "num_computed",
@@ -116,13 +124,17 @@ class Request:
         "num_in_flight",
         "num_known_blocks",
         "num_published",
+        "num_served",
         "prompt_logprobs",
         "token_ids",
     )
 
-    def __init__(self, new: NewRequest, arrival: int) -> None:
+    def __init__(self, new: NewRequest, arrival: int, arrived: float = 0.0) -> None:
         self.new = new
-        self.arrival = arrival  # ordinal, not a time: first come, first served needs no clock
+        self.arrival = arrival  # ordinal
+        self.arrived = arrived  # seconds of the scheduler's time
+        self.lane = ""  # where it waits, and its place there: the order's
+        self.key = 0.0
         self.token_ids: list[int] = list(new.token_ids)
         self.num_computed = 0  # tokens whose K and V are stored (batches in flight included)
         self.block_table: list[int] = []
@@ -131,6 +143,7 @@ class Request:
         self.num_known_blocks = 0  # entries of the block table that the workers have been told
         self.num_cached: int | None = None  # None until first admitted; 0 once told
         self.num_published = 0  # full blocks that the prefix cache knows
+        self.num_served = 0  # tokens computed, or found in the cache, for the first time: a recomputed one counts once
         self.num_in_flight = 0  # batches in flight that carry it: several only while its prompt is read in chunks
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if new.params.prompt_logprobs is not None else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from bisect import insort
+from itertools import islice
 from typing import NamedTuple
 
 import msgspec
 
 from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult
 from orcaserve.core.kv_cache import KVCacheManager
+from orcaserve.core.order import Waiting
 from orcaserve.core.policy import Policy
 from orcaserve.core.request import FinishReason, NewRequest, Output, Request
 
@@ -45,6 +46,9 @@ class Scheduler:
     its token. Chunks of a prompt need nothing of each other's results: several batches may carry one each, and every
     stage meets them in order. `schedule` makes a batch, `update` takes its results in; batches come back in the order
     in which they were made.
+
+    now: seconds of the caller's clock, real, virtual or recorded; it never goes back. The same calls at the same times
+    give the same batches.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
@@ -56,9 +60,10 @@ class Scheduler:
         self.config = config
         self.policy = config.policy
         self.kv = KVCacheManager(config.num_blocks, config.block_size, config.policy.prefix_cache)
+        self.order = config.policy.make_order()
         self.requests: dict[int, Request] = {}
-        self.waiting: list[Request] = []  # sorted by the policy's order, like `running`
-        self.running: list[Request] = []
+        self.waiting = Waiting(self.order)
+        self.running: list[Request] = []  # in order; where it moves, as of the last schedule()
         self.num_preemptions = 0
         self.num_steps = 0
         self._num_arrivals = 0
@@ -66,20 +71,22 @@ class Scheduler:
         self._tokens_in_flight = 0
         self._held: list[Output] = []  # what a request-level batch returns at its end
 
-    def add(self, new: NewRequest) -> None:
+    def add(self, new: NewRequest, now: float = 0.0) -> None:
         """Takes a request in. RequestTooLarge: its KV can never fit. ValueError: a known id, or no tokens."""
         if new.id in self.requests:
             raise ValueError(f"request {new.id} is here already")
         if not new.token_ids:
             raise ValueError(f"request {new.id} has no tokens")
-        request = Request(new, self._num_arrivals)
+        request = Request(new, self._num_arrivals, now)
         if request.max_total > self.kv.num_slots:
             raise RequestTooLarge(
                 f"prompt and output may reach {request.max_total} tokens, but the KV cache holds {self.kv.num_slots}"
             )
         self._num_arrivals += 1
+        request.lane = self.order.lane(request)
+        self.order.arrived(request, self._has_lane(request.lane))
         self.requests[new.id] = request
-        insort(self.waiting, request, key=self.policy.order)
+        self._wait(request, now)
 
     def abort(self, id: int) -> None:
         """Forgets a request; its KV is freed as soon as no batch in flight carries it. Unknown ids are ignored."""
@@ -90,8 +97,10 @@ class Scheduler:
         if not request.num_in_flight:
             self._drop(request)
 
-    def schedule(self) -> Batch | None:
+    def schedule(self, now: float = 0.0) -> Batch | None:
         """The next iteration, or None if nothing can run now: nothing is ready, or memory waits for a batch's end."""
+        if self.order.moves:
+            self.running.sort(key=self._place)
         rows: list[Row] = []
         tokens_left = self._token_limit()
         closed = self.policy.request_level and bool(self.running)
@@ -109,7 +118,7 @@ class Scheduler:
             row = self._row(request, tokens_left)
             if not self._joins(rows, row):
                 continue
-            if not self._make_room(row):
+            if not self._make_room(row, now):
                 closed = True  # it waits for an older one's end; those that need no memory go on
                 continue
             rows.append(row)
@@ -118,7 +127,7 @@ class Scheduler:
         # Who was preempted just now would be let in again at once, and the memory was not for him.
         closed = closed or self.num_preemptions > num_preemptions
         while not closed and self.waiting and num_own < self.config.max_batch_size and tokens_left > 0:
-            request = self.waiting[0]
+            request = self.waiting.first
             if not self._joins(rows, self._first_row(request, tokens_left)) or not self._admit(request):
                 break  # stop, not skip: nobody overtakes
             rows.append(self._row(request, tokens_left))
@@ -126,7 +135,7 @@ class Scheduler:
             tokens_left -= rows[-1].num_tokens
         return self._seal(rows) if rows else None
 
-    def update(self, batch: Batch, result: StepResult) -> tuple[Output, ...]:
+    def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
         """Takes in what a batch gave; a request whose output has a finish reason is gone from here."""
         outputs = []
         self._tokens_in_flight -= batch.num_tokens
@@ -172,7 +181,7 @@ class Scheduler:
             return most
         depth = self.config.depth
         work = self._tokens_in_flight + sum(request.lag for request in self.running)
-        for request in self.waiting[: max(0, depth * self.config.max_batch_size - len(self.running))]:
+        for request in islice(self.waiting, max(0, depth * self.config.max_batch_size - len(self.running))):
             if work >= most * depth:
                 break
             work += request.num_tokens
@@ -191,21 +200,21 @@ class Scheduler:
     def _joins(self, rows: list[Row], row: Row) -> bool:
         return self.policy.joins(rows[0][1:] if rows else None, row[1:])
 
-    def _make_room(self, row: Row) -> bool:
-        """Grows a running request's KV, preempting the youngest that may be until it fits."""
+    def _make_room(self, row: Row, now: float) -> bool:
+        """Grows a running request's KV, preempting the last in order that may be until it fits."""
         while not self.kv.grow(row.request, row.start + row.num_tokens):
             victim = next((request for request in reversed(self.running) if not request.num_in_flight), None)
-            if victim is None or self.policy.order(victim) <= self.policy.order(row.request):
+            if victim is None or self._place(victim) <= self._place(row.request):
                 return False
-            self._preempt(victim)
+            self._preempt(victim, now)
         return True
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, now: float) -> None:
         """Takes a request's KV away. Its tokens stay, so that it is recomputed and goes on as if nothing had been."""
         self.num_preemptions += 1
         self.running.remove(request)
         self._forget(request)
-        insort(self.waiting, request, key=self.policy.order)
+        self._wait(request, now)
 
     def _admit(self, request: Request) -> bool:
         """Lets the first in the queue run, if its KV fits and leaves a block to spare for each that runs."""
@@ -214,9 +223,28 @@ class Scheduler:
             return False
         if request.num_cached is None:
             request.num_cached = request.num_computed
-        self.waiting.pop(0)
-        insort(self.running, request, key=self.policy.order)
+            request.num_served = request.num_computed
+        self.waiting.remove(request)
+        self._run(request)
         return True
+
+    def _place(self, request: Request) -> tuple[float, float, int]:
+        """Among all requests; the least goes first, the greatest is preempted first."""
+        return self.order.rank(request.lane), request.key, request.arrival
+
+    def _wait(self, request: Request, now: float) -> None:
+        request.key = self.order.key(request, now)
+        self.waiting.add(request)
+
+    def _run(self, request: Request) -> None:
+        place = self._place(request)
+        at = len(self.running)
+        while at and self._place(self.running[at - 1]) > place:
+            at -= 1
+        self.running.insert(at, request)
+
+    def _has_lane(self, lane: str) -> bool:
+        return self.waiting.has_lane(lane) or any(request.lane == lane for request in self.running)
 
     def _seal(self, rows: list[Row]) -> Batch:
         """Turns decisions into the message: only what the workers cannot know."""
@@ -258,6 +286,10 @@ class Scheduler:
             request.finish_reason = "error"
             return Output(id=request.id, finish_reason="error", error=error)
         self.kv.publish(request, row.start + row.num_tokens)
+        fresh = row.start + row.num_tokens - request.num_served
+        if fresh > 0:
+            request.num_served += fresh
+            self.order.served(request, fresh, int(got.token_id is not None))
         if request.prompt_logprobs is not None:
             request.prompt_logprobs.extend(got.prompt_logprobs)
         if row.start + row.num_tokens < request.num_tokens:
@@ -295,6 +327,7 @@ class Scheduler:
 
     def _drop(self, request: Request) -> None:
         del self.requests[request.id]
+        self.order.ended(request)
         if request.block_table:
             self.running.remove(request)
         else:

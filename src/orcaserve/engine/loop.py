@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from orcaserve.core.batch import Batch
+from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.request import Output
 from orcaserve.core.scheduler import RequestTooLarge, Scheduler
 from orcaserve.engine.executor import Executor, Pending
@@ -27,23 +27,47 @@ class Outbox(Protocol):
     def put(self, step: Step) -> None: ...
 
 
+class Witness(Protocol):
+    """Who is told all that a loop does, in order. Never raises or waits. now: the loop's clock, in seconds."""
+
+    def took(self, now: float, commands: Sequence[Command]) -> None:
+        """Commands came."""
+        ...
+
+    def submitted(self, now: float, batch: Batch) -> None:
+        """A batch is about to be given to the executor."""
+        ...
+
+    def returned(self, now: float, batch: Batch, result: StepResult) -> None:
+        """The oldest batch is back."""
+        ...
+
+
 class EngineLoop:
     """Owner of the batches in flight: at most `depth`, taken back in the order in which they were submitted.
 
-    clock: gives seconds, real or virtual.
+    clock: gives seconds, real or virtual. The scheduler's time is when commands came last, or a batch came back, so that
+    whoever knows these times can repeat what it does.
     """
 
     def __init__(
-        self, scheduler: Scheduler, executor: Executor, inbox: Inbox, outbox: Outbox, clock: Callable[[], float]
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        inbox: Inbox,
+        outbox: Outbox,
+        clock: Callable[[], float],
+        witness: Witness | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._inbox = inbox
         self._outbox = outbox
         self._clock = clock
+        self._witness = witness
         self._depth = scheduler.config.depth
         self._in_flight: deque[tuple[Batch, Pending]] = deque()
-        self._last = clock()
+        self._now = self._last = clock()
 
     def run(self) -> None:
         """Serves until a Stop command."""
@@ -53,17 +77,27 @@ class EngineLoop:
     def step(self) -> bool:
         """One turn: commands in, batches out, the oldest batch back. False after a Stop command."""
         idle = not self._scheduler.requests
-        for command in self._inbox.take(block=idle):
+        if commands := self._inbox.take(block=idle):
+            self._now = self._clock()
+            if self._witness is not None:
+                self._witness.took(self._now, commands)
+        for command in commands:
             if isinstance(command, Stop):
                 return False
             self._obey(command)
         if idle:
-            self._last = self._clock()
-        while len(self._in_flight) < self._depth and (batch := self._scheduler.schedule()) is not None:
+            self._last = self._now
+        while len(self._in_flight) < self._depth and (batch := self._scheduler.schedule(self._now)) is not None:
+            if self._witness is not None:
+                self._witness.submitted(self._clock(), batch)
             self._in_flight.append((batch, self._executor.submit(batch)))
         if self._in_flight:
             batch, pending = self._in_flight.popleft()
-            outputs = self._scheduler.update(batch, pending.result())
+            result = pending.result()
+            self._now = self._clock()
+            if self._witness is not None:
+                self._witness.returned(self._now, batch, result)
+            outputs = self._scheduler.update(batch, result, self._now)
             self._outbox.put(self._report(batch, outputs))
         elif self._scheduler.requests:
             raise RuntimeError("the scheduler has work, but makes no batch of it")
@@ -74,14 +108,13 @@ class EngineLoop:
             self._scheduler.abort(command.id)
         else:
             try:
-                self._scheduler.add(command.request)
+                self._scheduler.add(command.request, self._now)
             except RequestTooLarge as error:
                 refusal = Output(id=command.request.id, finish_reason="error", error=str(error))
                 self._outbox.put(Step(outputs=(refusal,), stats=self.stats()))
 
     def _report(self, batch: Batch, outputs: tuple[Output, ...]) -> Step:
-        now = self._clock()
-        seconds, self._last = now - self._last, now
+        seconds, self._last = self._now - self._last, self._now
         return Step(
             outputs=outputs,
             started=tuple(new.id for new in batch.new),

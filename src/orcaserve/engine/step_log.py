@@ -10,6 +10,7 @@ Lines stand in the order in which the loop did things. That order, not the times
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
@@ -18,8 +19,6 @@ import msgspec
 from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.request import NewRequest
 from orcaserve.core.scheduler import SchedulerConfig
-from orcaserve.engine.executor import Executor, Pending
-from orcaserve.engine.loop import Inbox
 from orcaserve.engine.messages import Abort, Command, Submit
 from orcaserve.sim.shape import ModelShape
 
@@ -44,6 +43,7 @@ class Arrived(msgspec.Struct, frozen=True, kw_only=True, tag="arrival", omit_def
 
     prompt, max_tokens: in tokens. done: tokens that it had generated before (it comes back from a crash).
     scores: it wants the prompt's log-probabilities. blocks: names of the full blocks of its tokens.
+    tenant, priority, deadline: as in NewRequest.
     """
 
     at: float
@@ -53,6 +53,9 @@ class Arrived(msgspec.Struct, frozen=True, kw_only=True, tag="arrival", omit_def
     done: int = 0
     scores: bool = False
     blocks: tuple[int, ...] = ()
+    tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None
 
 
 class Left(msgspec.Struct, frozen=True, tag="abort"):
@@ -126,6 +129,12 @@ def read(data: bytes) -> list[Log]:
     return [Log(header, tuple(events)) for header, events in logs]
 
 
+def log_clock(clock: Callable[[], float]) -> Callable[[], float]:
+    """A clock that begins now and shows whole microseconds: what a log can say, so that a replay has the same times."""
+    began = clock()
+    return lambda: round(clock() - began, 6)
+
+
 class _Open:
     """What a log must know of a request that runs: what ends it, and the block that is being filled."""
 
@@ -140,34 +149,24 @@ class _Open:
 
 
 class StepLog:
-    """Owner of what it knows of open requests. Wrap an engine's inbox and its executor in it.
+    """A loop's witness. Owner of what it knows of open requests.
 
-    write: takes bytes (whole lines) and never raises or waits. clock: the loop's. key: secret bytes, at most 64, for
-    the names of blocks; forget them.
+    write: takes bytes (whole lines) and never raises or waits. key: secret bytes, at most 64, for the names of blocks;
+    forget them. Times are written as the loop has them: give it `log_clock`.
     """
 
-    def __init__(
-        self, header: Header, write: Callable[[bytes], None], clock: Callable[[], float], key: bytes = b""
-    ) -> None:
+    def __init__(self, header: Header, write: Callable[[bytes], None], key: bytes = b"") -> None:
         self._write = write
-        self._clock = clock
         self._key = key
-        self._began = clock()
         self._block_size = header.config.block_size
         self._names_blocks = header.config.policy.prefix_cache
         self._encode = msgspec.json.Encoder().encode
         self._open: dict[int, _Open] = {}
+        self._submitted: deque[float] = deque()  # when those in flight were
         self._last = 0.0
         self._line(header)
 
-    def inbox(self, inbox: Inbox) -> Inbox:
-        return _LoggedInbox(self, inbox)
-
-    def executor(self, executor: Executor) -> Executor:
-        return _LoggedExecutor(self, executor)
-
-    def took(self, commands: Sequence[Command]) -> None:
-        now = self._now()
+    def took(self, now: float, commands: Sequence[Command]) -> None:
         for command in commands:
             if isinstance(command, Submit):
                 self._arrived(now, command.request)
@@ -175,14 +174,11 @@ class StepLog:
                 self._open.pop(command.id, None)
                 self._line(Left(now, command.id))
 
-    def submitted(self, batch: Batch) -> float:
-        """The time of the submission."""
-        now = self._now()
+    def submitted(self, now: float, batch: Batch) -> None:
         self._line(Submitted(now, tuple((row.id, row.start, row.num_tokens, row.samples) for row in batch.rows)))
-        return now
+        self._submitted.append(now)
 
-    def returned(self, batch: Batch, submitted: float, result: StepResult) -> None:
-        now = self._now()
+    def returned(self, now: float, batch: Batch, result: StepResult) -> None:
         stopped: list[int] = []
         failed: list[int] = []
         blocks: list[tuple[int, int]] = []
@@ -208,7 +204,7 @@ class StepLog:
         self._line(
             Returned(
                 at=now,
-                seconds=round(now - max(submitted, self._last), 6),
+                seconds=round(now - max(self._submitted.popleft(), self._last), 6),
                 stopped=tuple(stopped),
                 failed=tuple(failed),
                 blocks=tuple(blocks),
@@ -228,6 +224,9 @@ class StepLog:
                 done=len(new.token_ids) - new.num_prompt,
                 scores=new.params.prompt_logprobs is not None,
                 blocks=names,
+                tenant=new.tenant,
+                priority=new.priority,
+                deadline=new.deadline,
             )
         )
 
@@ -244,49 +243,5 @@ class StepLog:
         del known.tail[:start]
         return names
 
-    def _now(self) -> float:
-        return round(self._clock() - self._began, 6)
-
     def _line(self, line: Header | Event) -> None:
         self._write(self._encode(line) + b"\n")
-
-
-class _LoggedInbox:
-    """An inbox whose commands are written down as the loop takes them."""
-
-    def __init__(self, log: StepLog, inbox: Inbox) -> None:
-        self._log = log
-        self._inbox = inbox
-
-    def take(self, block: bool) -> list[Command]:
-        commands = self._inbox.take(block)
-        if commands:
-            self._log.took(commands)
-        return commands
-
-
-class _LoggedExecutor:
-    """An executor whose batches are written down before the executor behind it runs them."""
-
-    def __init__(self, log: StepLog, executor: Executor) -> None:
-        self._log = log
-        self._executor = executor
-
-    def submit(self, batch: Batch) -> Pending:
-        submitted = self._log.submitted(batch)
-        return _LoggedPending(self._log, batch, submitted, self._executor.submit(batch))
-
-
-class _LoggedPending:
-    """A batch under way, which is written down when it comes back."""
-
-    def __init__(self, log: StepLog, batch: Batch, submitted: float, pending: Pending) -> None:
-        self._log = log
-        self._batch = batch
-        self._submitted = submitted
-        self._pending = pending
-
-    def result(self) -> StepResult:
-        result = self._pending.result()
-        self._log.returned(self._batch, self._submitted, result)
-        return result

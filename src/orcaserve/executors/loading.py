@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from orcaserve.core.config import EngineOptions, KVDtype, ModelError, Quantization
-from orcaserve.core.policy import POLICIES, Policy
+from orcaserve.core.order import OrderError
+from orcaserve.core.policy import Policy, parse_policy
 from orcaserve.model.config import read_config
 from orcaserve.model.decoder import Decoder, compute_dtype
 from orcaserve.model.load import load_model
@@ -93,9 +94,10 @@ def load_part(
 
 def policy_of(options: EngineOptions) -> Policy:
     """Raises ModelError for a policy that there is not."""
-    if options.policy not in POLICIES:
-        raise ModelError(f"there is no policy {options.policy}; there are {', '.join(POLICIES)}")
-    return POLICIES[options.policy]
+    try:
+        return parse_policy(options.policy)
+    except OrderError as error:
+        raise ModelError(str(error)) from None
 
 
 def check_files(folder: Path, available: int) -> None:

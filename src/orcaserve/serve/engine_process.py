@@ -23,13 +23,14 @@ from typing import cast
 
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.invariants import CheckedScheduler
-from orcaserve.core.policy import POLICIES
+from orcaserve.core.order import OrderError
+from orcaserve.core.policy import parse_policy
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.executor import Executor
 from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Command, Stats
-from orcaserve.engine.step_log import Header, StepLog
+from orcaserve.engine.step_log import Header, StepLog, log_clock
 from orcaserve.serve.flight_recorder import FlightRecorder, RecordingExecutor
 from orcaserve.serve.frames import (
     BEAT_SECONDS,
@@ -137,11 +138,8 @@ def _serve(
         recording = RecordingExecutor(executor, recorder)
         scheduler = (CheckedScheduler if options.check else Scheduler)(_scheduler_config(options, info))
         file = None if options.step_log is None else StepLogFile(Path(options.step_log))
-        if file is None:
-            loop = EngineLoop(scheduler, recording, inbox, outbox, time.monotonic)
-        else:
-            log = StepLog(_header(options, info), file.write, time.monotonic, secrets.token_bytes(32))
-            loop = EngineLoop(scheduler, log.executor(recording), log.inbox(inbox), outbox, time.monotonic)
+        log = file and StepLog(_header(options, info), file.write, secrets.token_bytes(32))
+        loop = EngineLoop(scheduler, recording, inbox, outbox, log_clock(time.monotonic), log)
     except ModelError as error:
         outbox.put(Failed(str(error)))
         return EXIT_MODEL
@@ -209,10 +207,12 @@ def _read(sock: socket.socket, start: queue.SimpleQueue[EngineOptions], inbox: S
 
 
 def _scheduler_config(options: EngineOptions, info: EngineInfo) -> SchedulerConfig:
-    if options.policy not in POLICIES:
-        raise ModelError(f"unknown policy {options.policy!r}; there are: {', '.join(POLICIES)}")
+    try:
+        policy = parse_policy(options.policy)
+    except OrderError as error:
+        raise ModelError(str(error)) from None
     return SchedulerConfig(
-        policy=POLICIES[options.policy],
+        policy=policy,
         max_batch_size=options.max_batch_size,
         max_batch_tokens=max(options.max_batch_tokens, options.max_batch_size),  # room for everyone's next token
         num_blocks=info.num_blocks,

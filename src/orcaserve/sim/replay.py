@@ -127,6 +127,9 @@ class _Tape:
             max_tokens=event.max_tokens,
             params=SamplingParams(prompt_logprobs=0 if event.scores else None),
             end_token_ids=(_END,),
+            tenant=event.tenant,
+            priority=event.priority,
+            deadline=event.deadline,
         )
 
     def _next(self) -> Arrived | Left | Submitted | Returned:
