@@ -271,7 +271,8 @@ def bench_parallel(model: str | None, requests: int, batch: int, rounds: int, se
 
     from orcaserve.bench import parallel
     from orcaserve.bench.client import BenchError
-    from orcaserve.executors import experiment
+    from orcaserve.executors import experiment, join_cost
+    from orcaserve.model.config import read_config
     from orcaserve.serve.find_model import find_model
 
     terminal = Console(stderr=True)
@@ -291,6 +292,7 @@ def bench_parallel(model: str | None, requests: int, batch: int, rounds: int, se
                 inside=experiment.engine_for(name, folder, 1),
                 ranks=ranks,
                 layers=lambda stages: experiment.layers_of_stages(folder, stages),
+                joins=lambda: join_cost.measure(read_config(folder).hidden_size),
                 requests=requests,
                 batch=batch,
                 rounds=rounds,

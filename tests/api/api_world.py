@@ -80,7 +80,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE.parent.parent / "src")},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent / "src"), *sys.path])},
         )
         self.url = f"http://127.0.0.1:{options['port']}"
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from orcaserve.cli import main
 from orcaserve.sim.cost import StageCost
-from orcaserve.sim.stages import split_layers
+from orcaserve.sim.stages import share_layers, split_layers
 
 pytestmark = kernel_sets.NEEDS_NATIVE
 
@@ -41,9 +41,11 @@ def test_every_way_is_measured_and_stages_are_foretold(tmp_path: Path) -> None:
     for run in runs.values():
         assert run["rate"] > 0 and run["iterations"] > 0
         assert all(0 < share < 1.1 for share in run["busy"])
-        assert (run["predicted"] is None) == (run["ranks"] == "TP 2 x PP 1")
+        assert run["predicted"] > 0
     assert len(runs["two stages"]["busy"]) == 2
     assert [at["requests"] for at in found["iterations"]][:2] == [1, 16]
+    assert [join["rows"] for join in found["joins"]] == [1, 4, 16, 64, 512]
+    assert all(join["fixed"] > 0 and join["plain"] > 0 for join in found["joins"])
     assert "two stages" in result.output
 
 
@@ -54,3 +56,12 @@ def test_the_stages_of_a_cut_cost_what_the_whole_did() -> None:
         assert sum(getattr(stage, name) for stage in stages) == pytest.approx(getattr(whole, name))
     assert stages[0].head == 0 and stages[1].head == 4.0
     assert stages[0].weights == 1.5
+
+
+def test_ranks_that_share_layers_halve_the_work_and_wait_for_each_other() -> None:
+    whole = StageCost(fixed=1.0, weights=2.0, per_token=0.5, per_row=3.0, per_context=0.25, head=4.0, per_sample=0.125)
+    rank = share_layers(whole, 4, 2, hop=0.01, per_row=0.001)
+    assert (rank.weights, rank.per_token, rank.per_context, rank.head, rank.per_sample) == (1, 0.25, 0.125, 2, 0.0625)
+    assert rank.per_row == 3.0
+    assert rank.fixed == pytest.approx(1.0 + 8 * 0.01)
+    assert rank.per_token_sent == pytest.approx(8 * 0.001)

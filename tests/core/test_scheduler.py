@@ -17,7 +17,7 @@ def world(policy: Policy = DEFAULT, **changes: int) -> World:
     world.batches = []
     schedule = world.scheduler.schedule
 
-    def spy(now: float) -> Batch | None:
+    def spy(now: float = 0.0) -> Batch | None:
         batch = schedule(now)
         if batch is not None:
             world.batches.append(batch)

@@ -268,7 +268,7 @@ def test_an_engine_that_dies_while_loading_ends_the_start(engine: list[str]) -> 
 def test_an_unknown_policy_and_a_missing_program_end_the_start() -> None:
     async def main() -> None:
         async with pool_of(options=EngineOptions(model="x", policy="fastest"), wait=False) as pool:
-            with pytest.raises(EngineFailed, match="unknown policy 'fastest'; there are: default"):
+            with pytest.raises(EngineFailed, match="there is no policy 'fastest'; there are default"):
                 await pool.ready()
         missing = Pool(EngineOptions(model="x"), command=["/no/such/program"])
         await missing.start()

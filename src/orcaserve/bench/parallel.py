@@ -27,7 +27,7 @@ from orcaserve.engine.executor import Pending
 from orcaserve.sim.cost import CostModel, Size, StageCost, size
 from orcaserve.sim.fit import fit_stage
 from orcaserve.sim.run import simulate
-from orcaserve.sim.stages import split_layers
+from orcaserve.sim.stages import share_layers, split_layers
 
 SETTLE = 0.5  # seconds until every rank has said how busy it was
 MICROBATCHED = msgspec.structs.replace(STATIC, name="microbatched", deal=True)
@@ -40,18 +40,20 @@ Ranks = Callable[[int, int, int, str], AbstractContextManager[tuple[Engine, Call
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One way to run the trace. rate: (prompt + generated) tokens/s; busy: share of the time of each rank.
 
-    predicted: the rate that the simulator foretells of what one stage's iterations took, alone; None: it does not.
+    predicted: the rate that the simulator foretells of what one stage's iterations took, alone, and of what an exchange
+        takes.
     """
 
     name: str
     ranks: str
+    stages: int
     policy: str
     threads: int
     rate: float
     seconds: float
     iterations: int
     busy: tuple[float, ...]
-    predicted: float | None = None
+    predicted: float = 0.0
 
 
 class Iteration(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,23 +66,33 @@ class Iteration(msgspec.Struct, frozen=True, kw_only=True):
     mixed: float
 
 
+class Joined(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of joining two ranks' parts of so many rows, in the tree's order and by a plain all-reduce."""
+
+    rows: int
+    fixed: float
+    plain: float
+
+
 class Found(msgspec.Struct, frozen=True):
     """iterations: in this process; in one worker process; in two stages, the planes separate and mixed."""
 
     work: str
     runs: list[Run]
     iterations: list[Iteration]
+    joins: list[Joined]
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """inside: an engine in this process, of one thread. batch: most requests of a batch. seed: of the work.
 
-    layers: of each stage, where there are so many.
+    layers: of each stage, where there are so many. joins: measures what exchanges cost, by ascending rows.
     """
 
     inside: Engine
     ranks: Ranks
     layers: Callable[[int], Sequence[int]]
+    joins: Callable[[], list[Joined]]
     requests: int
     batch: int
     rounds: int
@@ -94,8 +106,10 @@ def run(plan: Plan, say: Callable[[str], None]) -> Found:
     text = f"burst:in=32-{a},out=1-{b},n={plan.requests}"
     work = make(text, vocab=plan.inside.vocab_size, seed=plan.seed)
     stage, turn = _learn(plan, say)
-    runs = [_foretold(plan, work, stage, turn, one) for one in _trace(plan, work, say)]
-    return Found(text, runs, _iterations(plan, say))
+    say("what an exchange between two ranks costs")
+    joins = plan.joins()
+    runs = [_foretold(plan, work, stage, turn, joins, one) for one in _trace(plan, work, say)]
+    return Found(text, runs, _iterations(plan, say), joins)
 
 
 class _Timed:
@@ -137,11 +151,14 @@ def _learn(plan: Plan, say: Callable[[str], None]) -> tuple[StageCost, float]:
     return fit_stage(timed.samples[2:]), statistics.median(timed.between)
 
 
-def _foretold(plan: Plan, work: Work, stage: StageCost, turn: float, one: Run) -> Run:
-    """With the simulator's rate: one stage's cost, cut at the layers at which the engine cuts the model."""
-    if "TP 1" not in one.ranks:
-        return one
-    layers = plan.layers(len(one.busy))
+def _foretold(plan: Plan, work: Work, stage: StageCost, turn: float, joins: Sequence[Joined], one: Run) -> Run:
+    """With the simulator's rate: one stage's cost, cut at the layers at which the engine cuts it, or shared out."""
+    tensor = len(one.busy) // one.stages
+    layers = plan.layers(one.stages)
+    if tensor > 1:
+        few, many = joins[0], joins[-1]
+        per_row = max(0.0, (many.fixed - few.fixed) / (many.rows - few.rows))
+        stage = share_layers(stage, sum(layers), tensor, few.fixed, per_row)
     model = CostModel(stages=split_layers(stage, layers), turn=turn)
     setup = Setup(name="", policy=_POLICIES[one.policy], max_batch_size=plan.batch, depth=len(layers))
     records, _ = simulate(arrivals_of(work), setup.config(plan.inside), model, model.host)
@@ -176,6 +193,7 @@ def _trace(plan: Plan, work: Work, say: Callable[[str], None]) -> list[Run]:
                 Run(
                     name=name,
                     ranks=f"TP {tensor} x PP {pipeline}",
+                    stages=pipeline,
                     policy=policy.name,
                     threads=threads,
                     rate=measures.total_rate(trial.records) or 0.0,
@@ -222,7 +240,7 @@ def _decode(engine: Engine, size: int) -> float:
 
 
 def show(found: Found, console: Any) -> None:
-    """Two tables on a rich console."""
+    """Three tables on a rich console."""
     from rich.table import Table
 
     console.print(f"All at once: {found.work}; medians of rounds.")
@@ -235,7 +253,7 @@ def show(found: Found, console: Any) -> None:
             one.ranks,
             str(one.threads),
             f"{one.rate:.0f}",
-            "" if one.predicted is None else f"{one.predicted:.0f}",
+            f"{one.predicted:.0f}",
             f"{one.rate / base:.2f}",
             str(one.iterations),
             " ".join(f"{share:.0%}" for share in one.busy),
@@ -245,6 +263,12 @@ def show(found: Found, console: Any) -> None:
     table = Table(*columns, title="Microseconds of an iteration, one batch at a time", box=None)
     for at in found.iterations:
         table.add_row(str(at.requests), *(f"{x:.0f}" for x in (at.inside, at.worker, at.separate, at.mixed)))
+    console.print(table)
+    table = Table("rows", "in the tree's order", "all-reduce", "ratio", box=None)
+    table.title = "Microseconds of joining two ranks' parts"
+    for join in found.joins:
+        fixed, plain = 1e6 * join.fixed, 1e6 * join.plain
+        table.add_row(str(join.rows), f"{fixed:.0f}", f"{plain:.0f}", f"{fixed / plain:.2f}")
     console.print(table)
 
 

@@ -1,9 +1,9 @@
 """Who goes first: `Order`, the base of all orders, is first come, first served, as the paper publishes it.
 
-An order is asked for three things. Requests wait in *lanes* (one for all, or one for each tenant); the lane of the least
-`rank` goes first, and in it the request of the least `key`. Equal ones go by arrival. The same order says who is
-preempted first when memory is short: the last. It learns of work that is done by `served`, and of nothing else, so that
-the same calls at the same times give the same decisions.
+An order is asked for three things. Requests wait in *lanes* (one for all, or one for each tenant); the lane of the
+least `rank` goes first, and in it the request of the least `key`. Equal ones go by arrival. The same order says who is
+preempted first when memory is short: the last. It learns of work that is done by `served`, and of nothing else, so
+that the same calls at the same times give the same decisions.
 
 To plug in an order of one's own, subclass `Order` and name it as an entry point of the group "orcaserve.orders".
 """
@@ -20,7 +20,7 @@ from orcaserve.core.request import Request
 GROUP = "orcaserve.orders"
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class OrderOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an order can be told. Subclasses have a field, with a default, for each option."""
 
 
@@ -32,11 +32,11 @@ class Order:
     moves: whether ranks or keys of running requests change, so that they have to be put in order again.
     """
 
-    Options: type[Options] = Options
+    Options: type[OrderOptions] = OrderOptions
     preempts = False
     moves = False
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: OrderOptions) -> None:
         self.options = options
 
     def lane(self, request: Request) -> str:
@@ -151,5 +151,3 @@ def make_order(name: str, options: tuple[tuple[str, str], ...]) -> Order:
     except (msgspec.ValidationError, ValueError) as error:
         known = ", ".join(of.Options.__struct_fields__) or "none"
         raise OrderError(f"order {name!r}: {error}; its options: {known}") from None
-
-

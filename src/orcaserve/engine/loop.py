@@ -46,8 +46,8 @@ class Witness(Protocol):
 class EngineLoop:
     """Owner of the batches in flight: at most `depth`, taken back in the order in which they were submitted.
 
-    clock: gives seconds, real or virtual. The scheduler's time is when commands came last, or a batch came back, so that
-    whoever knows these times can repeat what it does.
+    clock: gives seconds, real or virtual. The scheduler's time is when commands came last, or a batch came back, so
+    that whoever knows these times can repeat what it does.
     """
 
     def __init__(

@@ -56,6 +56,20 @@ def shares(layers: int, behind: float, stages: int) -> list[int]:
     return [*equal_layers(layers - last, stages - 1), last]
 
 
+def share_layers(whole: StageCost, layers: int, tensor: int, hop: float, per_row: float) -> StageCost:
+    """The cost of one rank of `tensor` that share all layers of a stage, and wait for each other twice a layer.
+
+    hop, per_row: seconds of an exchange, and more for each row of it. What is done for each request stays whole.
+    """
+    shared = ("weights", "per_token", "per_context", "per_attended", "head", "per_sample")
+    return msgspec.structs.replace(
+        whole,
+        **{name: getattr(whole, name) / tensor for name in shared},
+        fixed=whole.fixed + 2 * layers * hop,
+        per_token_sent=whole.per_token_sent + 2 * layers * per_row,
+    )
+
+
 def split_layers(whole: StageCost, layers: Sequence[int]) -> tuple[StageCost, ...]:
     """The cost of one stage of all layers, cut into stages of so many; the output matrix belongs to the last."""
     total = sum(layers)
