@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from orcaserve.core.order import ORDERS, OrderError
+from orcaserve.core.order import OrderError
+from orcaserve.core.orders import ORDERS
 from orcaserve.core.policy import POLICIES, parse_policy
 
 POLICY_HELP = f"NAME[,option=value…]: {', '.join([*POLICIES, *(name for name in ORDERS if name != 'fcfs')])}."

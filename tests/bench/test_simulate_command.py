@@ -86,6 +86,20 @@ def test_a_paper_model_under_a_workload(tmp_path: Path) -> None:
     assert again.output == done.output, "a simulation follows from its arguments"
 
 
+def test_orders_know_whose_a_request_is_and_how_urgent(tmp_path: Path) -> None:
+    flood = "burst:in=400,out=40-90,n=60,tenant=flood,priority=3"
+    work = f"{flood} + poisson:rate=4,in=30,out=5,n=8,tenant=polite,deadline=0.5"
+    first = {}
+    for policy in ("default", "priority", "fair", "deadline", "mlfq,quantum=256"):
+        done = run("--workload", work, *PAPER, "--policy", policy, "--max-batch-size", 4, "--out", tmp_path)
+        assert done.exit_code == 0, done.output
+        records = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+        polite = [record for record in records if record["tenant"] == "polite"]
+        first[policy] = max(record["token_times"][0] - record["due"] for record in polite)
+    slow = first.pop("default")
+    assert all(wait < slow / 3 for wait in first.values()), (slow, first)
+
+
 def test_record_fit_and_simulate(tmp_path: Path) -> None:
     """A fit to a log, and the log's own requests through it: what comes out is what was recorded."""
     log, cost = tmp_path / "steps.jsonl", tmp_path / "cost.json"

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 
 from orcaserve.core.invariants import CheckedScheduler
-from orcaserve.core.policy import POLICIES, Policy
+from orcaserve.core.policy import Policy, parse_policy
 from orcaserve.core.request import NewRequest, Output, SamplingParams, TokenLogprobs
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.ledger import LedgerExecutor, ledger_answer, ledger_entries, ledger_logprobs
@@ -14,23 +14,55 @@ from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Abort, Command, Step, Submit
 
 VOCAB = 40
+ORDERS = (
+    "priority,ageing=5",
+    "priority,ageing=inf",
+    "priority,ageing=2,preempt=false",
+    "fair",
+    "fair,weights=a:2+b:0.5,input=1,output=1",
+    "deadline,default=4",
+    "deadline,default=4,preempt=true",
+    "shortest",
+    "shortest,preempt=true,guard=3",
+    "mlfq,quantum=8,levels=3,ageing=5,output=2",
+    "mlfq,quantum=2,levels=9,ageing=0.5,output=1,preempt=false",
+    "orca,order=fair",
+    "orca,order=deadline",
+    "orca,order=priority,preempt=false",
+    "static,order=fair,weights=a:3",
+    "static,order=shortest",
+    "stacked,order=mlfq,preempt=false",
+)
 
 
 class World:
-    """Drives an EngineLoop by hand and compares every finished request with the oracle. `steps` counts its turns."""
+    """Drives an EngineLoop by hand and compares every finished request with the oracle. `steps` counts its turns.
+
+    pace: seconds that pass whenever the clock is read.
+    """
 
     def __init__(
-        self, config: SchedulerConfig, eager: bool = True, scheduler: type[Scheduler] = CheckedScheduler
+        self,
+        config: SchedulerConfig,
+        eager: bool = True,
+        scheduler: type[Scheduler] = CheckedScheduler,
+        pace: float = 0.0,
     ) -> None:
+        self.now = 0.0
+        self.pace = pace
         self.scheduler = scheduler(config)
         self.executor = LedgerExecutor(config.num_blocks, config.block_size, VOCAB, eager)
-        self.loop = EngineLoop(self.scheduler, self.executor, self, self, clock=lambda: 0.0)
+        self.loop = EngineLoop(self.scheduler, self.executor, self, self, self.clock)
         self.commands: list[Command] = []
         self.requests: dict[int, NewRequest] = {}  # unfinished ones
         self.outputs: dict[int, list[Output]] = defaultdict(list)
         self.steps = 0
         self.last: Step | None = None
         self._ids = 0
+
+    def clock(self) -> float:
+        self.now += self.pace
+        return self.now
 
     # Inbox and Outbox
     def take(self, block: bool) -> list[Command]:
@@ -104,9 +136,9 @@ class World:
 def random_config(rng: random.Random, policy: str | Policy | None = None, **fixed: int) -> SchedulerConfig:
     """Small enough that memory is short and budgets cut."""
     max_batch_size = fixed.get("max_batch_size", rng.randint(1, 6))
-    policy = policy or rng.choice(["default"] * 5 + ["orca", "static", "stacked"])
+    policy = policy or rng.choice(["default"] * 5 + ["orca", "static", "stacked"] + [rng.choice(ORDERS)] * 5)
     return SchedulerConfig(
-        policy=POLICIES[policy] if isinstance(policy, str) else policy,
+        policy=parse_policy(policy) if isinstance(policy, str) else policy,
         max_batch_size=max_batch_size,
         max_batch_tokens=max_batch_size + rng.choice([0, 1, 3, 10, 100]),
         num_blocks=fixed.get("num_blocks", rng.choice([2, 3, 5, 8, 13, 20])),
@@ -143,13 +175,17 @@ def random_request(rng: random.Random, world: World) -> dict | None:
         "seed": rng.randint(0, 3),
         "choice": rng.randint(0, 1),
         "cache_salt": rng.choice(["", "", "other"]),
+        "tenant": rng.choice(["", "a", "a", "a", "b", "c"]),
+        "priority": rng.choice([0, 0, 1, 3, -2]),
+        "deadline": rng.choice([None, 0.5, 3.0, 20.0]),
     }
 
 
 def random_life(seed: int, scheduler: type[Scheduler] = CheckedScheduler, policy: str | Policy | None = None) -> World:
     """One random world from start to drained. Raises if anything is wrong."""
     rng = random.Random(seed)
-    world = World(random_config(rng, policy), eager=rng.random() < 0.5, scheduler=scheduler)
+    config, eager, pace = random_config(rng, policy), rng.random() < 0.5, rng.choice([0.0, 0.02, 0.5])
+    world = World(config, eager, scheduler, pace)
     for _ in range(rng.randint(1, 25)):
         for _ in range(rng.choice([0, 1, 1, 2, 5])):
             world.submit(**random_request(rng, world))

@@ -9,6 +9,8 @@ import pytest
 from ledger_world import random_life
 
 from orcaserve.core.invariants import CheckedScheduler
+from orcaserve.core.order import Waiting
+from orcaserve.core.policy import parse_policy
 from orcaserve.core.request import Request
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 
@@ -145,15 +147,15 @@ class PreemptsTheOldest(CheckedScheduler):
 
 
 class LetsTheSecondOvertake(CheckedScheduler):
-    def _admit(self, request: Request) -> bool:
-        if super()._admit(request):
+    def _admit(self, request: Request, now: float) -> bool:
+        if super()._admit(request, now):
             return True
-        return any(super(LetsTheSecondOvertake, self)._admit(other) for other in list(self.waiting)[1:])
+        return any(super(LetsTheSecondOvertake, self)._admit(other, now) for other in list(self.waiting)[1:])
 
 
 class WantsSpareForNobody(CheckedScheduler):
-    def _admit(self, request: Request) -> bool:
-        return self.kv.pool.num_free > self.kv.blocks_for(self.policy.room(request)) and super()._admit(request)
+    def _admit(self, request: Request, now: float) -> bool:
+        return self.kv.pool.num_free > self.kv.blocks_for(self.policy.room(request)) and super()._admit(request, now)
 
 
 class StarvesWhenMemoryIsShort(CheckedScheduler):
@@ -207,15 +209,74 @@ class JudgesBeforeThePrefixIsKnown(CheckedScheduler):
 
 
 class ReservesOnlyThePrompt(CheckedScheduler):
-    def _admit(self, request: Request) -> bool:
+    def _admit(self, request: Request, now: float) -> bool:
         if not self.policy.reserve:
-            return super()._admit(request)
+            return super()._admit(request, now)
         if not self.kv.admit(request, request.num_tokens):
             return False
+        self.order.started(request, now)
         request.num_cached = 0
         self.waiting.remove(request)
         self.running.append(request)
         return True
+
+
+class PreemptsWhoIsInFlight(CheckedScheduler):
+    def _make_way(self, now: float) -> None:
+        if self.waiting and self.running and self._place(self.waiting.first) < self._place(self.running[-1]):
+            self._preempt(self.running[-1], now)
+            self._admit(self.waiting.first, now)
+
+
+class MakesWayForWhoComesAfter(CheckedScheduler):
+    def _make_way(self, now: float) -> None:
+        if self.waiting and self.running and not self.running[-1].num_in_flight:
+            request = self.waiting.first
+            self._preempt(self.running[-1], now)
+            self._admit(request, now)
+
+
+class MakesWayInVain(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(msgspec.structs.replace(config, policy=parse_policy("priority,ageing=inf")))
+        who_gives = self.kv.who_gives
+
+        def generous(request, num_tokens, spare, others, least):
+            return who_gives(request, num_tokens, 0, others, least)
+
+        self.kv.who_gives = generous
+
+
+class NeverPutsInOrder(CheckedScheduler):
+    def _put_in_order(self) -> None:
+        self.order.moved = False
+
+
+class LetsTheFirstLaneGo(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+
+        class Careless(Waiting):
+            @property
+            def first(self) -> Request:
+                return next(iter(self))
+
+        self.waiting = Careless(self.order)
+
+
+class ForgetsThatRanksRise(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        order = self.order
+
+        class Ranks:
+            def __init__(self) -> None:
+                self.known: dict[str, float] = {}
+
+            def rank(self, lane: str) -> float:
+                return self.known.setdefault(lane, order.rank(lane))
+
+        self.waiting = Waiting(Ranks())
 
 
 MUTANTS = [

@@ -43,7 +43,7 @@ class Life(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 2**32), eager=st.booleans())
     def begin(self, seed: int, eager: bool) -> None:
         self.rng = random.Random(seed)
-        self.world = World(random_config(self.rng), eager=eager)
+        self.world = World(random_config(self.rng), eager=eager, pace=self.rng.choice([0.0, 0.1]))
 
     @rule(count=st.integers(1, 4))
     def submit(self, count: int) -> None:

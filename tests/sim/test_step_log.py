@@ -26,19 +26,16 @@ class Recorded(World):
     def __init__(self, config: SchedulerConfig, eager: bool = True) -> None:
         super().__init__(config, eager)
         self.data = bytearray()
-        self.now = 0.0
+        self.pace = 0.001
         log = StepLog(Header(config=config), self.data.extend, b"key")
         self.loop = EngineLoop(self.scheduler, self.executor, self, self, log_clock(self.clock), log)
-
-    def clock(self) -> float:
-        self.now += 0.001
-        return self.now
 
 
 def recorded_life(seed: int) -> Recorded:
     """A random life with everything in it: prefixes shared, preemption, stops, aborts, crashes come back from."""
     rng = random.Random(seed)
     world = Recorded(random_config(rng), eager=rng.random() < 0.5)
+    world.pace = rng.choice([0.001, 0.1])
     for _ in range(rng.randint(1, 25)):
         for _ in range(rng.choice([0, 1, 1, 2, 5])):
             world.submit(**random_request(rng, world))

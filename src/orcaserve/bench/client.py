@@ -253,6 +253,8 @@ async def _stream(client: httpx.AsyncClient, server: Server, item: Item, take: C
     }
     if item.tenant is not None:
         body["user"] = item.tenant
+    if item.priority:
+        body["priority"] = item.priority
     try:
         async with client.stream("POST", "/v1/completions", content=msgspec.json.encode(body)) as response:
             if response.status_code != 200:

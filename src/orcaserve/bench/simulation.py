@@ -32,7 +32,16 @@ def arrivals_of(work: Work) -> list[Arrival]:
     """A workload's requests, with their token ids only where two of them begin alike."""
     ids = work.shares_prompts
     return [
-        Arrival(item.at, len(item.prompt_ids), item.max_tokens, item.prompt_ids if ids else ()) for item in work.items
+        Arrival(
+            item.at,
+            len(item.prompt_ids),
+            item.max_tokens,
+            item.prompt_ids if ids else (),
+            tenant=item.tenant or "",
+            priority=item.priority,
+            deadline=item.deadline,
+        )
+        for item in work.items
     ]
 
 
@@ -61,7 +70,19 @@ def arrivals_of_log(log: Log) -> list[Arrival]:
         if length < 1:
             continue
         tokens = replay.tokens_of(names[id], id, size, known + length)
-        found.append(Arrival(event.at, known, length, tokens[:known], tokens[known:], leaves))
+        found.append(
+            Arrival(
+                event.at,
+                known,
+                length,
+                tokens[:known],
+                tokens[known:],
+                leaves,
+                tenant=event.tenant,
+                priority=event.priority,
+                deadline=event.deadline,
+            )
+        )
     if not found:
         raise ValueError("the step log has no request that generated a token")
     return found

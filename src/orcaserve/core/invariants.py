@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 
 from orcaserve.core.batch import Batch, StepResult
+from orcaserve.core.orders.fair import Fair
+from orcaserve.core.orders.gap import ServiceGap
 from orcaserve.core.request import NewRequest, Output, Request
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 
@@ -49,9 +51,9 @@ def _check_requests(scheduler: Scheduler) -> None:
     for lane in {request.lane for request in waiting}:
         keys = [place for place in places if place[0] == lane]
         require(keys == sorted(keys), "lanes are in the policy's order")
-    if not scheduler.order.moves:
-        keys = [(request.lane, request.key, request.arrival) for request in scheduler.running]
-        require(keys == sorted(keys), "who runs is in the policy's order")
+    if not scheduler.order.moved:
+        running = [scheduler._place(request) for request in scheduler.running]
+        require(running == sorted(running), "who runs is in the policy's order")
     for request in waiting:
         require(not request.block_table and request.num_computed == 0, "who waits holds no KV")
         require(not request.num_in_flight, "who waits is in no batch")
@@ -76,17 +78,22 @@ def _check_requests(scheduler: Scheduler) -> None:
 class CheckedScheduler(Scheduler):
     """A Scheduler that verifies the whole specification around every call (`--check`, and every test).
 
-    Owner of where the rows in flight start, by request and in order.
+    Owner of where the rows in flight start, by request and in order, and of what tenants get, where the order is fair.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
         super().__init__(config)
         self._starts: dict[int, deque[int]] = {}
+        self._owes = False  # somebody was preempted, and nobody was let in since
+        self.gap: ServiceGap | None = None
+        if isinstance(self.order, Fair):
+            self.gap = ServiceGap(self.order, self.kv.num_slots if self.policy.reserve else None)
 
     def schedule(self, now: float = 0.0) -> Batch | None:
         num_running = len(self.running)
         batch = super().schedule(now)
         check(self)
+        self._check_gap()
         if batch is not None:
             self._check_batch(batch, num_running)
             for row in batch.rows:
@@ -97,8 +104,13 @@ class CheckedScheduler(Scheduler):
         return batch
 
     def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
+        generated = [(self.requests[row.id], self.requests[row.id].num_generated) for row in batch.rows]
         outputs = super().update(batch, result, now)
         check(self)
+        if self.gap is not None:
+            for known, before in generated:
+                self.gap.generated(known, known.num_generated - before)
+        self._check_gap()
         for row in batch.rows:
             starts = self._starts[row.id]
             starts.popleft()
@@ -117,10 +129,38 @@ class CheckedScheduler(Scheduler):
     def add(self, new: NewRequest, now: float = 0.0) -> None:
         super().add(new, now)
         check(self)
+        self._check_gap()
 
     def abort(self, id: int) -> None:
         super().abort(id)
         check(self)
+        self._check_gap()
+
+    def _admit(self, request: Request, now: float) -> bool:
+        require(request is min(self.waiting, key=self._place), "nobody overtakes in the queue")
+        is_first = request.num_cached is None
+        admitted = super()._admit(request, now)
+        self._owes = self._owes and not admitted
+        if admitted and self.gap is not None:
+            self.gap.admitted(request, is_first, self.running)
+        return admitted
+
+    def _make_way(self, now: float) -> None:
+        self._owes = False
+        super()._make_way(now)
+        require(not self._owes, "nobody makes way in vain")
+
+    def _preempt(self, request: Request, now: float) -> None:
+        require(not request.num_in_flight, "who is in flight is not preempted")
+        free = [other for other in self.running if not other.num_in_flight]
+        require(self.order.moved or request is max(free, key=self._place), "the last in order is preempted")
+        super()._preempt(request, now)
+        self._owes = True
+
+    def _check_gap(self) -> None:
+        if self.gap is not None:
+            self.gap.look({request.new.tenant for request in self.waiting})
+            require(self.gap.widest <= self.gap.bound + 1e-6, "tenants that wait get about the same")
 
     def _check_batch(self, batch: Batch, num_running: int) -> None:
         rows = batch.rows
@@ -139,9 +179,6 @@ class CheckedScheduler(Scheduler):
             self._check_row(row.id, row.start, row.num_tokens, written)
             samples = row.start + row.num_tokens == self.requests[row.id].num_tokens
             require(row.samples <= samples, "only who has caught up samples")
-        if self.waiting and self.config.depth == 1 and self.running and not self.order.moves:
-            last, first = self.running[-1], self.waiting.first
-            require(self._place(last) < self._place(first), "nobody overtakes in the queue")
 
     def _check_row(self, id: int, start: int, num_tokens: int, written: set[int]) -> None:
         request: Request = self.requests[id]

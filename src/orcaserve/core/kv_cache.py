@@ -54,6 +54,29 @@ class KVCacheManager:
             self.num_hits += request.num_computed
         return True
 
+    def who_gives(
+        self, request: Request, num_tokens: int, spare: int, others: Sequence[Request], least: int
+    ) -> Sequence[Request] | None:
+        """The first of the `others`, `least` or as many as must lose their blocks before `admit` can succeed.
+
+        spare: as in `admit`; one block less for each of the others that goes. None: all of them are too few.
+        """
+        hits = set(self._cached_prefix(request))
+        left: dict[int, int] = {}  # holders of a block when the others are gone
+        lacking = self.blocks_for(num_tokens) - len(hits) + spare - self.pool.num_free
+        lacking += sum(1 for block in hits if self.pool.counts[block] == 0)
+        given = 0
+        while lacking > 0 or given < least:
+            if given == len(others):
+                return None
+            for block in others[given].block_table:
+                left[block] = left.get(block, self.pool.counts[block]) - 1
+                if left[block] == 0 and block not in hits:
+                    lacking -= 1
+            given += 1
+            lacking -= 1
+        return others[:given]
+
     def known_prefix(self, request: Request) -> int:
         """Tokens of a request without blocks that the prefix cache would spare it now."""
         return len(self._cached_prefix(request)) * self.block_size

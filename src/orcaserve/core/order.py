@@ -2,22 +2,20 @@
 
 An order is asked for three things. Requests wait in *lanes* (one for all, or one for each tenant); the lane of the
 least `rank` goes first, and in it the request of the least `key`. Equal ones go by arrival. The same order says who is
-preempted first when memory is short: the last. It learns of work that is done by `served`, and of nothing else, so
-that the same calls at the same times give the same decisions.
+preempted first when memory is short: the last. It learns only what the calls below tell it, so that the same calls at
+the same times give the same decisions.
 
-To plug in an order of one's own, subclass `Order` and name it as an entry point of the group "orcaserve.orders".
+Orders stand in `orcaserve.core.orders`; docs/policies.md shows how to plug in one of your own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import entry_points
+from heapq import heapify, heappop, heappush, heapreplace
 
 import msgspec
 
 from orcaserve.core.request import Request
-
-GROUP = "orcaserve.orders"
 
 
 class OrderOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,35 +27,42 @@ class Order:
 
     Options: the fields that `--policy NAME,field=value` may set; they come to __init__ as one frozen value.
     preempts: whether who waits may take the place of one that runs and comes after it.
-    moves: whether ranks or keys of running requests change, so that they have to be put in order again.
+    moved: an order sets it where ranks or keys of running requests have changed; the scheduler puts them in order
+        again and clears it.
+
+    Where an order preempts, one that has been preempted must come after whom it made way for until that one has
+    generated something: then they cannot take turns in preempting each other.
     """
 
     Options: type[OrderOptions] = OrderOptions
     preempts = False
-    moves = False
 
     def __init__(self, options: OrderOptions) -> None:
         self.options = options
+        self.moved = False
 
     def lane(self, request: Request) -> str:
         """Where a request waits; the same for its whole life."""
         return ""
 
     def rank(self, lane: str) -> float:
-        """Place of a lane now."""
+        """Place of a lane now. While somebody waits there it may rise, but never fall."""
         return 0.0
 
     def key(self, request: Request, now: float) -> float:
         """Place in its lane, asked when the request begins to wait, first or again; `now` in seconds."""
         return 0.0
 
-    def arrived(self, request: Request, lane_waits: bool) -> None:
-        """A new request is about to wait. lane_waits: whether others wait or run in its lane already."""
+    def arrived(self, request: Request, waiting: Waiting) -> None:
+        """A new request is about to wait with those that wait now (only to be looked at)."""
+
+    def started(self, request: Request, now: float) -> None:
+        """A request is about to run, first (its `num_cached` is None) or again; `num_computed` were in the cache."""
 
     def served(self, request: Request, num_computed: int, num_generated: int) -> None:
         """An iteration has computed so many tokens that nobody had computed before, and generated so many.
 
-        It may set `request.key`, if `moves`.
+        It may set `request.key`, and then `moved`.
         """
 
     def ended(self, request: Request) -> None:
@@ -69,11 +74,16 @@ class OrderError(ValueError):
 
 
 class Waiting:
-    """The requests that wait, in lanes, each sorted by key and arrival. Owned by the scheduler."""
+    """The requests that wait, in lanes, each sorted by key and arrival. Owned by the scheduler.
+
+    The first of the first lane is found by a heap of what lanes begin with. Entries that are out of date are dropped or
+    put right when they come to its top, which is right as long as ranks only rise.
+    """
 
     def __init__(self, order: Order) -> None:
         self._order = order
         self._lanes: dict[str, list[Request]] = {}
+        self._heads: list[tuple[float, float, int, str]] = []  # rank, key and arrival of its first, lane
         self._count = 0
 
     def __len__(self) -> int:
@@ -87,10 +97,16 @@ class Waiting:
     @property
     def first(self) -> Request:
         """Who goes next. IndexError if nobody waits."""
-        lanes = self._lanes
-        if len(lanes) == 1:
-            return next(iter(lanes.values()))[0]
-        return min((lane[0] for lane in lanes.values()), key=self._place)
+        lanes, heads = self._lanes, self._heads
+        while True:
+            rank, key, arrival, lane = heads[0]
+            head = lanes[lane][0] if lane in lanes else None
+            if head is None or head.arrival != arrival or head.key != key:
+                heappop(heads)
+            elif (risen := self._order.rank(lane)) != rank:
+                heapreplace(heads, (risen, key, arrival, lane))
+            else:
+                return head
 
     def has_lane(self, name: str) -> bool:
         return name in self._lanes
@@ -103,16 +119,28 @@ class Waiting:
         else:
             lane.insert(_find(lane, place), request)
         self._count += 1
+        if lane[0] is request:
+            self._begin(request)
 
     def remove(self, request: Request) -> None:
         lane = self._lanes[request.lane]
-        del lane[_find(lane, (request.key, request.arrival))]
+        at = _find(lane, (request.key, request.arrival))
+        del lane[at]
+        self._count -= 1
         if not lane:
             del self._lanes[request.lane]
-        self._count -= 1
+        elif at == 0:
+            self._begin(lane[0])
 
-    def _place(self, request: Request) -> tuple[float, float, int]:
-        return self._order.rank(request.lane), request.key, request.arrival
+    def _begin(self, head: Request) -> None:
+        """A lane begins with this request now."""
+        heappush(self._heads, self._entry(head))
+        if len(self._heads) > 4 * len(self._lanes) + 16:  # many are out of date, and none comes to the top
+            self._heads = [self._entry(lane[0]) for lane in self._lanes.values()]
+            heapify(self._heads)
+
+    def _entry(self, head: Request) -> tuple[float, float, int, str]:
+        return self._order.rank(head.lane), head.key, head.arrival, head.lane
 
 
 def _find(lane: list[Request], place: tuple[float, int]) -> int:
@@ -125,29 +153,3 @@ def _find(lane: list[Request], place: tuple[float, int]) -> int:
         else:
             high = middle
     return low
-
-
-ORDERS: dict[str, type[Order]] = {"fcfs": Order}
-
-
-def find_order(name: str) -> type[Order]:
-    """An order by its name: one of ours, or one that another package has as an entry point. OrderError if none."""
-    if name in ORDERS:
-        return ORDERS[name]
-    plugged = {point.name: point for point in entry_points(group=GROUP)}
-    if name not in plugged:
-        raise OrderError(f"there is no order {name!r}; there are {', '.join([*ORDERS, *plugged])}")
-    found = plugged[name].load()
-    if not (isinstance(found, type) and issubclass(found, Order)):
-        raise OrderError(f"the entry point {name!r} is no subclass of orcaserve.core.order.Order")
-    return found
-
-
-def make_order(name: str, options: tuple[tuple[str, str], ...]) -> Order:
-    """An order with its options, which are checked here. OrderError says what is wrong."""
-    of = find_order(name)
-    try:
-        return of(msgspec.convert(dict(options), of.Options, strict=False))
-    except (msgspec.ValidationError, ValueError) as error:
-        known = ", ".join(of.Options.__struct_fields__) or "none"
-        raise OrderError(f"order {name!r}: {error}; its options: {known}") from None

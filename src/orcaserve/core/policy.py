@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
-from orcaserve.core.order import ORDERS, Order, OrderError, find_order, make_order
+from orcaserve.core.order import Order, OrderError
+from orcaserve.core.orders import make_order, order_names
 from orcaserve.core.request import Request
 
 Shape = tuple[int, int]  # of a row: its first position, its number of tokens
@@ -28,7 +29,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     alike: a batch holds only rows that can be stacked to one tensor [B, L, H], as without selective batching (paper,
         section 3.2): they begin at the same position and take as many tokens. The first row decides; the others wait.
         Not for request_level, whose members stay together.
-    order, options: who goes first, and what that order is told; see `orcaserve.core.order`.
+    order, options: who goes first, and what that order is told; see `orcaserve.core.order`. Orders that preempt go with
+        neither request_level nor reserve.
     """
 
     name: str
@@ -44,7 +46,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
 
     def make_order(self) -> Order:
         """A new one, for one scheduler. Raises OrderError."""
-        return make_order(self.order, self.options)
+        order = make_order(self.order, self.options)
+        if order.preempts and (self.reserve or self.request_level):
+            why = "a batch stays together to its end" if self.request_level else "who runs has reserved its room"
+            raise OrderError(f"policy {self.name!r}: {why}, but order {self.order!r} preempts")
+        return order
 
     def room(self, request: Request) -> int:
         """Tokens for which admission must find KV slots."""
@@ -71,22 +77,24 @@ POLICIES = {policy.name: policy for policy in (DEFAULT, ORCA, STATIC, STACKED)}
 
 
 def parse_policy(text: str) -> Policy:
-    """NAME[,option=value…]: a policy of `POLICIES`, or the default with another order. OrderError is one clear line."""
+    """NAME[,option=value…]: a policy of `POLICIES`, or the default with another order. OrderError is one clear line.
+
+    A policy's own option is `order`, another order than first come, first served; the others are that order's.
+    """
     name, *pairs = text.split(",")
-    options = []
+    options = {}
     for pair in pairs:
         option, equals, value = pair.partition("=")
         if not equals:
             raise OrderError(f"policy {text!r}: {pair!r} is no option; write NAME,option=value")
-        options.append((option.strip(), value.strip()))
+        options[option.strip()] = value.strip()
     name = name.strip()
-    if name in POLICIES:
-        base = msgspec.structs.replace(POLICIES[name], options=tuple(options))
-    else:
-        try:
-            find_order(name)
-        except OrderError:
-            raise OrderError(f"there is no policy {name!r}; there are {', '.join([*POLICIES, *ORDERS])}") from None
-        base = msgspec.structs.replace(DEFAULT, name=text, order=name, options=tuple(options))
-    base.make_order()
-    return base
+    base = POLICIES.get(name, DEFAULT)
+    order = options.pop("order", base.order) if name in POLICIES else name
+    if name not in POLICIES and name not in (known := order_names()):
+        raise OrderError(f"there is no policy {name!r}; there are {', '.join([*POLICIES, *known])}")
+    if order == base.order and not options:
+        return base
+    policy = msgspec.structs.replace(base, name=text, order=order, options=tuple(options.items()))
+    policy.make_order()
+    return policy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from bisect import insort
 from itertools import islice
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ class Scheduler:
         self.order = config.policy.make_order()
         self.requests: dict[int, Request] = {}
         self.waiting = Waiting(self.order)
-        self.running: list[Request] = []  # in order; where it moves, as of the last schedule()
+        self.running: list[Request] = []  # in order, unless that has moved since the last schedule()
         self.num_preemptions = 0
         self.num_steps = 0
         self._num_arrivals = 0
@@ -84,7 +85,7 @@ class Scheduler:
             )
         self._num_arrivals += 1
         request.lane = self.order.lane(request)
-        self.order.arrived(request, self._has_lane(request.lane))
+        self.order.arrived(request, self.waiting)
         self.requests[new.id] = request
         self._wait(request, now)
 
@@ -99,8 +100,10 @@ class Scheduler:
 
     def schedule(self, now: float = 0.0) -> Batch | None:
         """The next iteration, or None if nothing can run now: nothing is ready, or memory waits for a batch's end."""
-        if self.order.moves:
-            self.running.sort(key=self._place)
+        self._put_in_order()
+        if self.order.preempts:
+            self._make_way(now)
+            self._put_in_order()
         rows: list[Row] = []
         tokens_left = self._token_limit()
         closed = self.policy.request_level and bool(self.running)
@@ -128,7 +131,7 @@ class Scheduler:
         closed = closed or self.num_preemptions > num_preemptions
         while not closed and self.waiting and num_own < self.config.max_batch_size and tokens_left > 0:
             request = self.waiting.first
-            if not self._joins(rows, self._first_row(request, tokens_left)) or not self._admit(request):
+            if not self._joins(rows, self._first_row(request, tokens_left)) or not self._admit(request, now):
                 break  # stop, not skip: nobody overtakes
             rows.append(self._row(request, tokens_left))
             num_own += 1
@@ -216,11 +219,37 @@ class Scheduler:
         self._forget(request)
         self._wait(request, now)
 
-    def _admit(self, request: Request) -> bool:
+    def _make_way(self, now: float) -> None:
+        """Lets who waits go before those that run and come after it, in their place if need be; not if that is in vain.
+
+        This is done before rows are chosen, so that no decision is taken back. Who is in flight stays.
+        """
+        while self.waiting and self.running:
+            request = self.waiting.first
+            place = self._place(request)
+            if self._place(self.running[-1]) < place:
+                return
+            free = [other for other in self.running if not other.num_in_flight]
+            after = [other for other in reversed(free) if self._place(other) > place]
+            own = min(sum(other.lag > 0 for other in free), self._row_limit())
+            rows = max(0, own + 1 - self.config.max_batch_size)
+            victims = self.kv.who_gives(request, self.policy.room(request), len(self.running), after, rows)
+            if victims is None:
+                return
+            ahead = sum(other.lag for other in free if other.lag == 1 or self._place(other) < place)
+            if ahead - sum(victim.lag == 1 for victim in victims) >= self._token_limit():
+                return  # it would get no token now
+            for victim in victims:
+                self._preempt(victim, now)
+            if not self._admit(request, now):
+                return
+
+    def _admit(self, request: Request, now: float) -> bool:
         """Lets the first in the queue run, if its KV fits and leaves a block to spare for each that runs."""
         spare = 0 if self.policy.reserve else len(self.running)
         if not self.kv.admit(request, self.policy.room(request), spare):
             return False
+        self.order.started(request, now)
         if request.num_cached is None:
             request.num_cached = request.num_computed
             request.num_served = request.num_computed
@@ -237,14 +266,16 @@ class Scheduler:
         self.waiting.add(request)
 
     def _run(self, request: Request) -> None:
-        place = self._place(request)
-        at = len(self.running)
-        while at and self._place(self.running[at - 1]) > place:
-            at -= 1
-        self.running.insert(at, request)
+        if self.order.moved:  # they are put in order before the next batch anyway
+            self.running.append(request)
+        else:
+            insort(self.running, request, key=self._place)
 
-    def _has_lane(self, lane: str) -> bool:
-        return self.waiting.has_lane(lane) or any(request.lane == lane for request in self.running)
+    def _put_in_order(self) -> None:
+        if self.order.moved:
+            ranks = {lane: self.order.rank(lane) for lane in dict.fromkeys(request.lane for request in self.running)}
+            self.running.sort(key=lambda request: (ranks[request.lane], request.key, request.arrival))
+            self.order.moved = False
 
     def _seal(self, rows: list[Row]) -> Batch:
         """Turns decisions into the message: only what the workers cannot know."""

@@ -23,7 +23,7 @@ class Arrival(msgspec.Struct, frozen=True):
     """One request of a workload: when it comes (seconds), its prompt and its output in tokens.
 
     prompt_ids, output_ids: the tokens, where a prefix cache may find something; () stands for a prompt like no other.
-    leaves: when its client hangs up, if that is before its end.
+    leaves: when its client hangs up, if that is before its end. tenant, priority, deadline: as in NewRequest.
     """
 
     time: float
@@ -32,6 +32,9 @@ class Arrival(msgspec.Struct, frozen=True):
     prompt_ids: tuple[int, ...] = ()
     output_ids: tuple[int, ...] = ()
     leaves: float | None = None
+    tenant: str = ""
+    priority: int = 0
+    deadline: float | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.time < float("inf"):
@@ -153,6 +156,9 @@ class World:
             num_prompt=arrival.num_prompt,
             max_tokens=arrival.num_output,
             params=_PARAMS,
+            tenant=arrival.tenant,
+            priority=arrival.priority,
+            deadline=arrival.deadline,
         )
 
 
@@ -163,6 +169,7 @@ def simulate(
     host: Callable[[Batch], float] | None = None,
     *,
     keep_iterations: bool = True,
+    scheduler: Callable[[SchedulerConfig], Scheduler] = Scheduler,
 ) -> tuple[list[Record], list[Iteration]]:
     """Runs a workload to its end. Every request that does not leave generates exactly `num_output` tokens.
 
@@ -179,7 +186,7 @@ def simulate(
         return cost(batch)
 
     executor = SimExecutor(noted if keep_iterations else cost, clock, host, world.sample)
-    loop = EngineLoop(Scheduler(config), executor, world, world, clock)
+    loop = EngineLoop(scheduler(config), executor, world, world, clock)
     while world.is_open:
         loop.step()
     return world.records(), iterations

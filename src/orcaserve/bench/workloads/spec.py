@@ -38,6 +38,12 @@ def _count(text: str) -> int:
     return value
 
 
+def _level(text: str) -> int:
+    if not re.fullmatch(r"-?\d{1,7}", text):
+        raise ValueError
+    return int(text)
+
+
 def _name(text: str) -> str:
     if not re.fullmatch(r"[\w.@-]{1,64}", text):
         raise ValueError
@@ -78,10 +84,12 @@ KEYS = {
     "max-out": Key("max_out", *_COUNT, "outputs are cut there"),
     "spread": Key("spread", *_FROM_ZERO, "arrivals within so many seconds are dealt out over them"),
     "tenant": Key("tenant", _name, "a name", "who sends these; the server gets it as `user`"),
+    "priority": Key("priority", _level, "a whole number", "of these requests; the lower, the earlier"),
+    "deadline": Key("deadline", *_ABOVE_ZERO, "seconds until the first token is due; for orcaserve simulate"),
     "start": Key("start", *_FROM_ZERO, "seconds before the first of these may arrive"),
 }
 # Of every kind.
-COMMON = {"tenant": None, "start": "0"}
+COMMON = {"tenant": None, "priority": None, "deadline": None, "start": "0"}
 
 
 def make(text: str, *, vocab: int, seed: int) -> Work:
@@ -93,10 +101,11 @@ def make(text: str, *, vocab: int, seed: int) -> Work:
     # Paths may hold a plus or a comma.
     for part, written in enumerate(re.split(r"\s*\+\s*(?=[a-z]+:)", text.strip())):
         kind, options = _parse(written)
-        tenant, start = options.pop("tenant"), options.pop("start")
+        start = options.pop("start")
+        said = {name: value for name in ("tenant", "priority", "deadline") if (value := options.pop(name)) is not None}
         draw = Draw(written, part, vocab=vocab, seed=seed)
         for item in KINDS[kind].make(draw, **options):
-            items.append(msgspec.structs.replace(item, at=item.at + start, tenant=tenant or item.tenant))
+            items.append(msgspec.structs.replace(item, at=item.at + start, **said))
     if not items:
         raise ValueError(f"{text!r} has no requests")
     return Work(text.strip(), "load", tuple(sorted(items, key=lambda item: item.at)))
@@ -139,7 +148,7 @@ def explained() -> Iterator[str]:
     for kind in KINDS.values():
         more = ", ".join(key for key in kind.optional if f"{key}=" not in kind.example)
         yield from (f"  {kind.example}", f"      {kind.what}" + (f"; also {more}" if more else ""))
-    yield "Keys; tenant and start are of every kind:"
+    yield f"Keys; {', '.join(COMMON)} are of every kind:"
     for name, key in KEYS.items():
         yield f"  {name:9} {key.what}"
     yield f"Lengths (in, out, turns) are {FORMS}."

@@ -18,13 +18,15 @@ DrawIds = Callable[[int], tuple[int, ...]]
 class Item(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request: when it is due (seconds after the work begins), its prompt, how many tokens it generates.
 
-    tenant: on whose behalf, if on anybody's.
+    tenant: on whose behalf, if on anybody's. priority, deadline: as in NewRequest.
     """
 
     at: float
     prompt_ids: tuple[int, ...]
     max_tokens: int
     tenant: str | None = None
+    priority: int = 0
+    deadline: float | None = None
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -73,10 +75,19 @@ class _Line(msgspec.Struct, omit_defaults=True):
     prompt_ids: tuple[int, ...] | None = None
     prompt_tokens: int | None = None
     tenant: str | None = None
+    priority: int = 0
+    deadline: float | None = None
 
     @classmethod
     def of(cls, item: Item) -> _Line:
-        return cls(item.at, item.max_tokens, prompt_tokens=len(item.prompt_ids), tenant=item.tenant)
+        return cls(
+            item.at,
+            item.max_tokens,
+            prompt_tokens=len(item.prompt_ids),
+            tenant=item.tenant,
+            priority=item.priority,
+            deadline=item.deadline,
+        )
 
     def item(self, draw_ids: DrawIds | None) -> Item:
         ids = self.prompt_ids
@@ -86,4 +97,4 @@ class _Line(msgspec.Struct, omit_defaults=True):
             raise ValueError("a request needs prompt_ids, or prompt_tokens from 1 where ids can be drawn")
         if self.at < 0 or self.max_tokens < 1:
             raise ValueError("a request is due at 0 seconds or later, and generates a token or more")
-        return Item(self.at, ids, self.max_tokens, self.tenant)
+        return Item(self.at, ids, self.max_tokens, self.tenant, self.priority, self.deadline)
