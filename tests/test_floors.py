@@ -7,14 +7,30 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "src" / "orcaserve"
 FLOORS = [
-    ({"core/request", "core/batch", "core/config"}, 0),
+    ({"core/request", "core/batch", "core/config", "core/timing"}, 0),
     ({"core"}, 1),
     ({"engine", "sim", "bench"}, 2),
     ({"ops", "parallel"}, 3),
     ({"model"}, 4),
     ({"worker"}, 5),
     ({"executors"}, 6),
-    ({"serve", "llm", "cli", "cli_bench", "cli_simulate", "cli_policy", "cli_size", "builtin", "__main__"}, 7),
+    (
+        {
+            "serve",
+            "llm",
+            "cli",
+            "cli_bench",
+            "cli_simulate",
+            "cli_config",
+            "cli_explain",
+            "cli_policy",
+            "cli_itl",
+            "cli_size",
+            "builtin",
+            "__main__",
+        },
+        7,
+    ),
 ]
 PURE = ("core", "engine", "sim")
 FORBIDDEN_IN_PURE = {"torch", "numpy", "time", "threading", "random", "logging", "asyncio", "os", "socket"}

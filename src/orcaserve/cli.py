@@ -12,6 +12,9 @@ import click
 
 from orcaserve import __version__
 from orcaserve.cli_bench import bench
+from orcaserve.cli_config import config_option
+from orcaserve.cli_explain import explain
+from orcaserve.cli_itl import max_itl_option
 from orcaserve.cli_policy import POLICY_HELP, PolicyName
 from orcaserve.cli_simulate import simulate
 from orcaserve.cli_size import Size
@@ -26,9 +29,22 @@ def engine_options(command: Any) -> Any:
         click.option(
             "--kv-memory", type=Size(), default="auto", show_default=True, help="KV cache: 24MiB, 4GiB, auto."
         ),
+        click.option(
+            "--swap-space",
+            type=Size(),
+            default="0",
+            show_default=True,
+            help="Room for KV of preempted requests, which is else computed again: 4GiB.",
+        ),
+        click.option(
+            "--swap-dir",
+            type=click.Path(exists=True, file_okay=False),
+            help="Have it in a file of this folder, not in memory.",
+        ),
         click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and output together, in tokens."),
         click.option("--max-batch-size", type=click.IntRange(1), default=64, show_default=True, help="Requests."),
         click.option("--max-batch-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens."),
+        max_itl_option("Default: whatever --max-batch-tokens take."),
         click.option("--policy", type=PolicyName(), default="default", show_default=True, help=POLICY_HELP),
         click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use."),
         click.option(
@@ -98,6 +114,8 @@ def _engine(model: str, options: dict[str, Any]) -> tuple[str, EngineOptions]:
         raise click.ClickException(str(error)) from None
     finally:
         console.close()
+    if options["swap_space"] is None or (options["swap_dir"] is not None and not options["swap_space"]):
+        raise click.ClickException("--swap-space needs a size, for example 4GiB")
     # An iteration always has room for one token of every request.
     options["max_batch_tokens"] = max(options["max_batch_tokens"], options["max_batch_size"])
     return name, EngineOptions(model=str(folder), **options)
@@ -113,6 +131,7 @@ def main() -> None:
 @click.argument("model", default="orcaserve-tiny")
 @click.option("--host", default="127.0.0.1", show_default=True, help="A public address needs --api-key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@config_option
 @engine_options
 @click.option(
     "--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines, which share threads and memory."
@@ -134,7 +153,23 @@ def main() -> None:
 )
 @click.option("--max-queue-requests", type=click.IntRange(1), default=1024, show_default=True)
 @click.option("--max-queue-tokens", type=click.IntRange(1), default=1 << 20, show_default=True)
-@click.option("--api-key", multiple=True, help="Clients must send one of them; may be given several times.")
+@click.option(
+    "--tenant-queue-share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.5,
+    show_default=True,
+    help="Of both, what one tenant may have. A tenant is an API key or, without keys, a request's user.",
+)
+@click.option("--tenant-requests-per-minute", type=click.FloatRange(0, min_open=True), help="Of each tenant.")
+@click.option(
+    "--tenant-tokens-per-minute", type=click.FloatRange(0, min_open=True), help="Of each tenant; prompts and outputs."
+)
+@click.option(
+    "--api-key",
+    multiple=True,
+    metavar="[NAME=]KEY",
+    help="Clients must send one of them; may be given several times. NAME is the tenant's.",
+)
 @click.option("--served-model-name", help="What clients call the model.")
 @click.option("--ssl-certfile", type=click.Path(dir_okay=False))
 @click.option("--ssl-keyfile", type=click.Path(dir_okay=False))
@@ -148,7 +183,7 @@ def main() -> None:
 @click.option(
     "--step-log",
     type=click.Path(dir_okay=False),
-    help="Write down every iteration, for orcaserve simulate: lengths and times, no text. With replicas: FILE.0, …",
+    help="Write down every iteration, for explain and simulate: lengths and times, no text. With replicas: FILE.0, …",
 )
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
 def serve(
@@ -161,6 +196,9 @@ def serve(
     ray: str | None,
     max_queue_requests: int,
     max_queue_tokens: int,
+    tenant_queue_share: float,
+    tenant_requests_per_minute: float | None,
+    tenant_tokens_per_minute: float | None,
     api_key: tuple[str, ...],
     served_model_name: str | None,
     ssl_certfile: str | None,
@@ -174,10 +212,11 @@ def serve(
     """Serve MODEL over HTTP: a Hugging Face folder, a hub name such as Qwen/Qwen3-0.6B, or the built-in model."""
     from contextlib import ExitStack
 
+    from orcaserve.serve.admission import Limits
     from orcaserve.serve.cluster import elsewhere
     from orcaserve.serve.console import Console
     from orcaserve.serve.frontend import HttpOptions
-    from orcaserve.serve.pool import Limits, Replication
+    from orcaserve.serve.pool import Replication
     from orcaserve.serve.replicas import step_logs
     from orcaserve.serve.server import run
 
@@ -212,7 +251,13 @@ def serve(
         console.on_ready(info, replicas if commands is None else 1)
         console.say(f"serving {http.served_model_name} on {url}")
 
-    limits = Limits(max_queue_requests=max_queue_requests, max_queue_tokens=max_queue_tokens)
+    limits = Limits(
+        max_queue_requests=max_queue_requests,
+        max_queue_tokens=max_queue_tokens,
+        tenant_queue_share=tenant_queue_share,
+        tenant_requests_per_minute=tenant_requests_per_minute,
+        tenant_tokens_per_minute=tenant_tokens_per_minute,
+    )
     with ExitStack() as stack:
         stack.callback(console.close)
         try:
@@ -308,6 +353,49 @@ def generate(
 
 
 @main.command()
+@click.argument("source", metavar="IN.jsonl", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("target", metavar="OUT.jsonl", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--model", "-m", default="orcaserve-tiny", show_default=True)
+@engine_options
+def batch(source: Path, target: Path, model: str, **options: Any) -> None:
+    """Answer a file of requests in OpenAI's batch format, without a server.
+
+    Answers are appended to OUT.jsonl as they come. What it has already is not asked again: a batch that was
+    interrupted goes on.
+    """
+    import asyncio
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from orcaserve.serve.batch import BatchError, run_batch
+    from orcaserve.serve.pool import EngineFailed
+
+    name, engine = _engine(model, options)
+    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None)
+        try:
+            failed = asyncio.run(
+                run_batch(
+                    name,
+                    engine,
+                    source,
+                    target,
+                    at_once=4 * engine.max_batch_size,
+                    on_answer=lambda done, total: progress.update(task, completed=done, total=total),
+                )
+            )
+        except (BatchError, ModelError, EngineFailed) as error:
+            raise click.ClickException(str(error)) from None
+        except OSError as error:
+            raise click.ClickException(f"{target}: {error.strerror}") from None
+    if failed:
+        click.echo(f"{failed} answers are errors; see their status_code", err=True)
+        sys.exit(1)
+
+
+@main.command()
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="A running server.")
 @click.option("--api-key", help="If the server wants one.")
 @click.option("--system", help="A system message.")
@@ -371,6 +459,7 @@ def models() -> None:
 
 main.add_command(bench)
 main.add_command(simulate)
+main.add_command(explain)
 
 if __name__ == "__main__":
     main()

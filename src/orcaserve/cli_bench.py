@@ -10,6 +10,7 @@ import click
 
 from orcaserve.bench.paper import PARTS
 from orcaserve.bench.workloads.spec import explained
+from orcaserve.cli_policy import PolicyName
 from orcaserve.core.config import ModelError
 
 
@@ -305,3 +306,26 @@ def bench_parallel(model: str | None, requests: int, batch: int, rounds: int, se
     parallel.show(found, Console())
     if out is not None:
         parallel.save(found, out)
+
+
+@bench.command("scheduler")
+@click.option(
+    "--policy", "policies", multiple=True, type=PolicyName(), help="May be given several times; default: all."
+)
+@click.option("--rows", multiple=True, type=click.IntRange(1), default=(1, 16, 64, 256), show_default=True)
+@click.option("--waiting", multiple=True, type=click.IntRange(0), default=(0, 10_000), show_default=True)
+@click.option("--iterations", type=click.IntRange(10), default=300, show_default=True, help="Of each case.")
+def bench_scheduler(
+    policies: tuple[str, ...], rows: tuple[int, ...], waiting: tuple[int, ...], iterations: int
+) -> None:
+    """Measure what deciding takes: schedule() and update() at so many rows and waiting requests, without a model."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from orcaserve.bench import scheduler
+
+    among = list(scheduler.cases(policies or scheduler.policies(), rows, waiting))
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measure", total=len(among))
+        found = scheduler.run(among, iterations, lambda: progress.advance(task))
+    scheduler.show(found, Console(width=None if Console().is_terminal else 120))

@@ -9,13 +9,14 @@ import click
 import msgspec
 
 from orcaserve.bench.simulation import Fitted
+from orcaserve.cli_itl import max_itl_option
 from orcaserve.cli_policy import POLICY_HELP, PolicyName
 from orcaserve.cli_size import Size
 from orcaserve.core.config import ModelError
 from orcaserve.core.policy import DEFAULT, parse_policy
 from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.engine import step_log
-from orcaserve.engine.step_log import Log
+from orcaserve.engine.step_log import Header, Log, StepLog
 from orcaserve.sim.cost import CostModel
 from orcaserve.sim.hardware import HARDWARE, Parallel, derive, hardware, kv_tokens
 
@@ -54,6 +55,7 @@ def read_fitted(path: Path) -> Fitted:
 @click.option("--policy", type=PolicyName(), help=f"{POLICY_HELP} Default: as recorded, or default.")
 @click.option("--max-batch-size", type=click.IntRange(1), help="Default: as recorded, or 64.")
 @click.option("--max-batch-tokens", type=click.IntRange(1), help="Default: as recorded, or 512.")
+@max_itl_option("Default: as recorded, or whatever --max-batch-tokens take.")
 @click.option("--blocks", type=click.IntRange(1), help="KV blocks of 16 tokens. Default: as recorded, or what fits.")
 @click.option("--kv-memory", metavar="SIZE", help="Or bytes for KV, of all devices together: 24MiB, 4GiB.")
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines, in turn.")
@@ -61,6 +63,12 @@ def read_fitted(path: Path) -> Fitted:
 @click.option("--noise/--no-noise", default=True, show_default=True, help="Draw from what the fit left unexplained.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder: report.json, requests.jsonl.")
+@click.option(
+    "--step-log",
+    "step_log_path",
+    metavar="FILE",
+    help="Write down every iteration, as serve does, for orcaserve explain. With replicas: FILE.0, …",
+)
 @click.pass_context
 def simulate(context: click.Context, **options: Any) -> None:
     """Run a workload through the real scheduler on a virtual clock, and report what bench serve would.
@@ -83,6 +91,7 @@ def _simulate(
     noise: bool,
     seed: int,
     out: Path | None,
+    step_log_path: str | None,
     **options: Any,
 ) -> None:
     from rich.console import Console
@@ -90,6 +99,7 @@ def _simulate(
     from orcaserve.bench import load_report, simulation
     from orcaserve.bench.measures import limits_from
     from orcaserve.bench.workloads import spec as specs
+    from orcaserve.serve.replicas import step_logs
 
     if (spec is None) == (log is None):
         raise click.UsageError("give the requests: either --workload or --log")
@@ -107,7 +117,14 @@ def _simulate(
             arrivals, tenants = simulation.arrivals_of(work), [item.tenant for item in work.items]
         else:
             arrivals = simulation.arrivals_of_log(logs[-1])
-        records = simulation.run(arrivals, config, model, seed=seed, replicas=replicas, tenants=tenants)
+        header = Header(config=config, machine=f"simulated: {model.made_from or cost}")
+        written = [bytearray() for _ in range(replicas if step_log_path else 0)]
+        witnesses = [StepLog(header, lines.extend) for lines in written]
+        records = simulation.run(
+            arrivals, config, model, seed=seed, replicas=replicas, tenants=tenants, witnesses=witnesses
+        )
+        for path, lines in zip(step_logs(step_log_path, replicas), written, strict=False):
+            Path(path or "").write_bytes(lines)
         if out is not None:
             what: dict[str, object] = {"requests": spec or str(log), "replicas": replicas, "seed": seed}
             simulation.write(records, limits, what | {"config": config, "cost": model}, out)
@@ -157,6 +174,7 @@ def _engine(
         num_blocks=blocks,
         block_size=block_size,
         depth=len(model.stages),
+        max_itl=options["max_itl"] or (base.max_itl if base else None),
     )
     return model, config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
@@ -15,15 +16,18 @@ import msgspec
 from orcaserve import builtin
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.request import SamplingParams, TokenLogprobs
+from orcaserve.core.timing import Timing
+from orcaserve.serve.admission import Limits
 from orcaserve.serve.decode_body import UnknownFields, decode
 from orcaserve.serve.errors import ApiError
 from orcaserve.serve.find_model import find_model
 from orcaserve.serve.generate import Generation
 from orcaserve.serve.job import Job, chat_job, completion_job
 from orcaserve.serve.metrics import Metrics
-from orcaserve.serve.pool import EngineFailed, Limits, Pool
+from orcaserve.serve.pool import EngineFailed, Pool
 from orcaserve.serve.protocol import ChatRequest, CompletionRequest
 from orcaserve.serve.served_model import ServedModel
+from orcaserve.serve.terms import Arrival, Terms
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 T = TypeVar("T")
@@ -34,13 +38,17 @@ class RequestError(ValueError):
 
 
 class Piece(msgspec.Struct, frozen=True):
-    """What one choice of a stream gained. text: what has become certain, which may lag behind the tokens."""
+    """What one choice of a stream gained. text: what has become certain, which may lag behind the tokens.
+
+    timing: where the choice's time went, with its last piece.
+    """
 
     choice: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: str | None = None
+    timing: Timing | None = None
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -56,13 +64,14 @@ class Response(msgspec.Struct, frozen=True):
     """The choices for one prompt.
 
     prompt_logprobs: of the prompt's tokens but the first, if they were asked for.
-    num_cached: prompt tokens that the prefix cache spared.
+    num_cached: prompt tokens that the prefix cache spared. timings: where each choice's time went.
     """
 
     prompt_token_ids: tuple[int, ...]
     choices: tuple[Choice, ...]
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     num_cached: int = 0
+    timings: tuple[Timing, ...] = ()
 
     @property
     def text(self) -> str:
@@ -76,7 +85,8 @@ class AsyncLLM:
     model: a folder, a hub name, or the built-in model. options: the fields of EngineOptions, such as dtype or policy.
     A prompt is a text, token ids, or chat messages. Sampling is told by `params`, or by fields named as in the HTTP API
     (temperature=0, max_tokens=20, stop=["\\n"], seed=1, ...); what neither says is the model's own default, and
-    without max_tokens an answer may fill the context. Raises ModelError from `start`, RequestError from requests.
+    without max_tokens an answer may fill the context. `user`, `priority` and `timeout` mean what they do there.
+    Raises ModelError from `start`, RequestError from requests.
     """
 
     def __init__(self, model: str = builtin.NAME, *, limits: Limits | None = None, **options: Any) -> None:
@@ -145,10 +155,17 @@ class AsyncLLM:
         """The pieces of all choices as they come. Leaving early aborts the rest."""
         pool, model, info = await self._ready()
         try:
-            job = await self._job(prompt, params, fields, model, info)
-            async with Generation(job, pool, model.tokenizer, self._metrics) as generation:
+            job, terms = await self._job(prompt, params, fields, model, info)
+            async with Generation(job, terms, pool, model.tokenizer, self._metrics) as generation:
                 async for index, piece in generation:
-                    yield Piece(index, piece.text, tuple(piece.token_ids), tuple(piece.logprobs), piece.finish_reason)
+                    yield Piece(
+                        index,
+                        piece.text,
+                        tuple(piece.token_ids),
+                        tuple(piece.logprobs),
+                        piece.finish_reason,
+                        generation.timings[index] if piece.finish_reason is not None else None,
+                    )
         except ApiError as error:
             raise RequestError(str(error)) from None
 
@@ -156,12 +173,13 @@ class AsyncLLM:
         """The whole answer to one prompt."""
         pool, model, info = await self._ready()
         try:
-            job = await self._job(prompt, params, fields, model, info)
+            job, terms = await self._job(prompt, params, fields, model, info)
             pieces: list[list[Any]] = [[] for _ in range(job.n)]
-            async with Generation(job, pool, model.tokenizer, self._metrics) as generation:
+            async with Generation(job, terms, pool, model.tokenizer, self._metrics) as generation:
                 async for index, piece in generation:
                     pieces[index].append(piece)
                 num_cached = generation.usage.prompt_tokens_details.cached_tokens
+                timings = tuple(timing for timing in generation.timings if timing is not None)
         except ApiError as error:
             raise RequestError(str(error)) from None
         choices = tuple(
@@ -174,7 +192,7 @@ class AsyncLLM:
             for of_one in pieces
         )
         prompt_logprobs = tuple(entry for piece in pieces[0] for entry in piece.prompt_logprobs)
-        return Response(job.prompts[0].ids, choices, prompt_logprobs, num_cached)
+        return Response(job.prompts[0].ids, choices, prompt_logprobs, num_cached, timings)
 
     async def _ready(self) -> tuple[Pool, ServedModel, EngineInfo]:
         info = await self.start()
@@ -189,8 +207,9 @@ class AsyncLLM:
         fields: Mapping[str, Any],
         model: ServedModel,
         info: EngineInfo,
-    ) -> Job:
-        """Checks a request at the same door as the server does."""
+    ) -> tuple[Job, Terms]:
+        """Checks a request as the server does."""
+        arrival = Arrival(at=time.monotonic())
         is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
         asked: dict[str, Any] = {} if params is None else _fields(params)
         asked |= fields
@@ -202,9 +221,10 @@ class AsyncLLM:
         except (TypeError, ValueError) as error:
             raise RequestError(f"not a request: {error}") from None
         if is_chat:
-            return await chat_job(decode(body, ChatRequest, self._unknown), model, info)
+            chat = decode(body, ChatRequest, self._unknown)
+            return await chat_job(chat, model, info), arrival.terms(chat)
         request = decode(body, CompletionRequest, self._unknown)
-        return await completion_job(request, model, info, default_max_tokens=None)
+        return await completion_job(request, model, info, default_max_tokens=None), arrival.terms(request)
 
 
 class LLM:
@@ -272,7 +292,9 @@ def _is_several(prompts: Any) -> bool:
 
 
 def _fields(params: SamplingParams) -> dict[str, Any]:
-    """SamplingParams as fields of the HTTP API."""
+    """SamplingParams as fields of the HTTP API. Raises RequestError."""
+    if params.grammar is not None:
+        raise RequestError("a grammar is checked before it is used: give it as structured_outputs={'grammar': …}")
     fields = {name: value for name, value in msgspec.structs.asdict(params).items() if value is not None}
     fields["logit_bias"] = {str(id): addend for id, addend in params.logit_bias}
     return fields

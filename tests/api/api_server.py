@@ -5,8 +5,9 @@ import sys
 import msgspec
 
 from orcaserve.core.config import EngineInfo, EngineOptions
+from orcaserve.serve.admission import Limits
 from orcaserve.serve.frontend import HttpOptions
-from orcaserve.serve.pool import Limits, Replication
+from orcaserve.serve.pool import Replication
 from orcaserve.serve.server import run
 
 

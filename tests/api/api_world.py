@@ -83,6 +83,7 @@ class Server:
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent / "src"), *sys.path])},
         )
         self.url = f"http://127.0.0.1:{options['port']}"
+        self.model = model
 
     def ready(self) -> Self:
         assert self.process.stdout is not None

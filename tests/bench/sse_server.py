@@ -39,7 +39,7 @@ def steady(step: float = 0.0, first: float = 0.0) -> Answer:
 class FakeServer:
     """Answers POST /v1/completions by a script, and GET /v1/models. Owner of its thread and of what it saw.
 
-    bodies: every request's; most: how many replies were under way at the same time.
+    bodies, heads: every request's, the heads in lower case; most: how many replies were under way at the same time.
     """
 
     def __init__(self, answer: Answer, models: Any = None) -> None:
@@ -48,6 +48,7 @@ class FakeServer:
         self._now = 0
         self.most = 0
         self.bodies: list[dict[str, Any]] = []
+        self.heads: list[str] = []
         self._loop = asyncio.new_event_loop()
         self._server = self._loop.run_until_complete(asyncio.start_server(self._connection, "127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
@@ -77,6 +78,7 @@ class FakeServer:
                 if line.startswith("get /v1/models "):
                     writer.write(_whole(200, self._models))
                 elif line.startswith("post /v1/completions "):
+                    self.heads.append(head)
                     self._now += 1
                     self.most = max(self.most, self._now)
                     await self._reply(writer, json.loads(content))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from sse_server import DONE, FakeServer, Script, steady, text, usage
 
 from orcaserve.bench import measures
-from orcaserve.bench.client import BenchError, Record, Server, asked, read, run, servers_from
+from orcaserve.bench.client import BenchError, Record, Reply, Server, asked, read, run, servers_from
+from orcaserve.bench.client import send as send_replies
 from orcaserve.bench.workloads import Item, Work, make
 
 
@@ -70,6 +71,17 @@ def test_arrivals_wait_for_nobody() -> None:
     for record, due in zip(records, (0.0, 0.05, 0.1), strict=True):
         assert record.due == due <= record.sent < record.first
     assert records[2].sent < records[0].last
+
+
+def test_refusals_have_an_end_and_headers_are_passed_on() -> None:
+    with FakeServer(lambda body: (429, {"error": {"message": "full"}})) as server:
+        replies = [Reply(Item(0.0, (7,), 3)), Reply(Item(0.05, (7,), 3))]
+        asyncio.run(send_replies(Server("fake", server.url, "fake"), replies, headers={"x-slo-ttft-ms": "250"}))
+    assert all("\r\nx-slo-ttft-ms: 250\r\n" in head for head in server.heads)
+    for record in (reply.record() for reply in replies):
+        assert record.error_kind == "HTTP 429"
+        assert record.ended is not None
+        assert record.due <= record.sent < record.ended
 
 
 def test_a_limit_holds_requests_back_and_their_time_runs() -> None:

@@ -156,6 +156,18 @@ def predict() -> Any:
     return module
 
 
+def test_a_limit_of_time_between_tokens_is_kept_and_written_down(tmp_path: Path) -> None:
+    work = "burst:in=50,out=400,n=4 + poisson:rate=1,in=1500,out=2,n=12,start=1"
+    found = []
+    for name, options in (("free", ()), ("bound", ("--max-itl", "120"))):
+        done = run("--workload", work, *PAPER, "--blocks", "2000", *options, "--out", tmp_path / name)
+        assert done.exit_code == 0, done.output
+        found.append(json.loads((tmp_path / name / "report.json").read_text()))
+    free, bound = (report["summary"]["times"]["itl"]["p99"] for report in found)
+    assert free > 0.12 * 1.2 > bound, (free, bound)
+    assert [report["simulated"]["config"].get("max_itl") for report in found] == [None, 0.12]
+
+
 def test_a_log_gives_back_what_was_asked_of_the_engine() -> None:
     [log] = read(recorded(arrivals()))
     found = simulation.arrivals_of_log(log)
@@ -177,6 +189,7 @@ def test_a_log_gives_back_what_was_asked_of_the_engine() -> None:
         (("--workload", "poisson:rate=1,in=1,out=1,n=0", *PAPER), "whole number from 1"),
         (("--workload", WORK, "--hardware", "H100", "--model", "175B"), "does not fit 1 x H100"),
         (("--workload", "burst:in=512,out=9,n=1", *PAPER, "--blocks", "2"), "the KV cache holds 32"),
+        (("--workload", WORK, *PAPER, "--policy", "orca", "--max-itl", "50"), "'orca' takes them whole"),
         (("--log", "/nowhere", *PAPER), "/nowhere cannot be read"),
         (("--workload", WORK, "--cost", "/nowhere"), "/nowhere cannot be read"),
         (("replay", "/nowhere"), "/nowhere cannot be read"),

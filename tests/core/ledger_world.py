@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 
+import msgspec
+
+from orcaserve.core.config import SwapSpace
 from orcaserve.core.invariants import CheckedScheduler
-from orcaserve.core.policy import Policy, parse_policy
+from orcaserve.core.policy import DEFAULT, Policy, parse_policy
 from orcaserve.core.request import NewRequest, Output, SamplingParams, TokenLogprobs
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.ledger import LedgerExecutor, ledger_answer, ledger_entries, ledger_logprobs
@@ -51,7 +54,8 @@ class World:
         self.now = 0.0
         self.pace = pace
         self.scheduler = scheduler(config)
-        self.executor = LedgerExecutor(config.num_blocks, config.block_size, VOCAB, eager)
+        slots = config.swap.num_slots if config.swap else 0
+        self.executor = LedgerExecutor(config.num_blocks, config.block_size, VOCAB, eager, slots)
         self.loop = EngineLoop(self.scheduler, self.executor, self, self, self.clock)
         self.commands: list[Command] = []
         self.requests: dict[int, NewRequest] = {}  # unfinished ones
@@ -110,6 +114,8 @@ class World:
             assert self.steps <= bound, f"no end after {bound} turns"
         assert not self.requests, f"never answered: {sorted(self.requests)}"
         assert self.scheduler.kv.pool.num_held == 0, "KV blocks leak"
+        if self.scheduler.kv.swap is not None:
+            assert self.scheduler.kv.swap.slots.num_held == 0, "slots of the swap space leak"
         assert set(self.executor.known) == set(self.scheduler._freed), "workers know who is gone"
 
     def _compare(self, new: NewRequest) -> None:
@@ -137,13 +143,26 @@ def random_config(rng: random.Random, policy: str | Policy | None = None, **fixe
     """Small enough that memory is short and budgets cut."""
     max_batch_size = fixed.get("max_batch_size", rng.randint(1, 6))
     policy = policy or rng.choice(["default"] * 5 + ["orca", "static", "stacked"] + [rng.choice(ORDERS)] * 5)
+    policy, swap = random_pressure(rng, parse_policy(policy) if isinstance(policy, str) else policy)
     return SchedulerConfig(
-        policy=parse_policy(policy) if isinstance(policy, str) else policy,
+        policy=policy,
+        swap=swap,
         max_batch_size=max_batch_size,
         max_batch_tokens=max_batch_size + rng.choice([0, 1, 3, 10, 100]),
         num_blocks=fixed.get("num_blocks", rng.choice([2, 3, 5, 8, 13, 20])),
         block_size=fixed.get("block_size", rng.choice([1, 2, 3, 4, 7, 16, 64])),
         depth=fixed.get("depth", rng.randint(1, 4)),
+    )
+
+
+def random_pressure(rng: random.Random, policy: Policy) -> tuple[Policy, SwapSpace | None]:
+    """What is done when memory is short: the policy with a risk or none, and a swap space or none."""
+    if not policy.reserve:
+        policy = msgspec.structs.replace(policy, risk=rng.choice([None, None, None, None, 0.1, 0.5, 0.9]))
+    if rng.random() < 0.4:
+        return policy, None
+    return policy, SwapSpace(
+        num_slots=rng.choice([1, 3, 10, 40]), copy_seconds=rng.choice([0.1, 1.0, 4.0]), token_seconds=1.0
     )
 
 
@@ -193,4 +212,40 @@ def random_life(seed: int, scheduler: type[Scheduler] = CheckedScheduler, policy
             world.abort(rng.choice(sorted(world.requests)))
         world.step(rng.randint(0, 12))
     world.drain()
+    return world
+
+
+def pressed_config(rng: random.Random) -> SchedulerConfig:
+    """Little memory beside a small swap space."""
+    space = SwapSpace(num_slots=rng.choice([2, 4, 9, 30]), copy_seconds=rng.choice([0.0, 0.5, 1.0]), token_seconds=1.0)
+    return SchedulerConfig(
+        policy=msgspec.structs.replace(DEFAULT, risk=rng.choice([None, None, 0.5])),
+        max_batch_size=rng.randint(2, 6),
+        max_batch_tokens=rng.choice([6, 9, 40]),
+        num_blocks=rng.randint(6, 20),
+        block_size=rng.choice([1, 2, 3, 4]),
+        depth=rng.choice([1, 1, 2, 3]),
+        swap=space,
+    )
+
+
+def press(world: World, rng: random.Random) -> None:
+    """Many short prompts that become long answers, some of which begin alike; from start to drained."""
+    slots = world.scheduler.kv.num_slots
+    for _ in range(rng.randint(2, 12)):
+        for _ in range(rng.randint(0, 3)):
+            stem = random.Random(rng.randint(0, 1)).choices(range(VOCAB), k=rng.randint(1, min(slots - 1, 9)))
+            scores = SamplingParams(logprobs=0, prompt_logprobs=rng.choice([None, None, None, 0]))
+            world.submit(tuple(stem), rng.randint(1, slots - len(stem)), params=scores, choice=rng.randint(0, 1))
+        if world.requests and rng.random() < 0.2:
+            world.abort(rng.choice(sorted(world.requests)))
+        world.step(rng.randint(0, 12))
+    world.drain()
+
+
+def pressed_life(seed: int, scheduler: type[Scheduler] = CheckedScheduler) -> World:
+    """A world where nearly everybody is preempted. Raises if anything is wrong."""
+    rng = random.Random(seed)
+    world = World(pressed_config(rng), eager=rng.random() < 0.5, scheduler=scheduler)
+    press(world, rng)
     return world

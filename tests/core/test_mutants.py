@@ -6,8 +6,9 @@ from hashlib import sha256
 
 import msgspec
 import pytest
-from ledger_world import random_life
+from ledger_world import pressed_life, random_life
 
+from orcaserve.core.batch import Swap
 from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.order import Waiting
 from orcaserve.core.policy import parse_policy
@@ -241,8 +242,8 @@ class MakesWayInVain(CheckedScheduler):
         super().__init__(msgspec.structs.replace(config, policy=parse_policy("priority,ageing=inf")))
         who_gives = self.kv.who_gives
 
-        def generous(request, num_tokens, spare, others, least):
-            return who_gives(request, num_tokens, 0, others, least)
+        def generous(request, num_tokens, spare, others, left_for, least):
+            return who_gives(request, num_tokens, 0, others, left_for, least)
 
         self.kv.who_gives = generous
 
@@ -279,6 +280,109 @@ class ForgetsThatRanksRise(CheckedScheduler):
         self.waiting = Waiting(Ranks())
 
 
+class SwapLosesABlock(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        if self.kv.swap is not None:
+            take = self.kv.swap.take_copies
+            self.kv.swap.take_copies = lambda: tuple(
+                Swap(swap.out, swap.blocks[:-1], swap.slots[:-1]) if swap.out else swap for swap in take()
+            )
+
+
+class SwapCopiesOutTooLate(CheckedScheduler):
+    """What is copied out travels with the batch after the one that may write there already."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        if self.kv.swap is None:
+            return
+        take, late = self.kv.swap.take_copies, []
+
+        def copies() -> tuple[Swap, ...]:
+            now = take()
+            before, late[:] = tuple(late), [swap for swap in now if swap.out]
+            return (*before, *(swap for swap in now if not swap.out))
+
+        self.kv.swap.take_copies = copies
+
+
+class SwapCopiesBackTooLate(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        if self.kv.swap is None:
+            return
+        take, late = self.kv.swap.take_copies, []
+
+        def copies() -> tuple[Swap, ...]:
+            now = take()
+            before, late[:] = tuple(late), [swap for swap in now if not swap.out]
+            return (*(swap for swap in now if swap.out), *before)
+
+        self.kv.swap.take_copies = copies
+
+
+class SwapKeepsItsSpace(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        if self.kv.swap is not None:
+            self.kv.swap.drop = lambda request: request.swap_slots.clear()
+
+
+class SwapForgetsTheHalfBlock(CheckedScheduler):
+    """Only full blocks are copied, but all that was computed counts as there."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        if self.kv.swap is not None:
+            put = self.kv.swap.put
+
+            def short(request: Request, pool) -> bool:
+                computed = request.num_computed
+                request.num_computed -= computed % self.kv.block_size
+                done = put(request, pool)
+                request.num_computed = computed
+                return done
+
+            self.kv.swap.put = short
+
+
+class SwapKeepsThePrefixOfAReusedSlot(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        if self.kv.swap is not None:
+            slots = self.kv.swap.slots
+
+            def take() -> int:
+                slot, _ = slots.free.popitem(last=False)
+                slots.counts[slot] = 1
+                return slot
+
+            slots.take = take
+
+
+class HoldsBackForAnybody(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        self.kv.awaits = lambda request, running: True
+
+
+class LosesWhoIsHeldBack(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        add = self.waiting.add
+        self.waiting.add = lambda request: None if self.kv.awaits(request, self.running) else add(request)
+
+
+class CountsOnMoreThanThereIs(CheckedScheduler):
+    """Admission that wants room beyond what a request can ever need: the last one would wait for ever."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        spare = self.headroom.spare
+        self.headroom.spare = lambda running, request: spare(running, request) + 1
+
+
 MUTANTS = [
     value
     for value in list(globals().values())
@@ -288,9 +392,10 @@ MUTANTS = [
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_mutant_is_caught(mutant: type[Scheduler]) -> None:
+    life = pressed_life if mutant.__name__.startswith("Swap") else random_life
     for seed in range(LIVES):
         try:
-            random_life(seed, scheduler=mutant)
+            life(seed, scheduler=mutant)
         except (AssertionError, KeyError, IndexError, ValueError, RuntimeError):
             return
     pytest.fail(f"{mutant.__name__} lived {LIVES} lives")
@@ -299,3 +404,4 @@ def test_mutant_is_caught(mutant: type[Scheduler]) -> None:
 def test_the_original_is_not_caught() -> None:
     for seed in range(LIVES // 4):
         random_life(seed)
+        pressed_life(seed)

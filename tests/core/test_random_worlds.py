@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from ledger_world import World, random_config, random_life, random_request
+from ledger_world import World, pressed_life, random_config, random_life, random_request
 
 from orcaserve.core.policy import POLICIES
 from orcaserve.core.scheduler import SchedulerConfig
@@ -20,7 +20,7 @@ STEPS_IN_CI = 100_000
 def test_a_hundred_thousand_steps() -> None:
     """Every invariant after every call, every answer equal to the oracle's, every world drained, preemptions seen."""
     base = random.SystemRandom().randrange(10**9)
-    steps = preemptions = hits = 0
+    steps = preemptions = hits = swapped = 0
     for seed in itertools.count(base):
         try:
             world = random_life(seed)
@@ -30,11 +30,29 @@ def test_a_hundred_thousand_steps() -> None:
         steps += world.steps
         preemptions += world.scheduler.num_preemptions
         hits += world.scheduler.kv.num_hits
+        swapped += world.loop.stats().num_swapped
         if steps >= STEPS_IN_CI:
             break
-    print(f"seeds {base} … {seed}: {steps} steps, {preemptions} preemptions, {hits} cached tokens")
+    print(f"seeds {base} … {seed}: {steps} steps, {preemptions} preemptions, {swapped} swaps, {hits} cached tokens")
     assert preemptions > 150
     assert hits > 2_000
+
+
+def test_little_memory_and_a_swap_space() -> None:
+    """As above, where nearly everybody is preempted, and swapped or not."""
+    base = random.SystemRandom().randrange(10**9)
+    preemptions = swapped = 0
+    for seed in range(base, base + 250):
+        try:
+            world = pressed_life(seed)
+        except BaseException:
+            print(f"seed {seed}")
+            raise
+        stats = world.loop.stats()
+        preemptions, swapped = preemptions + stats.num_preemptions, swapped + stats.num_swapped
+    print(f"seeds {base} …: {preemptions} preemptions, {swapped} swaps")
+    assert swapped > 100
+    assert preemptions - swapped > 100
 
 
 class Life(RuleBasedStateMachine):

@@ -42,6 +42,12 @@ def test_chat_talks_to_a_running_server() -> None:
         assert any(line.startswith("KV cache") for line in server.lines), "the memory table is shown at the start"
 
 
+def test_a_folder_to_swap_to_needs_a_size(tmp_path: Path) -> None:
+    done = orcaserve("generate", "Hello", "--swap-dir", str(tmp_path))
+    assert done.returncode == 1
+    assert "--swap-space needs a size" in done.stderr
+
+
 def test_chat_without_a_server_says_so() -> None:
     done = orcaserve("chat", "--url", "http://127.0.0.1:9", input="Hello\n")
     assert done.returncode == 1

@@ -47,6 +47,17 @@ def test_token_ids_choices_stop_strings_and_prompt_logprobs(llm: LLM) -> None:
     assert cut.choices[0].finish_reason == "stop"
 
 
+def test_where_the_time_went_is_told_beside_the_answer(llm: LLM) -> None:
+    responses = llm.generate(["Once upon a time"] * 3, n=2, max_tokens=8, ignore_eos=True)
+    for response in responses:
+        assert len(response.timings) == 2
+        for timing in response.timings:
+            assert timing.iterations >= 8 and timing.seconds > 0 and len(timing.ids) == 1
+    assert max(timing.most_mates for response in responses for timing in response.timings) > 0
+    [cut] = llm.generate("Once upon a time", max_tokens=30, temperature=0, stop=["e"])
+    assert len(cut.timings) == 1
+
+
 def test_a_conversation_goes_through_the_chat_template(llm: LLM) -> None:
     [response] = llm.generate([{"role": "user", "content": "Hello!"}], temperature=0)
     assert response.text.strip()
@@ -80,6 +91,7 @@ def test_a_stream_is_the_whole_answer_and_leaving_it_frees_the_kv() -> None:
             pieces = [piece async for piece in llm.stream("Once upon a time", temperature=0, max_tokens=40)]
             assert "".join(piece.text for piece in pieces) == whole.text
             assert len(pieces) > 5
+            assert pieces[-1].timing is not None and all(piece.timing is None for piece in pieces[:-1])
             stream = llm.stream("Once upon a time", max_tokens=800, ignore_eos=True)
             assert await anext(stream)
             await stream.aclose()

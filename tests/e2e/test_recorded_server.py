@@ -15,6 +15,7 @@ from orcaserve.bench.client import Server
 from orcaserve.bench.workloads import spec
 from orcaserve.engine.step_log import Arrived, Left, Returned, Submitted, read
 from orcaserve.sim.replay import replay
+from orcaserve.sim.story import stories
 
 
 def hang_up(url: str, prompt: list[int]) -> None:
@@ -63,6 +64,10 @@ def test_a_real_run_is_replayed_batch_for_batch(tmp_path: Path) -> None:
             first.setdefault(id, start)
     assert any(first.values()), "a prefix was meant to be found"
     assert log.header.model is not None and log.header.model.layers == 5
+    told = stories(log)
+    assert all(story.name.startswith(("cmpl-", "chatcmpl-")) for story in told)
+    assert sum(len(story.losses) for story in told) == preemptions
+    assert {"rows", "blocks", "preemption"} <= {wait.why for story in told for wait in story.waits}
 
 
 def test_a_log_that_cannot_be_written_is_said_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import kernel_sets
+import msgspec
 import psutil
 import pytest
 import torch
 from checkpoints import make_model
 
-from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
+from orcaserve.core.config import EngineInfo, EngineOptions, ModelError, SwapSpace
 from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.policy import POLICIES
 from orcaserve.core.request import NewRequest, Output, SamplingParams
@@ -113,20 +114,30 @@ def requests(seed: int, count: int) -> list[NewRequest]:
     return made
 
 
-def answers(executor: Executor, info: EngineInfo, depth: int, members: Sequence[NewRequest], policy="default") -> list:
+def answers(
+    executor: Executor,
+    info: EngineInfo,
+    depth: int,
+    members: Sequence[NewRequest],
+    policy: str = "default",
+    num_blocks: int = 40,  # so that some are preempted
+    swap: SwapSpace | None = None,
+) -> list:
     """Tokens and log-probabilities of each, to the bit."""
     config = SchedulerConfig(
         policy=POLICIES[policy],
         max_batch_size=8,
         max_batch_tokens=48,
-        num_blocks=min(40, info.num_blocks),  # so that some are preempted
+        num_blocks=min(num_blocks, info.num_blocks),
         block_size=info.block_size,
         depth=depth,
+        swap=swap,
     )
     scheduler, crowd = CheckedScheduler(config), Crowd(members)
     loop = EngineLoop(scheduler, executor, crowd, crowd, time.monotonic)
     while crowd.num_open:
         loop.step()
+    assert swap is None or scheduler.kv.swap.num_swapped > 0, "nobody was swapped out"
     found = []
     for member in members:
         outputs = crowd.outputs[member.id]
@@ -171,6 +182,24 @@ def test_variants_answer_as_one_process(folders, options):
         alone = answers(executor, info, 1, members)
     with engine(folders["qwen3"], tensor_parallel=2, pipeline_parallel=2, **options) as (executor, info):
         assert answers(executor, info, 2, members) == alone
+
+
+@pytest.mark.parametrize("sizes", [{"pipeline_parallel": 2}, {"tensor_parallel": 2}])
+def test_ranks_swap_their_own_shares(folders, tmp_path, sizes):
+    """In memory for the stages, in files for those that share layers."""
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    members = [msgspec.structs.replace(member, max_tokens=60) for member in requests(seed, 12)]
+    with engine(folders["qwen3"], threads=1) as (executor, info):
+        alone = answers(executor, info, 1, members)
+    where = str(tmp_path) if "tensor_parallel" in sizes else None
+    with engine(folders["qwen3"], threads=2, swap_space=1 << 20, swap_dir=where, **sizes) as (executor, info):
+        measured = info.swap
+        assert measured.num_slots > 20 and measured.copy_seconds > 0 and measured.token_seconds > 0
+        always = msgspec.structs.replace(measured, copy_seconds=0.0)
+        together = answers(executor, info, sizes.get("pipeline_parallel", 1), members, num_blocks=13, swap=always)
+    assert together == alone
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pool_world import Wish, gather, gather_all, is_alive, open_fds, pool_of, ru
 
 from orcaserve.core.config import EngineOptions
 from orcaserve.core.request import SamplingParams
-from orcaserve.serve.pool import ContextLengthError, EngineFailed, Limits, Pool, QueueFull, Unavailable
+from orcaserve.serve.admission import Limits, Refused
+from orcaserve.serve.pool import ContextLengthError, EngineFailed, Pool, Unavailable
 
 LONG = Wish((1, 2, 3), 7, 4000)
 
@@ -187,11 +188,11 @@ def test_the_queue_is_bounded() -> None:
             assert pool.num_waiting == 0
             waiting = [pool.submit(range(10), SamplingParams(max_tokens=4)) for _ in range(3)]
             assert (pool.num_waiting, pool.num_waiting_tokens) == (3, 30)
-            with pytest.raises(QueueFull) as error:
+            with pytest.raises(Refused) as error:
                 pool.submit((1,), SamplingParams(max_tokens=4))
             assert 1 <= error.value.retry_after <= 120
             waiting.pop().abort()
-            with pytest.raises(QueueFull):
+            with pytest.raises(Refused):
                 pool.submit(range(1000), SamplingParams(max_tokens=4))
             waiting.append(pool.submit((1,), SamplingParams(max_tokens=4)))
             running.abort()

@@ -18,6 +18,7 @@ from orcaserve.serve.replicas import shares
 from orcaserve.serve.resume import Choice
 from orcaserve.serve.stream import Update
 from orcaserve.serve.suspects import Suspects
+from orcaserve.serve.terms import Terms
 
 POISON = 999
 
@@ -330,7 +331,9 @@ def test_replicas_share_out_the_host() -> None:
 
 
 def choice(arrival: int) -> Choice:
-    return Choice(arrival, NewRequest(id=0, token_ids=(1,), num_prompt=1, max_tokens=1, params=SamplingParams()), ())
+    return Choice(
+        arrival, NewRequest(id=0, token_ids=(1,), num_prompt=1, max_tokens=1, params=SamplingParams()), (), Terms()
+    )
 
 
 def test_one_kill_from_outside_is_no_evidence_and_a_second_one_is() -> None:

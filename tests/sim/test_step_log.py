@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from core.ledger_world import VOCAB, World, random_config, random_request
+from core.ledger_world import VOCAB, World, press, pressed_config, random_config, random_request
 
 from orcaserve.core.batch import Batch
 from orcaserve.core.policy import POLICIES
@@ -61,6 +61,57 @@ def test_random_lives_are_replayed_batch_for_batch(first: int) -> None:
         seen["cached"] += world.scheduler.kv.num_hits
         seen["stopped"] += world.data.count(b"stopped")
     assert all(seen.values()), seen
+
+
+class Jumpy(Recorded):
+    """Its clock stands still, goes on, or jumps."""
+
+    def __init__(self, config: SchedulerConfig, rng: random.Random) -> None:
+        self.rng = rng
+        super().__init__(config)
+
+    def clock(self) -> float:
+        self.now += self.rng.choice([0.0, 1e-7, 1e-4, 1e-3, 0.011, 3.0])
+        return self.now
+
+
+def test_a_time_limit_is_replayed_with_all_that_it_learned() -> None:
+    differ = 0
+    for seed in range(25):
+        rng = random.Random(seed)
+        config = msgspec.structs.replace(random_config(rng, "default"), max_itl=rng.choice([1e-4, 1e-3, 0.02]))
+        world = Jumpy(config, rng)
+        for _ in range(rng.randint(5, 25)):
+            for _ in range(rng.choice([0, 1, 1, 2, 5])):
+                world.submit(**random_request(rng, world))
+            world.step(rng.randint(0, 12))
+        world.drain()
+        [log] = read(bytes(world.data))
+        assert replay(log) == batches(world.data), f"seed {seed}"
+        free = msgspec.structs.replace(log.header, config=msgspec.structs.replace(config, max_itl=None))
+        try:
+            replay(msgspec.structs.replace(log, header=free))
+        except ReplayError:
+            differ += 1
+    assert differ > 5, "it was meant to cut"
+
+
+def test_swaps_are_replayed_copy_for_copy() -> None:
+    lives = []
+    for seed in range(60):
+        rng = random.Random(seed)
+        world = Recorded(pressed_config(rng), eager=rng.random() < 0.5)
+        press(world, rng)
+        [log] = read(bytes(world.data))
+        assert replay(log) == batches(world.data), f"seed {seed}"
+        if any(event.swaps for event in log.events if isinstance(event, Submitted)):
+            lives.append(log)
+    assert len(lives) > 10
+    for log in lives:
+        dear = msgspec.structs.replace(log.header.config.swap, copy_seconds=1e9)
+        other = msgspec.structs.replace(log.header, config=msgspec.structs.replace(log.header.config, swap=dear))
+        with pytest.raises(ReplayError, match="differs: the log has"):
+            replay(msgspec.structs.replace(log, header=other))
 
 
 def test_a_log_holds_no_token() -> None:

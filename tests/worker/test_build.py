@@ -63,13 +63,28 @@ def test_keys_and_values_in_bytes_hold_more_and_have_a_profile_of_their_own(fold
     assert next(line for line in few.budget if line.name == "KV cache").num_bytes <= 1 << 20
 
 
+def test_a_swap_space_is_measured_and_told(folder, tmp_path):
+    assert build(EngineOptions(model=str(folder), threads=1))[1].swap is None
+    for where in (None, str(tmp_path)):
+        options = EngineOptions(model=str(folder), threads=1, swap_space=1 << 20, swap_dir=where)
+        executor, info = build(options)
+        assert info.swap.copy_seconds > 0 and info.swap.token_seconds > 0
+        line = next(line for line in info.budget if line.name == "swap space")
+        assert 0.9 * (1 << 20) < line.num_bytes <= 1 << 20 and str(info.swap.num_slots) in line.note
+        assert (where is not None) == (str(where) in line.note)
+        row = ScheduledRequest(0, 0, 1, (0,))
+        assert executor.submit(Batch(1, (row,))).result().rows[0].error, "what was measured is forgotten"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"kv_memory": 1 << 60}, "not enough memory"),
         ({"kv_memory": 10}, "holds no block"),
+        ({"swap_space": 10}, "swap space of 0.0 MiB holds no block"),
+        ({"swap_space": 1 << 20, "swap_dir": "/nowhere"}, "cannot be made in /nowhere: No such file"),
         ({"max_model_len": 4096}, "128"),
-        ({"policy": "none"}, "no policy none"),
+        ({"policy": "none"}, "no policy 'none'"),
         ({"kernels": "torch", "quantization": "int8"}, "need the native kernels"),
         ({"backend": "transformers", "kv_dtype": "int8"}, "not in int8; leave out --kv-cache-dtype"),
         ({"kernels": "sse9"}, "no kernels for sse9; there are .*torch"),

@@ -66,6 +66,19 @@ def test_what_cannot_be_is_said_with_both_numbers(options, words):
         assert word in message
 
 
+def test_a_swap_space_in_memory_is_taken_from_what_is_free_and_one_in_a_file_is_not():
+    block = 16 * (100 << 10)
+    plain, memory = budget(kv_memory=GIB), budget(kv_memory=GIB, swap_space=GIB)
+    assert plain.num_slots == 0 and memory.num_slots == GIB // block
+    assert {line.name: line.num_bytes for line in memory.lines}["swap space"] == memory.num_slots * block
+    assert budget(swap_space=GIB).num_blocks < budget().num_blocks == budget(swap_space=GIB, swap_dir="/").num_blocks
+    assert budget(swap_space=100 * GIB, swap_dir="/").num_slots == 100 * GIB // block
+    with pytest.raises(ModelError, match=r"swap space \(7.00 GiB\)"):
+        budget(kv_memory=GIB, swap_space=7 * GIB)
+    with pytest.raises(ModelError, match=r"swap space of 1\.0 MiB holds no block: one takes 1\.6 MiB"):
+        budget(swap_space=MIB)
+
+
 def test_sizes():
     assert activation_bytes(512, 1024, 3072, 2048, 151936) < 300 * MIB
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -62,6 +62,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """What happened to one request, in seconds after its work began.
 
     due: when it arrived; `sent` is later only if the client's own limit held it back, or the client was busy.
+    ended: when the reply ended, whatever it was; None if that is not known.
     token_times: one per token. max_tokens, prompt_tokens: what it asked for; seen_prompt_tokens: what the server says
     it read, cached_tokens: how many of them it already knew.
     """
@@ -77,6 +78,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     error_kind: str | None = None
     tenant: str | None = None
+    ended: float | None = None
 
     @property
     def output_tokens(self) -> int:
@@ -92,15 +94,16 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct):
-    """What has come of one request so far. Owner: `send`. sent, arrived: in seconds after the work began."""
+    """What has come of one request so far. Owner: `send`. Times are in seconds after the work began."""
 
     item: Item
     sent: float = 0.0
     arrived: list[tuple[float, bytes]] = []
     fault: Fault | None = None
+    ended: float | None = None
 
     def record(self) -> Record:
-        return read(self.item, self.sent, self.arrived, self.fault)
+        return msgspec.structs.replace(read(self.item, self.sent, self.arrived, self.fault), ended=self.ended)
 
 
 def servers_from(texts: Sequence[str], limits: Sequence[str] = ()) -> tuple[Server, ...]:
@@ -203,9 +206,11 @@ async def send(
     on_end: Callable[[Reply], None] = lambda _: None,
     api_key: str | None = None,
     silence: float = 600,
+    headers: Mapping[str, str] | None = None,
 ) -> None:
     """Sends requests, which stand in the order in which they are due, and fills the replies in.
 
+    headers: further ones of every request.
     silence: seconds without a byte after which a reply has failed. If this is cancelled, the replies that are under way
     end with INTERRUPTED, and there are none for what has not been sent.
     """
@@ -213,6 +218,7 @@ async def send(
     if server.concurrency is not None:
         limit = asyncio.Semaphore(server.concurrency)
     async with _client(server, api_key, silence) as client, asyncio.TaskGroup() as tasks:
+        client.headers.update(headers or {})
         start = time.perf_counter()
 
         async def one(reply: Reply) -> None:
@@ -230,6 +236,7 @@ async def send(
                     reply.fault = INTERRUPTED
                     on_end(reply)
                     raise
+                reply.ended = time.perf_counter() - start
             on_end(reply)
 
         for reply in replies:

@@ -12,6 +12,7 @@ from orcaserve.bench import load_report
 from orcaserve.bench.client import Record
 from orcaserve.bench.workloads import Work
 from orcaserve.core.scheduler import SchedulerConfig
+from orcaserve.engine.loop import Witness
 from orcaserve.engine.step_log import Arrived, Left, Log, Returned, Submitted
 from orcaserve.sim import replay
 from orcaserve.sim.cost import CostModel, Door
@@ -96,10 +97,12 @@ def run(
     seed: int = 0,
     replicas: int = 1,
     tenants: Sequence[str | None] = (),
+    witnesses: Sequence[Witness] = (),
 ) -> list[Record]:
     """Simulates the arrivals on so many equal engines, dealt out in turn, and gives the records that a client writes.
 
-    seed: of the noise. tenants: of each arrival. ValueError if there is no request, or one that can never fit.
+    seed: of the noise. tenants: of each arrival. witnesses: of each engine's loop. ValueError if there is no request,
+    or one that can never fit.
     """
     if not arrivals:
         raise ValueError("there is no request to simulate")
@@ -107,19 +110,23 @@ def run(
     in_order = sorted(range(len(arrivals)), key=lambda i: arrivals[i].time)
     for replica in range(replicas):
         own = in_order[replica::replicas]
-        for i, record in zip(own, _on_one([arrivals[i] for i in own], config, cost, seed + replica), strict=True):
+        witness = witnesses[replica] if witnesses else None
+        seen = _on_one([arrivals[i] for i in own], config, cost, seed + replica, witness)
+        for i, record in zip(own, seen, strict=True):
             tenant = tenants[i] if tenants else None
             records[i] = record if tenant is None else msgspec.structs.replace(record, tenant=tenant)
     return [record for record in records if record is not None]
 
 
-def _on_one(arrivals: list[Arrival], config: SchedulerConfig, cost: CostModel, seed: int) -> list[Record]:
+def _on_one(
+    arrivals: list[Arrival], config: SchedulerConfig, cost: CostModel, seed: int, witness: Witness | None
+) -> list[Record]:
     door = cost.door
     seen = [
         msgspec.structs.replace(arrival, time=time)
         for arrival, time in zip(arrivals, _through(door, arrivals), strict=True)
     ]
-    found, _ = simulate(seen, config, cost.noisy(seed), cost.host, keep_iterations=False)
+    found, _ = simulate(seen, config, cost.noisy(seed), cost.host, keep_iterations=False, witness=witness)
     return [
         Record(
             due=arrival.time,

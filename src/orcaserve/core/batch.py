@@ -7,7 +7,7 @@ import msgspec
 from orcaserve.core.request import NewRequest, TokenLogprobs
 
 
-class ScheduledRequest(msgspec.Struct, frozen=True, array_like=True):
+class ScheduledRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One row of a batch: compute the positions [start, start + num_tokens) of request `id`.
 
     new_blocks: blocks to append to the request's block table before this iteration.
@@ -24,9 +24,21 @@ class ScheduledRequest(msgspec.Struct, frozen=True, array_like=True):
     samples: bool = False
 
 
+class Swap(msgspec.Struct, frozen=True, array_like=True):
+    """Copies of whole KV blocks: blocks[i] to slots[i] of the swap space (`out`), or back from there.
+
+    Every rank copies its own layers and heads of them.
+    """
+
+    out: bool
+    blocks: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
 class Batch(msgspec.Struct, frozen=True):
     """One iteration. There is no prefill batch and no decode batch: rows of any length and phase travel together.
 
+    swaps: copies to make, one after the other, before anything is computed: what one of them frees the next may fill.
     freed: requests that workers forget before they look at `new` (finished, aborted or preempted; a preempted one
         is described again in `new` when it comes back).
     new: requests described for the first time since they were last freed; each of them has a row.
@@ -36,13 +48,14 @@ class Batch(msgspec.Struct, frozen=True):
     rows: tuple[ScheduledRequest, ...]
     new: tuple[NewRequest, ...] = ()
     freed: tuple[int, ...] = ()
+    swaps: tuple[Swap, ...] = ()
 
     @property
     def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
+        return sum([row.num_tokens for row in self.rows])
 
 
-class RowResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class RowResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What one row gave. `token_id` is None where the row does not sample.
 
     prompt_logprobs: for requests that ask for them, those of the prompt positions start + 1 … start + num_tokens that

@@ -20,6 +20,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_size: requests per iteration. max_batch_tokens: tokens per iteration (chunked prefill cuts to it).
     kv_memory: bytes for the KV cache of each rank; None: a share of what is free.
     memory: bytes that the engine's ranks on this host may take together; None: what is free.
+    swap_space: bytes of each rank to which KV may be moved when the cache is full; 0: what is preempted is recomputed.
+    swap_dir: folder of a file for them; None: they are memory.
     max_model_len: longest prompt + output in tokens; None: what the model and the KV cache allow.
     tensor_parallel: ranks that share every layer; pipeline_parallel: stages that share out the layers.
     stage_split: stages that take equally long ("balanced"), or have equally many layers, as in the paper ("equal").
@@ -28,6 +30,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     nnodes: hosts that share the ranks evenly. Those beside this one join at head_address (HOST:PORT of this one) and
         know what is in secret_file.
     depth: batches in flight, where that is to be more than there are stages.
+    max_itl: seconds between two tokens of a running stream, at most; prompts are read in chunks short enough for that.
+        None: in chunks of max_batch_tokens.
     threads: compute threads of all ranks of a host; None: as many as the process may use.
     backend: "native" (our decoder), "transformers" (the optional backend), "auto" (native where there is one).
     quantization: what linear maps are kept in: "none" (the dtype), or "int8" or "int4" (made while it loads).
@@ -44,6 +48,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int = 512
     kv_memory: int | None = None
     memory: int | None = None
+    swap_space: int = 0
+    swap_dir: str | None = None
     max_model_len: int | None = None
     block_size: int = 16
     policy: str = "default"
@@ -55,6 +61,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     head_address: str | None = None
     secret_file: str | None = None
     depth: int = 1
+    max_itl: float | None = None
     threads: int | None = None
     backend: Literal["auto", "native", "transformers"] = "auto"
     quantization: Quantization = "none"
@@ -72,12 +79,25 @@ class BudgetLine(msgspec.Struct, frozen=True):
     note: str = ""
 
 
+class SwapSpace(msgspec.Struct, frozen=True, kw_only=True):
+    """Room for KV outside of the cache, and what using it costs, as measured when the engine started.
+
+    num_slots: KV blocks that it holds. copy_seconds: to copy a block there, or back. token_seconds: to compute a
+        token's K and V again, as part of a long prompt.
+    """
+
+    num_slots: int
+    copy_seconds: float
+    token_seconds: float
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine that has loaded its model can do.
 
     profile: hash of everything that decides bits: weights' dtype and quantisation, residual and KV dtype,
         instruction-set path, kernel version. Streams resume only on an equal profile.
     deterministic: whether the promise (a response is a pure function of model, profile and request) holds.
+    swap: room for KV outside of the cache, if there is any.
     budget: the memory table; timings: how long each part of the start took, in seconds.
     """
 
@@ -89,6 +109,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     profile: str
     deterministic: bool = True
+    swap: SwapSpace | None = None
     threads: int = 1
     budget: tuple[BudgetLine, ...] = ()
     timings: tuple[tuple[str, float], ...] = ()

@@ -23,6 +23,7 @@ def require(holds: bool, statement: str) -> None:
 def check(scheduler: Scheduler) -> None:
     """Everything that can be read off the scheduler's state alone."""
     _check_pool(scheduler)
+    _check_swap(scheduler)
     _check_requests(scheduler)
 
 
@@ -41,6 +42,21 @@ def _check_pool(scheduler: Scheduler) -> None:
     require(published == pool.index, "the prefix index and the blocks' prefixes say the same")
 
 
+def _check_swap(scheduler: Scheduler) -> None:
+    swap = scheduler.kv.swap
+    if swap is None:
+        return
+    held = [0] * swap.slots.num_blocks
+    for request in scheduler.requests.values():
+        for slot in request.swap_slots:
+            held[slot] += 1
+    require(held == swap.slots.counts, "a slot's count is the number of swapped requests that it belongs to")
+    require(
+        set(swap.slots.free) == {slot for slot, count in enumerate(held) if count == 0},
+        "a slot is free exactly when it is nobody's: nothing leaks",
+    )
+
+
 def _check_requests(scheduler: Scheduler) -> None:
     size = scheduler.kv.block_size
     waiting = list(scheduler.waiting)
@@ -55,9 +71,12 @@ def _check_requests(scheduler: Scheduler) -> None:
         running = [scheduler._place(request) for request in scheduler.running]
         require(running == sorted(running), "who runs is in the policy's order")
     for request in waiting:
-        require(not request.block_table and request.num_computed == 0, "who waits holds no KV")
+        require(not request.block_table, "who waits holds no KV")
+        swapped = len(request.swap_slots)
+        require(swapped == scheduler.kv.blocks_for(request.num_computed), "what who waits has computed is swapped out")
         require(not request.num_in_flight, "who waits is in no batch")
     for request in scheduler.running:
+        require(not request.swap_slots, "who runs has nothing in the swap space")
         computed, blocks = request.num_computed, len(request.block_table)
         require(0 <= computed <= request.num_tokens, "K and V exist only for tokens that exist")
         require(scheduler.kv.blocks_for(computed) <= blocks, "every stored token has a slot")
@@ -126,8 +145,8 @@ class CheckedScheduler(Scheduler):
             require(gone == (output.finish_reason is not None) or self.policy.request_level, "who has ended is gone")
         return outputs
 
-    def add(self, new: NewRequest, now: float = 0.0) -> None:
-        super().add(new, now)
+    def add(self, new: NewRequest, now: float = 0.0, waited: float = 0.0) -> None:
+        super().add(new, now, waited)
         check(self)
         self._check_gap()
 
@@ -137,6 +156,7 @@ class CheckedScheduler(Scheduler):
         self._check_gap()
 
     def _admit(self, request: Request, now: float) -> bool:
+        """Those who wait for a prefix are not in the queue while others are admitted."""
         require(request is min(self.waiting, key=self._place), "nobody overtakes in the queue")
         is_first = request.num_cached is None
         admitted = super()._admit(request, now)

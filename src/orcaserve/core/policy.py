@@ -29,6 +29,8 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     alike: a batch holds only rows that can be stacked to one tensor [B, L, H], as without selective batching (paper,
         section 3.2): they begin at the same position and take as many tokens. The first row decides; the others wait.
         Not for request_level, whose members stay together.
+    risk: admission leaves free what those that run are expected to need until their end, so that each of them needs
+        more with this probability (above 0, below 1). None: a block for each. Not for reserve, which sets aside all.
     order, options: who goes first, and what that order is told; see `orcaserve.core.order`. Orders that preempt go with
         neither request_level nor reserve.
     """
@@ -41,6 +43,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     deal: bool = True
     alike: bool = False
+    risk: float | None = None
     order: str = "fcfs"
     options: tuple[tuple[str, str], ...] = ()
 
@@ -79,7 +82,8 @@ POLICIES = {policy.name: policy for policy in (DEFAULT, ORCA, STATIC, STACKED)}
 def parse_policy(text: str) -> Policy:
     """NAME[,option=value…]: a policy of `POLICIES`, or the default with another order. OrderError is one clear line.
 
-    A policy's own option is `order`, another order than first come, first served; the others are that order's.
+    A policy's own options are `order`, another order than first come, first served, and `risk`; the others are that
+    order's.
     """
     name, *pairs = text.split(",")
     options = {}
@@ -90,11 +94,24 @@ def parse_policy(text: str) -> Policy:
         options[option.strip()] = value.strip()
     name = name.strip()
     base = POLICIES.get(name, DEFAULT)
+    risk = _risk(options.pop("risk")) if "risk" in options else base.risk
     order = options.pop("order", base.order) if name in POLICIES else name
     if name not in POLICIES and name not in (known := order_names()):
         raise OrderError(f"there is no policy {name!r}; there are {', '.join([*POLICIES, *known])}")
-    if order == base.order and not options:
+    if risk is not None and base.reserve:
+        raise OrderError(f"policy {text!r} sets aside all that a request may need: it has no risk")
+    if order == base.order and not options and risk == base.risk:
         return base
-    policy = msgspec.structs.replace(base, name=text, order=order, options=tuple(options.items()))
+    policy = msgspec.structs.replace(base, name=text, order=order, options=tuple(options.items()), risk=risk)
     policy.make_order()
     return policy
+
+
+def _risk(value: str) -> float:
+    try:
+        risk = float(value)
+    except ValueError:
+        risk = 0.0
+    if not 0 < risk < 1:
+        raise OrderError(f"risk is a probability above 0 and below 1, not {value.strip()!r}")
+    return risk

@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from orcaserve.core.timing import Timer, Timing
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -24,6 +26,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: number of most likely tokens reported beside the chosen one; None: no log-probabilities.
     prompt_logprobs: the same for every prompt token but the first.
     logit_bias: pairs (token id, addend to its logit).
+    grammar: what the response follows, as `orcaserve.worker.grammars` reads it; None: anything goes.
     """
 
     max_tokens: int | None = None
@@ -43,6 +46,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
 
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -57,6 +61,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cache_salt: prefix-cache blocks are shared only among requests of the same salt.
     tenant: for whom it is. priority: the lower, the earlier. deadline: seconds from when a scheduler takes it in until
         its first token is due; None: whenever. What these mean is the policy's affair.
+    name: what the client knows the request by; it decides nothing.
+    timed: every output says where the time went, not only the last: the frontend may end the request, or was asked.
     """
 
     id: int
@@ -71,6 +77,8 @@ class NewRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     tenant: str = ""
     priority: int = 0
     deadline: float | None = None
+    name: str = ""
+    timed: bool = False
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -86,12 +94,13 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """What one request gained from one iteration: scheduler → request pool.
 
     prompt_logprobs: all of them at once (prompt positions 1 … num_prompt-1), with the output that ends the prefill.
     num_cached: prompt tokens that the prefix cache spared, said with the first output.
     error: why `finish_reason` is "error", in words fit for a client.
+    timing: where the request's time went, with the last output; with each, if the request is `timed`.
     """
 
     id: int
@@ -101,6 +110,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_cached: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    timing: Timing | None = None
 
 
 class Request:
@@ -121,27 +131,33 @@ class Request:
         "num_cached",
         "num_computed",
         "num_described",
+        "num_expected",
         "num_in_flight",
         "num_known_blocks",
         "num_published",
         "num_served",
         "prompt_logprobs",
+        "swap_slots",
+        "timer",
         "token_ids",
     )
 
-    def __init__(self, new: NewRequest, arrival: int, arrived: float = 0.0) -> None:
+    def __init__(self, new: NewRequest, arrival: int, arrived: float = 0.0, waited: float = 0.0) -> None:
         self.new = new
         self.arrival = arrival  # ordinal
         self.arrived = arrived  # seconds of the scheduler's time
+        self.timer = Timer(arrived - waited, len(new.token_ids) - 1 if len(new.token_ids) > new.num_prompt else 0)
         self.lane = ""  # where it waits, and its place there: the order's
         self.key = 0.0
         self.token_ids: list[int] = list(new.token_ids)
         self.num_computed = 0  # tokens whose K and V are stored (batches in flight included)
         self.block_table: list[int] = []
+        self.swap_slots: list[int] = []  # where the blocks of its computed tokens are, while it is swapped out
         self.block_keys: list[bytes] = []  # prefix-cache keys of the full blocks, as far as they have been needed
         self.num_described = 0  # tokens that the workers have been told
         self.num_known_blocks = 0  # entries of the block table that the workers have been told
         self.num_cached: int | None = None  # None until first admitted; 0 once told
+        self.num_expected = 0  # tokens of prompt and output that admission counts on; 0: nothing is known
         self.num_published = 0  # full blocks that the prefix cache knows
         self.num_served = 0  # tokens computed, or found in the cache, for the first time: a recomputed one counts once
         self.num_in_flight = 0  # batches in flight that carry it: several only while its prompt is read in chunks

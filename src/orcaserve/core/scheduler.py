@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 from bisect import insort
+from collections.abc import Iterator
 from itertools import islice
-from typing import NamedTuple
 
 import msgspec
 
 from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult
+from orcaserve.core.config import SwapSpace
+from orcaserve.core.decisions import Decisions, Reason, Waits
 from orcaserve.core.kv_cache import KVCacheManager
 from orcaserve.core.order import Waiting
+from orcaserve.core.pace import SMALLEST_CHUNK, Pace
 from orcaserve.core.policy import Policy
+from orcaserve.core.pressure import Headroom
 from orcaserve.core.request import FinishReason, NewRequest, Output, Request
 
-SMALLEST_CHUNK = 32  # tokens: less of a prompt is not worth an iteration of its own
+MOST_HOLDERS = 3  # of KV blocks, of those that are named when blocks lack
 
 
 class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +30,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         so that every running request can decode.
     num_blocks, block_size: the KV cache; their product is the paper's n_slots.
     depth: most batches in flight (the paper's n_workers).
+    max_itl: seconds between two tokens of a stream, which chunks of prompts beside it are cut to; None: they are not.
+    swap: where the KV of preempted requests may be moved to; None: it is computed again.
     """
 
     policy: Policy
@@ -34,6 +40,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int
     depth: int = 1
+    max_itl: float | None = None
+    swap: SwapSpace | None = None
 
 
 class RequestTooLarge(ValueError):
@@ -43,10 +51,10 @@ class RequestTooLarge(ValueError):
 class Scheduler:
     """Sole owner of every Request, from `add` to the output with its finish reason.
 
-    A request is waiting (no KV) or running (KV held). It is in at most one batch in flight, since the next one needs
-    its token. Chunks of a prompt need nothing of each other's results: several batches may carry one each, and every
-    stage meets them in order. `schedule` makes a batch, `update` takes its results in; batches come back in the order
-    in which they were made.
+    A request is waiting (no KV, or swapped out) or running (KV held). It is in at most one batch in flight, since the
+    next one needs its token. Chunks of a prompt need nothing of each other's results: several batches may carry one
+    each, and every stage meets them in order. `schedule` makes a batch, `update` takes its results in; batches come
+    back in the order in which they were made.
 
     now: seconds of the caller's clock, real, virtual or recorded; it never goes back. The same calls at the same times
     give the same batches.
@@ -58,27 +66,40 @@ class Scheduler:
         size, tokens = config.max_batch_size, config.max_batch_tokens
         if config.policy.chunked and tokens < size:
             raise ValueError(f"max_batch_tokens ({tokens}) must be at least max_batch_size ({size})")
+        if config.max_itl is not None and not (config.policy.chunked and config.policy.decodes_first):
+            raise ValueError(f"max_itl needs a policy that cuts prompts; {config.policy.name!r} takes them whole")
         self.config = config
         self.policy = config.policy
-        self.kv = KVCacheManager(config.num_blocks, config.block_size, config.policy.prefix_cache)
+        self.kv = KVCacheManager(config.num_blocks, config.block_size, config.policy.prefix_cache, config.swap)
+        self.headroom = Headroom(config.policy.risk, config.block_size)
         self.order = config.policy.make_order()
         self.requests: dict[int, Request] = {}
+        self.pace = None if config.max_itl is None else Pace(config.max_itl, config.depth)
         self.waiting = Waiting(self.order)
         self.running: list[Request] = []  # in order, unless that has moved since the last schedule()
         self.num_preemptions = 0
         self.num_steps = 0
+        self.decisions: Decisions | None = None  # since somebody listens
         self._num_arrivals = 0
         self._freed: list[int] = []  # what the next batch tells the workers to forget
         self._tokens_in_flight = 0
         self._held: list[Output] = []  # what a request-level batch returns at its end
 
-    def add(self, new: NewRequest, now: float = 0.0) -> None:
-        """Takes a request in. RequestTooLarge: its KV can never fit. ValueError: a known id, or no tokens."""
+    def listen(self) -> Decisions:
+        """Where it says from now on who is left out of an iteration, and why. It decides the same as before."""
+        self.decisions = Decisions()
+        return self.decisions
+
+    def add(self, new: NewRequest, now: float = 0.0, waited: float = 0.0) -> None:
+        """Takes a request in. waited: seconds that it was there before, which only its timing counts.
+
+        RequestTooLarge: its KV can never fit. ValueError: a known id, or no tokens.
+        """
         if new.id in self.requests:
             raise ValueError(f"request {new.id} is here already")
         if not new.token_ids:
             raise ValueError(f"request {new.id} has no tokens")
-        request = Request(new, self._num_arrivals, now)
+        request = Request(new, self._num_arrivals, now, waited)
         if request.max_total > self.kv.num_slots:
             raise RequestTooLarge(
                 f"prompt and output may reach {request.max_total} tokens, but the KV cache holds {self.kv.num_slots}"
@@ -106,11 +127,14 @@ class Scheduler:
             self._put_in_order()
         rows: list[Row] = []
         tokens_left = self._token_limit()
-        closed = self.policy.request_level and bool(self.running)
+        has_begun = self.policy.request_level and bool(self.running)
+        closed = has_begun
         num_preemptions = self.num_preemptions
         row_limit = self._row_limit()
         num_own = 0  # rows of requests that no other batch carries: only they count, since chunks even batches out
-        for request in self._ready():
+        alike, block_size = self.policy.alike, self.kv.block_size
+        ready = self._ready()
+        for request in ready:
             if tokens_left == 0:
                 break
             is_own = not request.num_in_flight
@@ -119,36 +143,55 @@ class Scheduler:
             if not request.block_table:  # preempted for an older one, a moment ago
                 continue
             row = self._row(request, tokens_left)
-            if not self._joins(rows, row):
+            if alike and not self._joins(rows, row):
                 continue
-            if not self._make_room(row, now):
+            num_tokens = row.num_tokens
+            # Few decodes need a new block: the others are spared the question.
+            if row.start + num_tokens > len(request.block_table) * block_size and not self._make_room(row, now):
                 closed = True  # it waits for an older one's end; those that need no memory go on
                 continue
             rows.append(row)
             num_own += is_own
-            tokens_left -= row.num_tokens
+            tokens_left -= num_tokens
         # Who was preempted just now would be let in again at once, and the memory was not for him.
         closed = closed or self.num_preemptions > num_preemptions
+        held_back: list[Request] = []
         while not closed and self.waiting and num_own < self.config.max_batch_size and tokens_left > 0:
             request = self.waiting.first
+            if len(held_back) < self.config.max_batch_size and self.kv.awaits(request, self.running):
+                self.waiting.remove(request)
+                held_back.append(request)
+                continue
             if not self._joins(rows, self._first_row(request, tokens_left)) or not self._admit(request, now):
                 break  # stop, not skip: nobody overtakes
             rows.append(self._row(request, tokens_left))
             num_own += 1
             tokens_left -= rows[-1].num_tokens
-        return self._seal(rows) if rows else None
+        for request in held_back:
+            self.waiting.add(request)
+        if self.decisions is not None:
+            self._say_who_waits(self.decisions, rows, ready, tokens_left, has_begun)
+        if not rows:
+            return None
+        batch = self._seal(rows, now)
+        if self.pace is not None:
+            self.pace.submitted(batch, now)
+        return batch
 
     def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
         """Takes in what a batch gave; a request whose output has a finish reason is gone from here."""
         outputs = []
         self._tokens_in_flight -= batch.num_tokens
+        if self.pace is not None:
+            self.pace.returned(now)
         for row, got in zip(batch.rows, result.rows, strict=True):
             request = self.requests[row.id]
             request.num_in_flight -= 1
-            if request.finish_reason is None and (output := self._take_in(request, row, got)) is not None:
+            if request.finish_reason is None and (output := self._take_in(request, row, got, now)) is not None:
                 outputs.append(output)
-            stays = self.policy.request_level and request.finish_reason != "abort"
-            if request.finish_reason is not None and not request.num_in_flight and not stays:
+            reason = request.finish_reason
+            stays = self.policy.request_level and reason != "abort"
+            if reason is not None and not request.num_in_flight and not stays:
                 self._drop(request)
         return self._return_together(outputs) if self.policy.request_level else tuple(outputs)
 
@@ -156,16 +199,24 @@ class Scheduler:
 
     def _ready(self) -> list[Request]:
         """Running requests with something to compute that awaits no result, in the order in which they may choose."""
-        if not self.policy.request_level:
-            ready = [request for request in self.running if request.lag and request.finish_reason is None]
-        else:
-            ready = [request for request in self.running if not request.num_in_flight]
-        if self.policy.request_level and len(ready) < len(self.running):
-            # A batch that is over but for what is in flight: ended members would keep it going for ever, in turns.
-            is_over = all(request.finish_reason is not None for request in self.running)
-            ready = [] if is_over else ready
+        if self.policy.request_level:
+            return self._ready_together()
+        ready: list[Request] = []
+        after = [] if self.policy.decodes_first else ready  # the policy's order remains inside each half
+        for request in self.running:
+            lag = len(request.token_ids) - request.num_computed
+            if lag and request.finish_reason is None:
+                (ready if lag == 1 else after).append(request)
+        return ready if after is ready else ready + after
+
+    def _ready_together(self) -> list[Request]:
+        """The same of a request-level batch, whose ended members keep their rows busy."""
+        ready = [request for request in self.running if not request.num_in_flight]
+        # A batch that is over but for what is in flight: ended members would keep it going for ever, in turns.
+        if len(ready) < len(self.running) and all(request.finish_reason is not None for request in self.running):
+            return []
         if self.policy.decodes_first:
-            ready.sort(key=lambda request: request.lag > 1)  # stable: the policy's order remains inside each half
+            ready.sort(key=lambda request: request.lag > 1)
         return ready
 
     def _row_limit(self) -> int:
@@ -181,19 +232,48 @@ class Scheduler:
             return sys.maxsize
         most = self.config.max_batch_tokens
         if not self.policy.deal or self.config.depth == 1:
-            return most
+            return self._in_time(most)
         depth = self.config.depth
         work = self._tokens_in_flight + sum(request.lag for request in self.running)
         for request in islice(self.waiting, max(0, depth * self.config.max_batch_size - len(self.running))):
             if work >= most * depth:
                 break
             work += request.num_tokens
-        return min(most, max(SMALLEST_CHUNK, -(-work // depth)))
+        return self._in_time(min(most, max(SMALLEST_CHUNK, -(-work // depth))))
+
+    def _in_time(self, most: int) -> int:
+        """Of so many tokens of a batch, as many as streams that run may wait for; all of them where none runs."""
+        if self.pace is None:
+            return most
+        decodes = context = streams = 0
+        for request in self.running:
+            known = len(request.token_ids)
+            lag = known - request.num_computed
+            if lag <= 1:
+                streams += 1
+                decodes += lag
+                context += lag * known
+        if not streams or (streams == len(self.running) and not self.waiting):
+            return most
+        if decodes > (limit := self._row_limit()):
+            decodes, context = limit, context * limit // decodes
+        return decodes + self.pace.prompt_tokens(decodes, context, self._prompts(), most - decodes)
+
+    def _prompts(self) -> Iterator[tuple[int, int]]:
+        """Where the prompts stand that come next, and how many tokens of each are left; in order, but for lanes."""
+        for request in self.running:
+            if request.lag > 1 and request.finish_reason is None:
+                yield request.num_computed, request.lag
+        for request in islice(self.waiting, max(0, self.config.max_batch_size - len(self.running))):
+            start = self.kv.known_prefix(request)
+            yield start, request.num_tokens - start
 
     def _row(self, request: Request, tokens_left: int) -> Row:
         if request.finish_reason is not None:  # a request-level batch: the ended member computes for nothing
             return Row(request, request.num_computed - 1, 1)
-        return Row(request, request.num_computed, self.policy.grant(request.lag, tokens_left))
+        start = request.num_computed
+        lag = len(request.token_ids) - start
+        return Row(request, start, 1 if lag == 1 else self.policy.grant(lag, tokens_left))
 
     def _first_row(self, request: Request, tokens_left: int) -> Row:
         """The row that a waiting request would get if it were admitted now."""
@@ -201,22 +281,39 @@ class Scheduler:
         return Row(request, start, self.policy.grant(request.num_tokens - start, tokens_left))
 
     def _joins(self, rows: list[Row], row: Row) -> bool:
-        return self.policy.joins(rows[0][1:] if rows else None, row[1:])
+        first = (rows[0].start, rows[0].num_tokens) if rows else None
+        return self.policy.joins(first, (row.start, row.num_tokens))
 
     def _make_room(self, row: Row, now: float) -> bool:
         """Grows a running request's KV, preempting the last in order that may be until it fits."""
         while not self.kv.grow(row.request, row.start + row.num_tokens):
             victim = next((request for request in reversed(self.running) if not request.num_in_flight), None)
             if victim is None or self._place(victim) <= self._place(row.request):
+                if self.decisions is not None:
+                    missing = self.kv.blocks_for(row.start + row.num_tokens) - len(row.request.block_table)
+                    self.decisions.lacks(row.request.id, missing - self.kv.pool.num_free)
                 return False
-            self._preempt(victim, now)
+            self._preempt_for(row.request, victim, now)
         return True
 
+    def _preempt_for(self, request: Request, victim: Request, now: float) -> None:
+        num_computed = victim.num_computed
+        self._preempt(victim, now)
+        if self.decisions is not None:
+            self.decisions.preempted(victim.id, request.id, num_computed - victim.num_computed)
+
     def _preempt(self, request: Request, now: float) -> None:
-        """Takes a request's KV away. Its tokens stay, so that it is recomputed and goes on as if nothing had been."""
+        """Takes a request's KV away, to the swap space or for good.
+
+        Its tokens stay, so that it can be recomputed, and it goes on as if nothing had been.
+        """
         self.num_preemptions += 1
         self.running.remove(request)
-        self._forget(request)
+        request.timer.preempted(now, request.num_computed)
+        if self.kv.swap_out(request):
+            self._undescribe(request)
+        else:
+            self._forget(request)
         self._wait(request, now)
 
     def _make_way(self, now: float) -> None:
@@ -233,26 +330,29 @@ class Scheduler:
             after = [other for other in reversed(free) if self._place(other) > place]
             own = min(sum(other.lag > 0 for other in free), self._row_limit())
             rows = max(0, own + 1 - self.config.max_batch_size)
-            victims = self.kv.who_gives(request, self.policy.room(request), len(self.running), after, rows)
+            spare = self.headroom.spare(self.running, request)
+            left = [self.headroom.left_for(other) for other in after]
+            victims = self.kv.who_gives(request, self.policy.room(request), spare, after, left, rows)
             if victims is None:
                 return
             ahead = sum(other.lag for other in free if other.lag == 1 or self._place(other) < place)
             if ahead - sum(victim.lag == 1 for victim in victims) >= self._token_limit():
                 return  # it would get no token now
             for victim in victims:
-                self._preempt(victim, now)
+                self._preempt_for(request, victim, now)
             if not self._admit(request, now):
                 return
 
     def _admit(self, request: Request, now: float) -> bool:
-        """Lets the first in the queue run, if its KV fits and leaves a block to spare for each that runs."""
-        spare = 0 if self.policy.reserve else len(self.running)
+        """Lets the first in the queue run, if its KV fits and leaves to those that run what they may need."""
+        spare = 0 if self.policy.reserve else self.headroom.spare(self.running, request)
         if not self.kv.admit(request, self.policy.room(request), spare):
             return False
         self.order.started(request, now)
         if request.num_cached is None:
             request.num_cached = request.num_computed
             request.num_served = request.num_computed
+            request.timer.admitted(request.num_computed)
         self.waiting.remove(request)
         self._run(request)
         return True
@@ -277,73 +377,135 @@ class Scheduler:
             self.running.sort(key=lambda request: (ranks[request.lane], request.key, request.arrival))
             self.order.moved = False
 
-    def _seal(self, rows: list[Row]) -> Batch:
+    def _say_who_waits(
+        self, decisions: Decisions, rows: list[Row], ready: list[Request], tokens_left: int, has_begun: bool
+    ) -> None:
+        """For who listens. has_begun: a request-level batch was under way."""
+        num_own = sum(not row.request.num_in_flight for row in rows)
+        is_full = num_own >= self.config.max_batch_size
+        if self.config.depth == 1:  # else who is left out of one batch goes with the next in flight
+            taking_part = {row.request.id for row in rows}
+            why: Reason = "rows" if is_full else "shape" if tokens_left else "tokens"
+            for request in ready:
+                if request.block_table and request.id not in taking_part and not decisions.is_left_out(request.id):
+                    decisions.waits(Waits(id=request.id, why=why, runs=True))
+        if self.waiting:
+            id = self.waiting.first.id
+            if decisions.preempted_for is not None:
+                decisions.waits(Waits(id=id, why="preemption", by=decisions.preempted_for))
+            elif has_begun:
+                decisions.waits(Waits(id=id, why="closed"))
+            elif self.kv.awaits(self.waiting.first, self.running):
+                decisions.waits(Waits(id=id, why="prefix"))
+            elif decisions.lacking is not None:
+                decisions.waits(Waits(id=id, why="memory", by=decisions.lacking))
+            elif is_full or tokens_left <= 0:
+                decisions.waits(Waits(id=id, why="rows" if is_full else "tokens"))
+            elif not self._joins(rows, self._first_row(self.waiting.first, tokens_left)):
+                decisions.waits(Waits(id=id, why="shape"))
+            else:
+                decisions.waits(self._lacks_blocks(self.waiting.first))
+        decisions.seal()
+
+    def _lacks_blocks(self, request: Request) -> Waits:
+        spare = 0 if self.policy.reserve else self.headroom.spare(self.running, request)
+        holders = sorted(self.running, key=lambda other: -len(other.block_table))[:MOST_HOLDERS]
+        return Waits(
+            id=request.id,
+            why="blocks",
+            blocks=self.kv.lacking(request, self.policy.room(request), spare),
+            holders=tuple((other.id, len(other.block_table)) for other in holders),
+        )
+
+    def _seal(self, rows: list[Row], now: float) -> Batch:
         """Turns decisions into the message: only what the workers cannot know."""
         new = []
         scheduled = []
-        for request, start, num_tokens in rows:
-            if request.num_described == 0:
+        mates = len(rows) - 1
+        for row in rows:
+            request, start, num_tokens = row.request, row.start, row.num_tokens
+            token_ids, end, described = request.token_ids, start + num_tokens, request.num_described
+            known, timer = len(token_ids), request.timer
+            unsaid: tuple[int, ...] = ()
+            if described == 0:
                 new.append(request.describe())
-            end, known, table = start + num_tokens, request.num_tokens, request.block_table
-            scheduled.append(
-                ScheduledRequest(
-                    request.new.id,
-                    start,
-                    num_tokens,
-                    new_blocks=tuple(table[request.num_known_blocks :]),
-                    token_ids=tuple(request.token_ids[request.num_described :]) if request.num_described else (),
-                    samples=end == known and request.new.max_tokens > 0,
-                )
-            )
+                timer.described(now)
+            elif described < known:
+                unsaid = (token_ids[-1],) if described == known - 1 else tuple(token_ids[described:])
+            timer.iterations += 1
+            timer.mates += mates
+            if mates > timer.most_mates:
+                timer.most_mates = mates
+            num_blocks = len(request.block_table)
+            blocks: tuple[int, ...] = ()
+            if num_blocks > request.num_known_blocks:
+                blocks = tuple(request.block_table[request.num_known_blocks :])
+                request.num_known_blocks = num_blocks
+            samples = end == known and request.new.max_tokens > 0
+            scheduled.append(ScheduledRequest(request.new.id, start, num_tokens, blocks, unsaid, samples))
             request.num_described = known
-            request.num_known_blocks = len(table)
             if end > request.num_computed:
                 request.num_computed = end
             request.num_in_flight += 1
         self.num_steps += 1
-        batch = Batch(step=self.num_steps, rows=tuple(scheduled), new=tuple(new), freed=tuple(self._freed))
+        batch = Batch(
+            step=self.num_steps,
+            rows=tuple(scheduled),
+            new=tuple(new),
+            freed=tuple(self._freed),
+            swaps=() if self.kv.swap is None else self.kv.swap.take_copies(),
+        )
         self._tokens_in_flight += batch.num_tokens
         self._freed.clear()
         return batch
 
     # -- taking results in ---------------------------------------------------------------------------------------
 
-    def _take_in(self, request: Request, row: ScheduledRequest, got: RowResult) -> Output | None:
+    def _take_in(self, request: Request, row: ScheduledRequest, got: RowResult, now: float) -> Output | None:
         """One row's result. None if there is nothing to tell yet."""
-        error = got.error
-        if error is None and row.samples and got.token_id is None:
+        token_id, error, end = got.token_id, got.error, row.start + row.num_tokens
+        if error is None and row.samples and token_id is None:
             error = "the model gave no token"
         if error is not None:
             request.finish_reason = "error"
-            return Output(id=request.id, finish_reason="error", error=error)
-        self.kv.publish(request, row.start + row.num_tokens)
-        fresh = row.start + row.num_tokens - request.num_served
+            return Output(id=request.id, finish_reason="error", error=error, timing=request.timer.timing(now))
+        if end >= (request.num_published + 1) * self.kv.block_size:
+            self.kv.publish(request, end)
+        fresh = end - request.num_served
         if fresh > 0:
-            request.num_served += fresh
-            self.order.served(request, fresh, int(got.token_id is not None))
-        if request.prompt_logprobs is not None:
-            request.prompt_logprobs.extend(got.prompt_logprobs)
-        if row.start + row.num_tokens < request.num_tokens:
+            request.num_served = end
+            self.order.served(request, fresh, int(token_id is not None))
+        if not request.timer.decodes:
+            request.timer.computed(row.start, end, token_id is not None or request.num_generated > 0, now)
+        prompt_logprobs = request.prompt_logprobs
+        if prompt_logprobs is not None:
+            prompt_logprobs.extend(got.prompt_logprobs)
+        if end < len(request.token_ids):
             return None  # still prefilling
-        if got.token_id is not None:
-            request.token_ids.append(got.token_id)
-        request.finish_reason = self._finish_reason(request, got.token_id)
-        prompt_logprobs = tuple(request.prompt_logprobs or ())
+        if token_id is not None:
+            request.token_ids.append(token_id)
+        reason = request.finish_reason = self._finish_reason(request, token_id)
+        is_plain = request.num_cached == 0 and prompt_logprobs is None and not request.new.timed
+        if reason is None and token_id is not None and is_plain:
+            # As nearly always: one more token of a stream.
+            return Output(id=row.id, token_ids=(token_id,), logprobs=() if got.logprobs is None else (got.logprobs,))
         request.prompt_logprobs = None
         num_cached, request.num_cached = request.num_cached or 0, 0  # told once
         return Output(
-            id=request.id,
-            token_ids=() if got.token_id is None else (got.token_id,),
+            id=row.id,
+            token_ids=() if token_id is None else (token_id,),
             logprobs=() if got.logprobs is None else (got.logprobs,),
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=tuple(prompt_logprobs or ()),
             num_cached=num_cached,
-            finish_reason=request.finish_reason,
+            finish_reason=reason,
+            timing=request.timer.timing(now) if reason is not None or request.new.timed else None,
         )
 
     def _finish_reason(self, request: Request, token_id: int | None) -> FinishReason | None:
-        if request.new.end_token_ids and token_id in request.new.end_token_ids:
+        new = request.new
+        if new.end_token_ids and token_id in new.end_token_ids:
             return "stop"
-        return "length" if request.num_generated >= request.new.max_tokens else None
+        return "length" if len(request.token_ids) - new.num_prompt >= new.max_tokens else None
 
     def _return_together(self, outputs: list[Output]) -> tuple[Output, ...]:
         """Request-level batching: keeps everything until the longest member has ended, then returns and frees all."""
@@ -359,6 +521,8 @@ class Scheduler:
     def _drop(self, request: Request) -> None:
         del self.requests[request.id]
         self.order.ended(request)
+        if request.finish_reason in ("stop", "length"):
+            self.headroom.ended(request)
         if request.block_table:
             self.running.remove(request)
         else:
@@ -366,17 +530,21 @@ class Scheduler:
         self._forget(request)
 
     def _forget(self, request: Request) -> None:
-        """Frees the KV and lets the workers know; a preempted request is described to them again when it comes back."""
+        """Frees the KV and lets the workers know."""
         self.kv.free(request)
+        self._undescribe(request)
+        if request.prompt_logprobs:
+            request.prompt_logprobs = []
+
+    def _undescribe(self, request: Request) -> None:
+        """Lets the workers forget a request; one that was preempted is described again when it comes back."""
         if request.num_described > 0:
             self._freed.append(request.id)
         request.num_described = 0
         request.num_known_blocks = 0
-        if request.prompt_logprobs:
-            request.prompt_logprobs = []
 
 
-class Row(NamedTuple):
+class Row(msgspec.Struct, gc=False):
     """A decision: compute `num_tokens` positions from `start` on."""
 
     request: Request

@@ -2,8 +2,8 @@
 
 An entry depends on its token and on the entry before it, as a key or value does on its context. The ledger writes each
 scheduled token's entry at its slot, reads the whole context back through the block table and hashes it. Any slip in
-block tables, prefix reuse, preemption, chunking or pipelining changes the answer; `ledger_answer` is the sequential
-loop that says what it must be.
+block tables, prefix reuse, preemption, swapping, chunking or pipelining changes the answer; `ledger_answer` is the
+sequential loop that says what it must be.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from zlib import crc32
 
-from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult
+from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult, Swap
 from orcaserve.core.request import FinishReason, NewRequest, TokenLogprobs
 
 EMPTY = -1  # a slot that was never written
@@ -72,19 +72,27 @@ class LedgerPending:
 
 
 class LedgerExecutor:
-    """Owner of the ledger's slots (one entry each) and of what its imaginary workers know."""
+    """Owner of the ledger's slots (one entry each) and of what its imaginary workers know.
 
-    def __init__(self, num_blocks: int, block_size: int, vocab_size: int, eager: bool = True) -> None:
+    swap_blocks: blocks whose entries its swap space holds.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, vocab_size: int, eager: bool = True, swap_blocks: int = 0
+    ) -> None:
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._eager = eager
         self._slots = array("q", [EMPTY]) * (num_blocks * block_size)
+        self._swapped = array("q", [EMPTY]) * (swap_blocks * block_size)
         self.known: dict[int, _Known] = {}
 
     def submit(self, batch: Batch) -> LedgerPending:
         return LedgerPending(self, batch, self._eager)
 
     def run(self, batch: Batch) -> StepResult:
+        for swap in batch.swaps:
+            self._copy(swap)
         for id in batch.freed:
             del self.known[id]
         for new in batch.new:
@@ -94,6 +102,15 @@ class LedgerExecutor:
         for row in batch.rows:
             self._write(row)
         return StepResult(tuple(self._read(row) for row in batch.rows))
+
+    def _copy(self, swap: Swap) -> None:
+        size = self._block_size
+        for block, slot in zip(swap.blocks, swap.slots, strict=True):
+            inside, outside = slice(block * size, (block + 1) * size), slice(slot * size, (slot + 1) * size)
+            if swap.out:
+                self._swapped[outside] = self._slots[inside]
+            else:
+                self._slots[inside] = self._swapped[outside]
 
     def _write(self, row: ScheduledRequest) -> None:
         known = self.known[row.id]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from orcaserve.core.batch import Batch, StepResult
+from orcaserve.core.decisions import Decision
 from orcaserve.core.request import Output
 from orcaserve.core.scheduler import RequestTooLarge, Scheduler
 from orcaserve.engine.executor import Executor, Pending
@@ -32,6 +33,10 @@ class Witness(Protocol):
 
     def took(self, now: float, commands: Sequence[Command]) -> None:
         """Commands came."""
+        ...
+
+    def decided(self, now: float, decisions: Sequence[Decision]) -> None:
+        """The scheduler has left requests out of the batch that it submits next, if any."""
         ...
 
     def submitted(self, now: float, batch: Batch) -> None:
@@ -65,6 +70,7 @@ class EngineLoop:
         self._outbox = outbox
         self._clock = clock
         self._witness = witness
+        self._decisions = None if witness is None else scheduler.listen()
         self._depth = scheduler.config.depth
         self._in_flight: deque[tuple[Batch, Pending]] = deque()
         self._now = self._last = clock()
@@ -87,7 +93,7 @@ class EngineLoop:
             self._obey(command)
         if idle:
             self._last = self._now
-        while len(self._in_flight) < self._depth and (batch := self._scheduler.schedule(self._now)) is not None:
+        while len(self._in_flight) < self._depth and (batch := self._schedule()) is not None:
             if self._witness is not None:
                 self._witness.submitted(self._clock(), batch)
             self._in_flight.append((batch, self._executor.submit(batch)))
@@ -103,12 +109,18 @@ class EngineLoop:
             raise RuntimeError("the scheduler has work, but makes no batch of it")
         return True
 
+    def _schedule(self) -> Batch | None:
+        batch = self._scheduler.schedule(self._now)
+        if self._witness is not None and self._decisions is not None and (decisions := self._decisions.take()):
+            self._witness.decided(self._clock(), decisions)
+        return batch
+
     def _obey(self, command: Submit | Abort) -> None:
         if isinstance(command, Abort):
             self._scheduler.abort(command.id)
         else:
             try:
-                self._scheduler.add(command.request, self._now)
+                self._scheduler.add(command.request, self._now, command.waited)
             except RequestTooLarge as error:
                 refusal = Output(id=command.request.id, finish_reason="error", error=str(error))
                 self._outbox.put(Step(outputs=(refusal,), stats=self.stats()))
@@ -132,6 +144,7 @@ class EngineLoop:
             num_blocks=scheduler.kv.pool.num_blocks,
             num_held_blocks=scheduler.kv.pool.num_held,
             num_preemptions=scheduler.num_preemptions,
+            num_swapped=0 if scheduler.kv.swap is None else scheduler.kv.swap.num_swapped,
             prefix_queries=scheduler.kv.num_queries,
             prefix_hits=scheduler.kv.num_hits,
             num_steps=scheduler.num_steps,

@@ -8,9 +8,10 @@ from orcaserve.core.request import NewRequest, Output
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Take this request in."""
+    """Take this request in. waited: seconds that it has lain in the loop's inbox."""
 
     request: NewRequest
+    waited: float = 0.0
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -34,6 +35,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int = 0
     num_held_blocks: int = 0
     num_preemptions: int = 0
+    num_swapped: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
     num_steps: int = 0

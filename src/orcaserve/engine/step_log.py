@@ -4,7 +4,8 @@ A log has lengths and times, never a token: where a prefix cache may find someth
 are equal beginnings up to and including that block, and a name says nothing else: it is a hash with a key that nobody
 keeps.
 
-Lines stand in the order in which the loop did things. That order, not the times, makes a replay exact.
+Lines stand in the order in which the loop did things. That order, not the times, makes a replay exact. Why somebody had
+to wait stands beside that: it follows from the rest, and a replay passes over it.
 """
 
 from __future__ import annotations
@@ -17,25 +18,29 @@ from hashlib import blake2b
 import msgspec
 
 from orcaserve.core.batch import Batch, StepResult
+from orcaserve.core.decisions import Decision
 from orcaserve.core.request import NewRequest
 from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.engine.messages import Abort, Command, Submit
 from orcaserve.sim.shape import ModelShape
 
-VERSION = 1
+VERSION = 2  # of 1 nobody knows why who waited, or what it was called
 _NAME_BITS = 52  # a name is a whole number that every reader of JSON keeps exact
 
 Row = tuple[int, int, int, bool]  # request, start, tokens, samples
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, tag="engine", omit_defaults=True):
-    """The first line of an engine's life; after a crash the next engine writes one, too. machine: in words."""
+    """The first line of an engine's life; after a crash the next engine writes one, too. machine: in words.
+
+    version: goes up when there are lines that older readers do not know; a reader knows all below its own, too.
+    """
 
     config: SchedulerConfig
     model: ModelShape | None = None
     machine: str = ""
     threads: int = 1
-    version: int = VERSION
+    version: int = 1
 
 
 class Arrived(msgspec.Struct, frozen=True, kw_only=True, tag="arrival", omit_defaults=True):
@@ -43,7 +48,7 @@ class Arrived(msgspec.Struct, frozen=True, kw_only=True, tag="arrival", omit_def
 
     prompt, max_tokens: in tokens. done: tokens that it had generated before (it comes back from a crash).
     scores: it wants the prompt's log-probabilities. blocks: names of the full blocks of its tokens.
-    tenant, priority, deadline: as in NewRequest.
+    tenant, priority, deadline, name: as in NewRequest. waited: seconds that it lay in the loop's inbox before that.
     """
 
     at: float
@@ -56,6 +61,8 @@ class Arrived(msgspec.Struct, frozen=True, kw_only=True, tag="arrival", omit_def
     tenant: str = ""
     priority: int = 0
     deadline: float | None = None
+    name: str = ""
+    waited: float = 0.0
 
 
 class Left(msgspec.Struct, frozen=True, tag="abort"):
@@ -65,11 +72,19 @@ class Left(msgspec.Struct, frozen=True, tag="abort"):
     id: int
 
 
-class Submitted(msgspec.Struct, frozen=True, tag="batch"):
-    """An iteration was given to the executor."""
+class Decided(msgspec.Struct, frozen=True, tag="decided"):
+    """Who is left out of the iteration that is submitted next, or preempted for it; only what has changed."""
+
+    at: float
+    decisions: tuple[Decision, ...]
+
+
+class Submitted(msgspec.Struct, frozen=True, tag="batch", omit_defaults=True):
+    """An iteration was given to the executor. swaps: the copies that came before it, as (out, number of blocks)."""
 
     at: float
     rows: tuple[Row, ...]
+    swaps: tuple[tuple[bool, int], ...] = ()
 
 
 class Returned(msgspec.Struct, frozen=True, kw_only=True, tag="result", omit_defaults=True):
@@ -86,7 +101,7 @@ class Returned(msgspec.Struct, frozen=True, kw_only=True, tag="result", omit_def
     blocks: tuple[tuple[int, int], ...] = ()
 
 
-Event = Arrived | Left | Submitted | Returned
+Event = Arrived | Left | Decided | Submitted | Returned
 _decode = msgspec.json.Decoder(Header | Event).decode
 
 
@@ -114,8 +129,8 @@ def read(data: bytes) -> list[Log]:
                 break
             raise ValueError(f"line {number} is none of a step log: {error}") from None
         if isinstance(found, Header):
-            if found.version != VERSION:
-                raise ValueError(f"line {number}: a step log of version {found.version}; this reads {VERSION}")
+            if not 1 <= found.version <= VERSION:
+                raise ValueError(f"line {number}: a step log of version {found.version}; this reads 1 to {VERSION}")
             logs.append((found, []))
         elif not logs:
             raise ValueError("the first line of a step log names the engine; record one with --step-log")
@@ -133,6 +148,11 @@ def log_clock(clock: Callable[[], float]) -> Callable[[], float]:
     """A clock that begins now and shows whole microseconds: what a log can say, so that a replay has the same times."""
     began = clock()
     return lambda: round(clock() - began, 6)
+
+
+def swaps_of(batch: Batch) -> tuple[tuple[bool, int], ...]:
+    """A batch's copies, as a log has them."""
+    return tuple((swap.out, len(swap.blocks)) for swap in batch.swaps)
 
 
 class _Open:
@@ -164,18 +184,22 @@ class StepLog:
         self._open: dict[int, _Open] = {}
         self._submitted: deque[float] = deque()  # when those in flight were
         self._last = 0.0
-        self._line(header)
+        self._line(msgspec.structs.replace(header, version=VERSION))
 
     def took(self, now: float, commands: Sequence[Command]) -> None:
         for command in commands:
             if isinstance(command, Submit):
-                self._arrived(now, command.request)
+                self._arrived(now, command.request, command.waited)
             elif isinstance(command, Abort):
                 self._open.pop(command.id, None)
                 self._line(Left(now, command.id))
 
+    def decided(self, now: float, decisions: Sequence[Decision]) -> None:
+        self._line(Decided(now, tuple(decisions)))
+
     def submitted(self, now: float, batch: Batch) -> None:
-        self._line(Submitted(now, tuple((row.id, row.start, row.num_tokens, row.samples) for row in batch.rows)))
+        rows = tuple((row.id, row.start, row.num_tokens, row.samples) for row in batch.rows)
+        self._line(Submitted(now, rows, swaps_of(batch)))
         self._submitted.append(now)
 
     def returned(self, now: float, batch: Batch, result: StepResult) -> None:
@@ -212,7 +236,7 @@ class StepLog:
         )
         self._last = now
 
-    def _arrived(self, now: float, new: NewRequest) -> None:
+    def _arrived(self, now: float, new: NewRequest, waited: float) -> None:
         known = self._open[new.id] = _Open(new)
         names = tuple(self._names(known)) if self._names_blocks else ()
         self._line(
@@ -227,6 +251,8 @@ class StepLog:
                 tenant=new.tenant,
                 priority=new.priority,
                 deadline=new.deadline,
+                name=new.name,
+                waited=round(waited, 6),
             )
         )
 

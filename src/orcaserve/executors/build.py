@@ -10,6 +10,8 @@ from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.executors.distributed import DistributedExecutor, start_workers
 from orcaserve.executors.loading import check_files, load_part, policy_of
 from orcaserve.executors.local import LocalExecutor
+from orcaserve.executors.measure import measure
+from orcaserve.worker.grammars import Grammars
 from orcaserve.worker.machine import available_memory, usable_cpus
 from orcaserve.worker.worker import Worker
 
@@ -43,7 +45,15 @@ def build(
     )
     loaded = time.monotonic()
     model, budget = part.model, part.budget
-    worker = Worker(model, num_blocks=budget.num_blocks, block_size=options.block_size)
+    worker = Worker(
+        model,
+        num_blocks=budget.num_blocks,
+        block_size=options.block_size,
+        num_slots=budget.num_slots,
+        swap_dir=options.swap_dir,
+        grammars=Grammars(Path(options.model), model.config.vocab_size),
+    )
+    executor = LocalExecutor(worker)
     info = EngineInfo(
         architecture=model.config.architecture,
         dtype=part.dtype,
@@ -53,8 +63,15 @@ def build(
         num_blocks=budget.num_blocks,
         profile=part.profile,
         deterministic=model.deterministic,
+        swap=measure(
+            executor,
+            num_slots=budget.num_slots,
+            num_blocks=budget.num_blocks,
+            block_size=options.block_size,
+            max_model_len=budget.max_model_len,
+        ),
         threads=threads,
         budget=budget.lines,
         timings=(("load weights", loaded - started), ("make KV cache", time.monotonic() - loaded)),
     )
-    return LocalExecutor(worker), info
+    return executor, info

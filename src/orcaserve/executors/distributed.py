@@ -19,6 +19,7 @@ from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.config import BudgetLine, EngineInfo, EngineOptions, ModelError
 from orcaserve.engine.framing import encode
 from orcaserve.executors.hosts import Host, gather_hosts
+from orcaserve.executors.measure import measure
 from orcaserve.executors.messages import (
     Alive,
     FromWorker,
@@ -131,26 +132,37 @@ def start_workers(
         loaded = [frame for frame in _each(Loaded, len(places), heard, progress) if isinstance(frame, Loaded)]
         if len({one.profile for one in loaded}) > 1:
             raise ModelError("the hosts compute other bits than each other: they need the same processors and versions")
-        num_blocks = min(one.num_blocks for one in loaded)
+        num_blocks, num_slots = min(one.num_blocks for one in loaded), min(one.num_slots for one in loaded)
+        max_model_len = min(min(one.max_model_len for one in loaded), num_blocks * options.block_size)
         for host in hosts:
             for place in host.places:
-                host.tell(place.rank, MakeCache(num_blocks))
+                host.tell(place.rank, MakeCache(num_blocks, num_slots))
         at = time.monotonic()
         _each(Serving, len(places), heard, None)
+        executor = DistributedExecutor(hosts, arrived, busy)
+        swap = measure(
+            executor,
+            num_slots=num_slots,
+            num_blocks=num_blocks,
+            block_size=options.block_size,
+            max_model_len=max_model_len,
+            stages=options.pipeline_parallel,
+        )
     serving.set()
     info = EngineInfo(
         architecture=config.architecture,
         dtype=loaded[0].dtype,
         vocab_size=config.vocab_size,
-        max_model_len=min(min(one.max_model_len for one in loaded), num_blocks * options.block_size),
+        max_model_len=max_model_len,
         block_size=options.block_size,
         num_blocks=num_blocks,
         profile=loaded[0].profile,
+        swap=swap,
         threads=sum(one.threads for one in loaded),
         budget=_budget(places, loaded),
         timings=(("load weights", at - started), ("make KV cache", time.monotonic() - at)),
     )
-    return DistributedExecutor(hosts, arrived, busy), info
+    return executor, info
 
 
 @contextmanager

@@ -34,9 +34,11 @@ def random_model() -> Iterator[Path]:
         yield Path(folder)
 
 
-def engine_for(name: str, folder: Path, threads: int | None) -> Engine:
+def engine_for(
+    name: str, folder: Path, threads: int | None, swap_space: int = 0, swap_dir: str | None = None
+) -> Engine:
     """Loads a model into this process. Raises ModelError, in one line, if it cannot be served here."""
-    options = _options(folder, threads=threads)
+    options = _options(folder, threads=threads, swap_space=swap_space, swap_dir=swap_dir)
     executor, info = build(options)
     return _engine(name, executor, info)
 
@@ -90,6 +92,7 @@ def _engine(name: str, device: Device, info: EngineInfo) -> Engine:
         num_blocks=info.num_blocks,
         block_size=info.block_size,
         threads=info.threads,
+        swap=info.swap,
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,6 +88,8 @@ def load_part(
         model_len=whole.max_positions,
         wished_len=options.max_model_len,
         kv_memory=options.kv_memory,
+        swap_space=options.swap_space,
+        swap_dir=options.swap_dir,
     )
     dtype_name = str(model.dtype).removeprefix("torch.")
     return Part(model, budget, numerics_profile(model.kernels.name, dtype_name, type(model).__name__), dtype_name)
@@ -135,6 +138,7 @@ def numerics_profile(kernels: str, dtype: str, backend: str) -> str:
         backend,
         dtype,
         torch.__version__,
+        version("llguidance"),
         torch.backends.cpu.get_cpu_capability(),
         platform.system(),
         platform.machine(),

@@ -52,15 +52,17 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
 
 
 class MakeCache(msgspec.Struct, frozen=True, tag=True):
-    """Make a KV cache of so many blocks: as many as every rank has room for."""
+    """Make a KV cache of so many blocks, and a swap space of so many slots: as many as every rank has room for."""
 
     num_blocks: int
+    num_slots: int = 0
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A rank has its weights. num_blocks, max_model_len, budget: what it has room for. profile, dtype: its own."""
+    """A rank has its weights. num_blocks … budget: what it has room for. profile, dtype: its own."""
 
     num_blocks: int
+    num_slots: int
     max_model_len: int
     budget: tuple[BudgetLine, ...]
     profile: str

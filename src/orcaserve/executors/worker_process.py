@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar, cast
 
 import msgspec
@@ -44,6 +45,7 @@ from orcaserve.executors.messages import (
     ToWorker,
 )
 from orcaserve.parallel.world import Hidden, World
+from orcaserve.worker.grammars import Grammars
 from orcaserve.worker.process import die_with_parent, in_one_line, keep_freed_memory
 from orcaserve.worker.stage import StageWorker
 
@@ -117,6 +119,7 @@ def _serve(
     report.put(
         Loaded(
             num_blocks=budget.num_blocks,
+            num_slots=budget.num_slots,
             max_model_len=budget.max_model_len,
             budget=budget.lines,
             profile=part.profile,
@@ -125,12 +128,21 @@ def _serve(
         )
     )
     hidden = Hidden(world, model.config.hidden_size, model.dtype)
-    worker = StageWorker(model, hidden, num_blocks=make.get().num_blocks, block_size=options.block_size)
+    size = make.get()
+    answers = world.is_last and place.is_first_of_stage
+    worker = StageWorker(
+        model,
+        hidden,
+        num_blocks=size.num_blocks,
+        block_size=options.block_size,
+        num_slots=size.num_slots,
+        swap_dir=options.swap_dir,
+        grammars=Grammars(Path(options.model), model.config.vocab_size) if answers else None,
+    )
     beating.append(worker)
     keep_freed_memory()
     report.put(Serving())
     take = batches.get if options.control_plane == "separate" else _Mixed(world, place, batches).take
-    answers = world.is_last and place.is_first_of_stage
     try:
         while True:
             result = worker.run(take())

@@ -40,6 +40,10 @@ class Linear(Protocol):
 class KVCache(Protocol):
     """Keys and values of one layer, in a layout that only its kernels know. The worker owns it."""
 
+    def block_bytes(self) -> Sequence[Tensor]:
+        """The cache itself as bytes: uint8 [num_blocks, n], for each of its parts, as long as it lives."""
+        ...
+
 
 class Heads(Protocol):
     """A QKV product [M, (heads + 2 * kv heads) * d] -> queries [M, heads * d], normed and rotated; stores the rest."""

@@ -5,6 +5,7 @@ They read raw addresses: this file answers for shapes, dtypes and lifetimes.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,12 +70,25 @@ def _pair(dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class NativeCache:
-    """Two buffers in the kernels' own layout; see kernels.hpp."""
+    """Two buffers in the kernels' own layout, in which the slots of a block stand together; see kernels.hpp."""
 
     native: Any
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    num_blocks: int
+    block_size: int
+    is_scaled: bool
+
+    def block_bytes(self) -> list[Tensor]:
+        size, scale, pair = (1, 4, 2) if self.is_scaled else (self.dtype.itemsize, 0, _pair(self.dtype))
+        widths = (-(-self.head_dim // pair) * pair, -(-self.head_dim // 16) * 16)  # of a key, of a value
+        tensors = []
+        for (address, _), width in zip(self.native.buffers, widths, strict=True):  # which are longer, by whole pages
+            nbytes = self.block_size * self.num_kv_heads * (width * size + scale)
+            raw = (ctypes.c_char * (self.num_blocks * nbytes)).from_address(address)
+            tensors.append(torch.frombuffer(raw, dtype=torch.uint8).view(self.num_blocks, nbytes))
+        return tensors
 
 
 class _Weights:
@@ -410,8 +424,9 @@ class NativeKernels:
     ) -> NativeCache:
         if block_size % self.block_multiple:
             raise ValueError(f"blocks of {block_size} tokens are not multiples of {self.block_multiple}")
-        native = _native.Cache(_dtype(dtype), self.kv_dtype == "int8", num_blocks * block_size, num_kv_heads, head_dim)
-        return NativeCache(native, num_kv_heads, head_dim, dtype)
+        is_scaled = self.kv_dtype == "int8"
+        native = _native.Cache(_dtype(dtype), is_scaled, num_blocks * block_size, num_kv_heads, head_dim)
+        return NativeCache(native, num_kv_heads, head_dim, dtype, num_blocks, block_size, is_scaled)
 
     def _pack(
         self, parts: Sequence[tuple[Tensor, Tensor | None, int]], cut: bool, format: Format, part_of: int = 1

@@ -28,6 +28,12 @@ class TorchCache:
     k: Cache
     v: Cache
 
+    def block_bytes(self) -> list[Tensor]:
+        tensors = []
+        for cache in (self.k, self.v):
+            tensors += [cache.values, cache.scales] if isinstance(cache, ScaledBytes) else [cache]
+        return [tensor.flatten(1).view(torch.uint8) for tensor in tensors]
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TorchLinear:

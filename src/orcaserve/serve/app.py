@@ -15,30 +15,37 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from orcaserve import __version__
+from orcaserve.core.config import EngineInfo
 from orcaserve.serve import docs, errors, metrics, protocol
 from orcaserve.serve.chat import ChatWriter
 from orcaserve.serve.completions import CompletionWriter
 from orcaserve.serve.decode_body import decode
 from orcaserve.serve.disconnect import ClientGone, while_connected
+from orcaserve.serve.door import Door, check_length
 from orcaserve.serve.errors import ApiError
 from orcaserve.serve.frontend import LOADING_RETRY_SECONDS, Frontend
-from orcaserve.serve.gate import Gate
+from orcaserve.serve.gate import ARRIVAL, Gate
 from orcaserve.serve.generate import Generation
-from orcaserve.serve.job import chat_job, chat_prompt, check_ids, completion_job, encode
+from orcaserve.serve.job import chat_job, chat_prompt, check_ids, completion_job, encode, least_sizes
 from orcaserve.serve.openapi import Operation, describe
+from orcaserve.serve.protocol import GenerationRequest
+from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.sse import EventStream
+from orcaserve.serve.terms import TTFT_HEADER, Arrival, Terms
 
 Answer = Response | EventStream
 Endpoint = Callable[[Request], Awaitable[Answer]]
 T = TypeVar("T", bound=msgspec.Struct)
 
-_GENERATE = (400, 401, 404, 413, 429, 500, 503)
+_GENERATE = (400, 401, 404, 408, 413, 429, 500, 503)
+_HEADERS = ((TTFT_HEADER.decode(), "Milliseconds in which the first token is due."),)
 _LOOK = (400, 401, 404, 413, 503)
 
 
 def make_app(frontend: Frontend) -> ASGIApp:
     """The application over a frontend, whose model may still be loading."""
-    api = _Api(frontend)
+    door = Door(frontend)
+    api = _Api(frontend, door)
     table: list[tuple[Operation, Endpoint]] = [
         (
             Operation(
@@ -48,6 +55,7 @@ def make_app(frontend: Frontend) -> ASGIApp:
                 request=protocol.CompletionRequest,
                 response=protocol.Completion,
                 chunk=protocol.Completion,
+                headers=_HEADERS,
                 statuses=_GENERATE,
             ),
             api.completions,
@@ -60,6 +68,7 @@ def make_app(frontend: Frontend) -> ASGIApp:
                 request=protocol.ChatRequest,
                 response=protocol.ChatCompletion,
                 chunk=protocol.ChatChunk,
+                headers=_HEADERS,
                 statuses=_GENERATE,
             ),
             api.chat,
@@ -164,7 +173,8 @@ def make_app(frontend: Frontend) -> ASGIApp:
     routes += [Route("/openapi.json", openapi, methods=["GET"]), Route("/docs", read_docs, methods=["GET"])]
     app = Starlette(routes=routes, exception_handlers={HTTPException: _not_routed, ApiError: _refused})
     app.router.redirect_slashes = False
-    gated: ASGIApp = Gate(app, frontend.options.api_keys)
+    guarded = [operation.path for operation, _ in table if 429 in operation.statuses]
+    gated: ASGIApp = Gate(app, frontend.options.api_keys, door, guarded)
     if frontend.options.cors_origins:
         gated = CORSMiddleware(
             gated, allow_origins=frontend.options.cors_origins, allow_methods=["*"], allow_headers=["*"]
@@ -175,26 +185,42 @@ def make_app(frontend: Frontend) -> ASGIApp:
 class _Api:
     """The endpoints."""
 
-    def __init__(self, frontend: Frontend) -> None:
+    def __init__(self, frontend: Frontend, door: Door) -> None:
         self._frontend = frontend
+        self._door = door
 
     async def completions(self, request: Request) -> Answer:
         frontend = self._frontend
         body = await self._body(request, protocol.CompletionRequest)
         model, info = frontend.available(body.model)
+        terms = self._terms(request, body, model, info)
         job = await completion_job(body, model, info)
-        generation = Generation(job, frontend.pool, model.tokenizer, frontend.metrics)
-        writer = CompletionWriter(job, model.tokenizer, frontend.model_name, info.profile)
+        id = f"cmpl-{request.state.request_id}"
+        generation = Generation(job, terms, frontend.pool, model.tokenizer, frontend.metrics, id)
+        writer = CompletionWriter(job, model.tokenizer, id, frontend.model_name, info.profile)
         return await self._answer(request, generation, writer, stream=bool(body.stream))
 
     async def chat(self, request: Request) -> Answer:
         frontend = self._frontend
         body = await self._body(request, protocol.ChatRequest)
         model, info = frontend.available(body.model)
+        terms = self._terms(request, body, model, info)
         job = await chat_job(body, model, info)
-        generation = Generation(job, frontend.pool, model.tokenizer, frontend.metrics)
-        writer = ChatWriter(job, model.tokenizer, frontend.model_name, info.profile)
+        id = f"chatcmpl-{request.state.request_id}"
+        generation = Generation(job, terms, frontend.pool, model.tokenizer, frontend.metrics, id)
+        writer = ChatWriter(job, model.tokenizer, id, frontend.model_name, info.profile)
         return await self._answer(request, generation, writer, stream=bool(body.stream))
+
+    def _terms(self, request: Request, body: GenerationRequest, model: ServedModel, info: EngineInfo) -> Terms:
+        """On what terms a request comes that may go on to be tokenised. Raises ApiError."""
+        arrival: Arrival | None = request.scope.get(ARRIVAL)
+        if arrival is None:  # the router takes a path for an equal one that does not lead through the door
+            raise errors.not_found()
+        terms = arrival.terms(body)
+        sizes = least_sizes(body, model)
+        if max(sizes, default=0) <= info.max_model_len:  # else it is wrong, and will stay so
+            self._door.weigh(terms, body.n or 1, sizes)
+        return terms
 
     async def _answer(
         self, request: Request, generation: Generation, writer: CompletionWriter | ChatWriter, *, stream: bool
@@ -227,7 +253,7 @@ class _Api:
         if (body.prompt is None) == (body.messages is None):
             raise errors.invalid("Give either 'prompt' or 'messages'.", "prompt")
         if body.messages is not None:
-            ids = await chat_prompt(
+            ids, _ = await chat_prompt(
                 body.messages, model, info, body.add_generation_prompt is not False, body.chat_template_kwargs or {}
             )
         else:
@@ -283,9 +309,7 @@ class _Api:
     async def _body(self, request: Request, type: type[T]) -> T:
         """The request's body, read no further than is allowed."""
         limit = self._frontend.options.max_body_bytes
-        length = request.headers.get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > limit:
-            raise errors.body_too_large(limit)
+        check_length(request.headers.get("content-length", "0").encode(), limit)
         parts = []
         size = 0
         try:

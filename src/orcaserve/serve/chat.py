@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator
+from typing import Literal
 
 import msgspec
 from msgspec import UNSET
@@ -22,8 +23,12 @@ from orcaserve.serve.protocol import (
     ChatCompletion,
     ChatDelta,
     ChatLogprobs,
+    FunctionCall,
+    ToolCall,
     Usage,
 )
+from orcaserve.serve.reply import Call, Part, Reply, Thought
+from orcaserve.serve.timings import choice_timings
 from orcaserve.serve.tokenizer import Tokenizer
 
 _encode = msgspec.json.Encoder().encode
@@ -32,10 +37,11 @@ _encode = msgspec.json.Encoder().encode
 class ChatWriter:
     """Turns the pieces of one job into messages. Owner of what must be remembered between two pieces."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, model: str, fingerprint: str) -> None:
+    def __init__(self, job: Job, tokenizer: Tokenizer, id: str, model: str, fingerprint: str) -> None:
+        """id: of the response."""
         self._job = job
         self._token_bytes = tokenizer.token_bytes
-        self._id = f"chatcmpl-{secrets.token_hex(16)}"
+        self._id = id
         self._created = int(time.time())
         self._model = model
         self._fingerprint = fingerprint
@@ -44,18 +50,20 @@ class ChatWriter:
         """The response's JSON."""
         job = self._job
         choices = [ChatChoice(index, AssistantMessage("")) for index in range(job.n)]
-        texts: list[list[str]] = [[] for _ in choices]
+        replies = self._replies()
+        parts: list[list[Part]] = [[] for _ in choices]
         ids: list[list[int]] = [[] for _ in choices]
         entries: list[list[TokenLogprobs]] = [[] for _ in choices]
         prompt_entries: tuple[TokenLogprobs, ...] = ()
         async for index, piece in generation:
-            texts[index].append(piece.text)
+            parts[index] += replies[index].feed(piece.text)
             ids[index] += piece.token_ids
             entries[index] += piece.logprobs
             prompt_entries = prompt_entries or piece.prompt_logprobs
             choices[index].finish_reason = piece.finish_reason
         for index, choice in enumerate(choices):
-            choice.message.content = "".join(texts[index])
+            parts[index] += replies[index].finish()
+            _say(choice, parts[index])
             choice.logprobs = self._logprobs(entries[index])
             if job.return_token_ids:
                 choice.token_ids = ids[index]
@@ -66,6 +74,7 @@ class ChatWriter:
             choices=choices,
             system_fingerprint=self._fingerprint,
             usage=generation.usage,
+            timing=choice_timings(generation) if job.include_timing else UNSET,
         )
         if job.return_token_ids:
             response.prompt_token_ids = list(job.prompts[0].ids)
@@ -77,8 +86,12 @@ class ChatWriter:
         """The JSON of each event. A choice's first chunk has the role; the first of all what is said of the prompt."""
         job = self._job
         begun: set[int] = set()
+        replies = self._replies()
         async with generation:
             async for index, piece in generation:
+                parts = replies[index].feed(piece.text)
+                if piece.finish_reason is not None:
+                    parts += replies[index].finish()
                 if index not in begun:
                     role = ChatChunkChoice(index, ChatDelta("assistant", ""))
                     chunk = self._chunk([role])
@@ -90,19 +103,28 @@ class ChatWriter:
                         )
                     begun.add(index)
                     yield _encode(chunk)
-                if piece.text or piece.finish_reason or job.return_token_ids or job.logprobs is not None:
-                    yield _encode(self._chunk([self._piece(index, piece)]))
-            if job.include_usage:
+                for part in parts[:-1]:
+                    yield _encode(self._chunk([ChatChunkChoice(index, _delta([part], replies[index]))]))
+                if parts or piece.finish_reason or job.return_token_ids or job.logprobs is not None:
+                    yield _encode(self._chunk([self._piece(index, piece, parts[-1:], replies[index])]))
+            if job.include_usage or job.include_timing:
                 chunk = self._chunk([])
-                chunk.usage = generation.usage
+                if job.include_usage:
+                    chunk.usage = generation.usage
+                if job.include_timing:
+                    chunk.timing = choice_timings(generation)
                 yield _encode(chunk)
 
-    def _piece(self, index: int, piece: Piece) -> ChatChunkChoice:
+    def _replies(self) -> list[Reply]:
+        job = self._job
+        return [Reply(job.tools, thinks=job.thinks, is_thinking=job.is_thinking) for _ in range(job.n)]
+
+    def _piece(self, index: int, piece: Piece, parts: list[Part], reply: Reply) -> ChatChunkChoice:
         return ChatChunkChoice(
             index,
-            ChatDelta(content=piece.text) if piece.text else ChatDelta(),
+            _delta(parts, reply),
             self._logprobs(piece.logprobs),
-            piece.finish_reason,
+            _reason(piece.finish_reason, reply.num_calls),
             piece.token_ids if self._job.return_token_ids else UNSET,
         )
 
@@ -119,3 +141,40 @@ class ChatWriter:
 
     def _logprobs(self, entries: list[TokenLogprobs]) -> ChatLogprobs | None:
         return None if self._job.logprobs is None else chat_logprobs(entries, self._job.logprobs, self._token_bytes)
+
+
+def _say(choice: ChatChoice, parts: list[Part]) -> None:
+    """Puts the parts of a whole response into its message."""
+    calls = [part for part in parts if isinstance(part, Call)]
+    thoughts = [part.text for part in parts if isinstance(part, Thought)]
+    content = "".join(part for part in parts if isinstance(part, str))
+    message = choice.message
+    message.content = content or (None if calls else "")
+    if thoughts:
+        message.reasoning_content = "".join(thoughts)
+    if calls:
+        message.tool_calls = [_call(part) for part in calls]
+    choice.finish_reason = _reason(choice.finish_reason, len(calls))
+
+
+def _delta(parts: list[Part], reply: Reply) -> ChatDelta:
+    """Of one part, or none. A call is told when it is complete."""
+    delta = ChatDelta()
+    for part in parts:
+        if isinstance(part, Call):
+            delta.tool_calls = [_call(part, reply.next_call())]
+        elif isinstance(part, Thought):
+            delta.reasoning_content = part.text
+        else:
+            delta.content = part
+    return delta
+
+
+def _call(call: Call, index: int | msgspec.UnsetType = UNSET) -> ToolCall:
+    return ToolCall(id=f"call_{secrets.token_hex(12)}", function=FunctionCall(call.name, call.arguments), index=index)
+
+
+def _reason(
+    reason: Literal["stop", "length", "tool_calls"] | None, num_calls: int
+) -> Literal["stop", "length", "tool_calls"] | None:
+    return "tool_calls" if reason == "stop" and num_calls else reason

@@ -32,7 +32,9 @@ class ChoiceText:
     """Owner of what is known of one choice's text. One per choice; takes its updates in order."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self._token_bytes = tokenizer.token_bytes
         self._bytes_of = tokenizer.text_bytes if job.skip_special_tokens else tokenizer.token_bytes
+        self._kept = job.kept
         self._detokenizer = Detokenizer(job.stops)
         self._min_tokens = job.min_tokens
         self.num_tokens = 0
@@ -47,7 +49,8 @@ class ChoiceText:
             self.num_tokens += 1
             is_end = update.finish_reason == "stop" and index == last  # the end token: it is counted, but not read
             if not is_end:
-                texts.append(self._detokenizer.feed(self._bytes_of(id), may_stop=self.num_tokens > self._min_tokens))
+                data = self._token_bytes(id) if id in self._kept else self._bytes_of(id)
+                texts.append(self._detokenizer.feed(data, may_stop=self.num_tokens > self._min_tokens))
             if self._detokenizer.is_stopped:
                 break
         is_cut = self._detokenizer.is_stopped

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 
@@ -14,7 +13,8 @@ from orcaserve.serve.choice import Piece
 from orcaserve.serve.generate import Generation
 from orcaserve.serve.job import Job
 from orcaserve.serve.logprobs import Offsets, completion_logprobs, prompt_logprobs
-from orcaserve.serve.protocol import Completion, CompletionChoice, CompletionLogprobs, Usage
+from orcaserve.serve.protocol import ChoiceTiming, Completion, CompletionChoice, CompletionLogprobs, Usage
+from orcaserve.serve.timings import choice_timings
 from orcaserve.serve.tokenizer import Tokenizer
 
 _encode = msgspec.json.Encoder().encode
@@ -23,11 +23,12 @@ _encode = msgspec.json.Encoder().encode
 class CompletionWriter:
     """Turns the pieces of one job into choices. Owner of what must be remembered between two pieces of a choice."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, model: str, fingerprint: str) -> None:
+    def __init__(self, job: Job, tokenizer: Tokenizer, id: str, model: str, fingerprint: str) -> None:
+        """id: of the response."""
         self._job = job
         self._tokenizer = tokenizer
         self._text_bytes = tokenizer.text_bytes if job.skip_special_tokens else tokenizer.token_bytes
-        self._id = f"cmpl-{secrets.token_hex(16)}"
+        self._id = id
         self._created = int(time.time())
         self._model = model
         self._fingerprint = fingerprint
@@ -43,7 +44,7 @@ class CompletionWriter:
             _extend(choices[index], self._choice(index, piece), texts[index])
         for choice, parts in zip(choices, texts, strict=True):
             choice.text = "".join(parts)
-        return _encode(self._completion(choices, generation.usage))
+        return _encode(self._completion(choices, generation.usage, self._timing(generation)))
 
     async def chunks(self, generation: Generation) -> AsyncGenerator[bytes]:
         """The JSON of each event."""
@@ -56,10 +57,16 @@ class CompletionWriter:
                 says_prompt = is_first and job.prompt_logprobs is not None
                 if choice.text or choice.finish_reason or has_more or says_prompt:
                     yield _encode(self._completion([choice], None if job.include_usage else UNSET))
-            if job.include_usage:
-                yield _encode(self._completion([], generation.usage))
+            if job.include_usage or job.include_timing:
+                usage = generation.usage if job.include_usage else UNSET
+                yield _encode(self._completion([], usage, self._timing(generation)))
 
-    def _completion(self, choices: list[CompletionChoice], usage: Usage | msgspec.UnsetType | None) -> Completion:
+    def _completion(
+        self,
+        choices: list[CompletionChoice],
+        usage: Usage | msgspec.UnsetType | None,
+        timing: list[ChoiceTiming] | msgspec.UnsetType = UNSET,
+    ) -> Completion:
         return Completion(
             id=self._id,
             created=self._created,
@@ -67,7 +74,11 @@ class CompletionWriter:
             choices=choices,
             system_fingerprint=self._fingerprint,
             usage=usage,
+            timing=timing,
         )
+
+    def _timing(self, generation: Generation) -> list[ChoiceTiming] | msgspec.UnsetType:
+        return choice_timings(generation) if self._job.include_timing else UNSET
 
     def _choice(self, index: int, piece: Piece) -> CompletionChoice:
         job = self._job

@@ -29,7 +29,7 @@ from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.executor import Executor
 from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.loop import EngineLoop
-from orcaserve.engine.messages import Command, Stats
+from orcaserve.engine.messages import Command, Stats, Submit
 from orcaserve.engine.step_log import Header, StepLog, log_clock
 from orcaserve.serve.flight_recorder import FlightRecorder, RecordingExecutor
 from orcaserve.serve.frames import (
@@ -56,15 +56,15 @@ Build = Callable[[EngineOptions, Progress, Lost], tuple[Executor, EngineInfo]]
 
 
 class SocketInbox:
-    """Commands as they come from the socket. Filled by the reader thread, emptied by the loop."""
+    """Commands as they come from the socket, which it times. Filled by the reader thread, emptied by the loop."""
 
     def __init__(self) -> None:
-        self._commands: list[Command] = []
+        self._commands: list[tuple[float, Command]] = []
         self._some = threading.Condition()
 
     def put(self, command: Command) -> None:
         with self._some:
-            self._commands.append(command)
+            self._commands.append((time.monotonic(), command))
             self._some.notify()
 
     def take(self, block: bool) -> list[Command]:
@@ -72,7 +72,11 @@ class SocketInbox:
             while block and not self._commands:
                 self._some.wait()
             commands, self._commands = self._commands, []
-            return commands
+        now = time.monotonic()
+        return [
+            Submit(command.request, now - came) if isinstance(command, Submit) else command
+            for came, command in commands
+        ]
 
 
 class SocketOutbox:
@@ -218,6 +222,8 @@ def _scheduler_config(options: EngineOptions, info: EngineInfo) -> SchedulerConf
         num_blocks=info.num_blocks,
         block_size=info.block_size,
         depth=max(options.depth, options.pipeline_parallel),
+        max_itl=options.max_itl,
+        swap=info.swap,
     )
 
 

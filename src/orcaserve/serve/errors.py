@@ -110,13 +110,37 @@ def body_too_large(limit: int) -> ApiError:
     )
 
 
-def queue_full(retry_after: float) -> ApiError:
+_REFUSALS = {  # reason → code, message
+    "queue_full": ("queue_full", "Too many requests are waiting. Try again later."),
+    "tenant_queue_full": (
+        "tenant_queue_full",
+        "Your requests have their share of the queue. Try again when some of them have begun.",
+    ),
+    "requests_per_minute": ("rate_limit_exceeded", "You have sent as many requests as you may in a minute."),
+    "tokens_per_minute": ("rate_limit_exceeded", "Your requests have as many tokens as they may have in a minute."),
+    "deadline_unreachable": (
+        "deadline_unreachable",
+        "So much is waiting that the response would come after its deadline. Try again later, or allow more time.",
+    ),
+}
+
+
+def refused(reason: str, retry_after: float | None) -> ApiError:
+    """429. reason: a key of the catalogue; retry_after: seconds."""
+    code, message = _REFUSALS[reason]
+    return ApiError(429, message, type="rate_limit_error", code=code, headers=_retry(retry_after))
+
+
+_EXPIRIES = {
+    "deadline_passed": "The deadline passed while the request was waiting; nothing of it has been computed.",
+    "timeout": "The request's 'timeout' passed before the response was complete.",
+}
+
+
+def expired(code: str) -> ApiError:
+    """408. code: a key of the catalogue. Nobody wants the response any more, so that nobody should ask again."""
     return ApiError(
-        429,
-        "Too many requests are waiting. Try again later.",
-        type="rate_limit_error",
-        code="queue_full",
-        headers=_retry(retry_after),
+        408, _EXPIRIES[code], type="timeout_error", param="timeout", code=code, headers={"x-should-retry": "false"}
     )
 
 

@@ -19,11 +19,11 @@ LOADING_RETRY_SECONDS = 2.0
 class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     """An operator's wishes for the HTTP side.
 
-    api_keys: one of them is required of every client, if there are any. served_model_name: how clients call the model;
-    None: the last part of its path. max_body_bytes: larger requests are refused. drain_seconds: how long running
-    requests may go on after SIGTERM. stuck_seconds: /health fails when no iteration has ended for so long, with work
-    waiting. cors_origins: web pages that may call from a browser. log_seconds: one log line per so many seconds of
-    work.
+    api_keys: KEY or NAME=KEY; one of them is required of every client, if there are any. served_model_name: how
+    clients call the model; None: the last part of its path. max_body_bytes: larger requests are refused.
+    drain_seconds: how long running requests may go on after SIGTERM. stuck_seconds: /health fails when no iteration has
+    ended for so long, with work waiting. cors_origins: web pages that may call from a browser. log_seconds: one log
+    line per so many seconds of work.
     """
 
     host: str = "127.0.0.1"

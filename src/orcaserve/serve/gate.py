@@ -1,4 +1,7 @@
-"""`Gate`: what happens to every request around its endpoint: request id, API key, and errors in one shape."""
+"""`Gate`: what happens to every request around its endpoint: request id, API key, the door, errors in one shape.
+
+The request id is the client's, if it is one, or drawn; endpoints find it as `request.state.request_id`.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,33 @@ import hmac
 import logging
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from orcaserve.serve import errors
 from orcaserve.serve.disconnect import ClientGone
+from orcaserve.serve.door import Door
+from orcaserve.serve.terms import api_key
 
 _log = logging.getLogger("orcaserve.serve")
 _OPEN_PATHS = (b"/health", b"/ready")  # of probes, which have no key; everything else is shut by default
+ARRIVAL = "orcaserve.arrival"  # where a scope has the Arrival of a request that the door has let in
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}")
 
 
 class Gate:
-    """ASGI middleware around the whole application. api_keys: none lets everybody in."""
+    """ASGI middleware around the whole application.
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
+    api_keys: KEY or NAME=KEY; none lets everybody in. guarded: paths to which POST requests come through the door.
+    """
+
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], door: Door, guarded: Collection[str]) -> None:
         self._app = app
-        self._digests = tuple(_digest(key.encode()) for key in api_keys)
+        keys = [api_key(text) for text in api_keys]
+        self._tenants = tuple((_digest(key.encode()), tenant) for tenant, key in keys)
+        self._door = door
+        self._guarded = frozenset(guarded)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -35,7 +47,8 @@ class Gate:
         request_id = headers.get(b"x-request-id", b"")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = secrets.token_hex(16).encode()
-        has_started = False
+        scope = {**scope, "state": {**scope.get("state", {}), "request_id": request_id.decode()}}
+        has_started = is_in = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal has_started
@@ -45,10 +58,18 @@ class Gate:
             await send(message)
 
         try:
-            if not self._may_pass(scope, headers):
+            tenant = self._tenant(headers)
+            if self._tenants and tenant is None and scope.get("raw_path") not in _OPEN_PATHS:
                 raise errors.unauthorized()
+            if scope["path"] in self._guarded and scope["method"] == "POST":
+                scope[ARRIVAL] = self._door.knock(headers, tenant)
+            is_in = True
             await self._app(scope, receive, send_with_id)
         except errors.ApiError as error:
+            # Of the body of who is turned away the rest is skipped, and the connection can be used again. Who asked
+            # whether to send it may or may not do so, and then nobody could tell it from the next request.
+            if not is_in and b"expect" in headers:
+                error.headers["connection"] = "close"
             if not has_started:
                 await send_error(error, send_with_id)
         except ClientGone:
@@ -59,13 +80,16 @@ class Gate:
                 raise  # the server cuts the connection, so that nobody takes half a response for a whole one
             await send_error(errors.internal(), send_with_id)
 
-    def _may_pass(self, scope: Scope, headers: dict[bytes, bytes]) -> bool:
-        if not self._digests or scope.get("raw_path") in _OPEN_PATHS:
-            return True
+    def _tenant(self, headers: dict[bytes, bytes]) -> str | None:
+        """Whose key it is; None without a valid one."""
+        if not self._tenants:
+            return None
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
         given = _digest(key.strip())
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]  # all of them, whichever fits
-        return scheme.lower() == b"bearer" and any(matches)
+        matches = [hmac.compare_digest(given, digest) for digest, _ in self._tenants]  # all of them, whichever fits
+        if scheme.lower() != b"bearer" or not any(matches):
+            return None
+        return self._tenants[matches.index(True)][1]
 
 
 async def send_error(error: errors.ApiError, send: Send) -> None:

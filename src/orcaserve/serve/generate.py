@@ -7,13 +7,16 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 
+from orcaserve.core.timing import Timing
 from orcaserve.serve import errors
 from orcaserve.serve.choice import ChoiceText, Piece
+from orcaserve.serve.door import NotTaken, refusal
 from orcaserve.serve.job import Job
 from orcaserve.serve.metrics import Metrics
-from orcaserve.serve.pool import ContextLengthError, Pool, QueueFull, Unavailable
+from orcaserve.serve.pool import ContextLengthError, Pool
 from orcaserve.serve.protocol import PromptTokensDetails, Usage
 from orcaserve.serve.stream import Stream, Update
+from orcaserve.serve.terms import Terms
 from orcaserve.serve.tokenizer import Tokenizer
 
 
@@ -23,34 +26,28 @@ class Generation:
     Raises ApiError from its beginning if the pool does not take the job, and while iterating if a choice fails.
     """
 
-    def __init__(self, job: Job, pool: Pool, tokenizer: Tokenizer, metrics: Metrics) -> None:
+    def __init__(
+        self, job: Job, terms: Terms, pool: Pool, tokenizer: Tokenizer, metrics: Metrics, name: str = ""
+    ) -> None:
+        """name: what the client knows the job by."""
         self._job = job
         self._metrics = metrics
         self._began = time.monotonic()
         self._num_cached = [0] * len(job.prompts)
         self._choices = [ChoiceText(job, tokenizer) for _ in range(len(job.prompts) * job.n)]
         self._unfinished = set(range(len(self._choices)))
-        self._queue_seconds = [0.0] * len(self._choices)
         self._times: list[tuple[float, float] | None] = [None] * len(self._choices)  # of the first and latest token
-        self._streams: list[Stream] = []
+        self._timings: list[Timing | None] = [None] * len(self._choices)
+        prompts = [(prompt.ids, prompt.params) for prompt in job.prompts]
+        timed = job.include_timing or bool(job.stops.patterns)
         try:
-            for prompt in job.prompts:
-                stream = pool.submit(
-                    prompt.ids, prompt.params, end_token_ids=job.end_token_ids, cache_salt=job.cache_salt
-                )
-                self._streams.append(stream)
-                metrics.accepted(len(prompt.ids))
-        except QueueFull as error:
-            self._abort()
-            metrics.rejected("queue_full")
-            raise errors.queue_full(error.retry_after) from None
-        except Unavailable as error:
-            self._abort()
-            metrics.rejected(error.reason)
-            raise errors.unavailable(error.reason, error.retry_after) from None
+            self._streams = pool.submit_all(prompts, job.end_token_ids, job.cache_salt, terms, name=name, timed=timed)
+        except NotTaken as error:
+            raise refusal(error, metrics) from None
         except ContextLengthError as error:
-            self._abort()
             raise errors.context_length(error.num_prompt, error.max_tokens, error.max_model_len, "prompt") from None
+        for prompt in job.prompts:
+            metrics.accepted(len(prompt.ids))
 
     async def __aenter__(self) -> Generation:
         return self
@@ -77,17 +74,27 @@ class Generation:
             PromptTokensDetails(sum(self._num_cached)),
         )
 
+    @property
+    def timings(self) -> list[Timing | None]:
+        """Of each choice so far: known once it has ended, and all along if the job includes timing."""
+        return list(self._timings)
+
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         async with aclosing(_merged(self._streams)) as updates:
             async for number, update in updates:
                 index = number * self._job.n + update.choice
+                self._timings[index] = update.timing or self._timings[index]
+                if update.expired is not None:
+                    self._has_ended(index, "timeout")
+                    if update.expired == "deadline_passed":
+                        self._metrics.rejected(update.expired)
+                    raise errors.expired(update.expired)
                 if update.finish_reason in ("error", "abort"):
                     self._has_ended(index, "error")
                     raise errors.generation_failed(update.error or "The request was aborted.")
                 if update.choice == 0:
                     self._num_cached[number] += update.num_cached
                 if update.queue_seconds is not None:
-                    self._queue_seconds[index] = update.queue_seconds
                     self._metrics.queued(update.queue_seconds)
                 piece = self._choices[index].take(update)
                 if piece.is_cut:
@@ -103,7 +110,7 @@ class Generation:
         now = time.monotonic()
         times = self._times[index]
         if times is None:
-            self._metrics.first_token(now - self._began, self._queue_seconds[index], num_tokens)
+            self._metrics.first_token(now - self._began, num_tokens)
         else:
             self._metrics.more_tokens(now - times[1], num_tokens)
         self._times[index] = (now if times is None else times[0], now)
@@ -112,7 +119,7 @@ class Generation:
         self._unfinished.discard(index)
         first, latest = self._times[index] or (0.0, 0.0)
         seconds = time.monotonic() - self._began
-        self._metrics.finished(reason, seconds, latest - first, self._choices[index].num_tokens)
+        self._metrics.finished(reason, seconds, latest - first, self._choices[index].num_tokens, self._timings[index])
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Update]]:

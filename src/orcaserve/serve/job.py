@@ -17,7 +17,9 @@ from orcaserve.serve import errors
 from orcaserve.serve.chat_template import TemplateError
 from orcaserve.serve.detokenize import StopStrings
 from orcaserve.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, Message
+from orcaserve.serve.reply import THINK, THOUGHT, ToolFormat
 from orcaserve.serve.served_model import ServedModel
+from orcaserve.serve.tools import offer_of
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions
 MOST_CHOICES = 1024  # of all prompts of one request together
@@ -40,6 +42,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What to generate. Choice c of prompt p has index p * n + c in the response.
 
     logprobs, prompt_logprobs: alternatives that the client asked for; None: no log-probabilities.
+    tools: how calls are written; None: none are offered. thinks: whether reasoning is told apart; is_thinking: whether
+    the prompt has begun it. kept: special tokens that are said, because they are marks of these.
     """
 
     prompts: tuple[Prompt, ...]
@@ -54,6 +58,27 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None
     return_token_ids: bool
     include_usage: bool
+    include_timing: bool
+    tools: ToolFormat | None = None
+    thinks: bool = False
+    is_thinking: bool = False
+    kept: frozenset[int] = frozenset()
+
+
+def least_sizes(request: GenerationRequest, model: ServedModel) -> list[int]:
+    """Tokens that each prompt of a request has at least, whatever is in it: by its characters, or by its ids."""
+    per_character = model.tokenizer.longest_token * _SHRINK
+    sizes: list[int] = []
+    if isinstance(request, ChatRequest):
+        texts = (message.content for message in request.messages)
+        sizes = [sum(len(text) for text in texts if isinstance(text, str)) // per_character]
+    elif isinstance(request, CompletionRequest):
+        prompt: str | list[Any] = request.prompt
+        prompts = [prompt] if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int) else prompt
+        of_text = [len(one) // per_character for one in prompts if isinstance(one, str)]
+        sizes = of_text or [len(one) for one in prompts if isinstance(one, list)]
+    most = request.truncate_prompt_tokens
+    return sizes if most is None else [min(size, most) for size in sizes]
 
 
 async def completion_job(
@@ -96,6 +121,7 @@ async def completion_job(
         else:
             text = _text(ids, model) if request.echo else ""
         prompts.append((tuple(ids), text))
+    grammar = await model.structures.grammar(request, model.end_token_ids, info.vocab_size)
     return _job(
         request,
         model,
@@ -105,21 +131,29 @@ async def completion_job(
         default_max_tokens=default_max_tokens,
         logprobs=request.logprobs,
         echo=bool(request.echo),
+        grammar=grammar,
         param="prompt",
     )
 
 
 async def chat_job(request: ChatRequest, model: ServedModel, info: EngineInfo) -> Job:
     """Raises ApiError."""
-    if request.response_format is not None and request.response_format.type != "text":
-        raise errors.unsupported("response_format", "structured output is not available yet")
     if request.top_logprobs is not None and not request.logprobs:
         raise errors.invalid("'top_logprobs' needs 'logprobs' to be true.", "top_logprobs")
-    ids = await chat_prompt(
-        request.messages, model, info, request.add_generation_prompt is not False, request.chat_template_kwargs or {}
+    offer = offer_of(request, model.tokenizer.chat_template, model.tokenizer.special_id)
+    ids, text = await chat_prompt(
+        request.messages,
+        model,
+        info,
+        request.add_generation_prompt is not False,
+        request.chat_template_kwargs or {},
+        offer.shown if offer else (),
     )
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-    return _job(
+    insisted = ("tool_choice", offer.grammar) if offer and offer.grammar else None
+    grammar = await model.structures.grammar(request, model.end_token_ids, info.vocab_size, insisted)
+    thinks = grammar is None and THOUGHT in (model.tokenizer.chat_template or "")
+    job = _job(
         request,
         model,
         info,
@@ -128,7 +162,18 @@ async def chat_job(request: ChatRequest, model: ServedModel, info: EngineInfo) -
         default_max_tokens=None,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         echo=False,
+        grammar=grammar,
         param="messages",
+    )
+    tools = offer.format if offer else None
+    marks = [*((tools.begin, tools.end) if tools else ()), *((THINK, THOUGHT) if thinks else ())]
+    kept = {id for mark in marks if (id := model.tokenizer.special_id(mark)) is not None}
+    return msgspec.structs.replace(
+        job,
+        tools=tools,
+        thinks=thinks,
+        is_thinking=thinks and text.rstrip().endswith(THINK),
+        kept=frozenset(kept),
     )
 
 
@@ -138,8 +183,9 @@ async def chat_prompt(
     info: EngineInfo,
     add_generation_prompt: bool,
     variables: Mapping[str, Any],
-) -> list[int]:
-    """The ids of a conversation. Raises ApiError."""
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> tuple[list[int], str]:
+    """The ids of a conversation, and its text. tools: as the template expects them. Raises ApiError."""
     template = model.chat_template
     if template is None:
         raise errors.invalid(
@@ -154,7 +200,9 @@ async def chat_prompt(
     if reserved:
         name = sorted(reserved)[0]
         raise errors.invalid(f"'{name}' cannot be set in 'chat_template_kwargs'.", "chat_template_kwargs")
-    size = sum(len(message["content"] or "") for message in plain)
+    if tools:
+        variables = {**variables, "tools": list(tools)}
+    size = sum(len(message["content"] or "") for message in plain) + len(msgspec.json.encode(tools))
     _check_size(size, model, info, "messages")
 
     def render() -> str:
@@ -168,7 +216,7 @@ async def chat_prompt(
     ids = await encode(text, model, info, "messages", add_special_tokens=False)
     if not ids:
         raise errors.invalid("The conversation makes an empty prompt.", "messages")
-    return ids
+    return ids, text
 
 
 async def encode(
@@ -247,6 +295,14 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
                 raise errors.invalid(f"'{param}' is not a text part; this server reads text only.", param)
             texts.append(part.text)
         fields["content"] = "\n".join(texts)
+    for number, call in enumerate(fields.get("tool_calls") or ()):
+        function = call.get("function")
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            try:  # templates write the arguments out themselves
+                function["arguments"] = msgspec.json.decode(function["arguments"].encode())
+            except (msgspec.MsgspecError, RecursionError):
+                param = f"messages[{index}].tool_calls[{number}].function.arguments"
+                raise errors.invalid(f"'{param}' is not valid JSON.", param) from None
     return {"content": None, **fields}
 
 
@@ -260,13 +316,14 @@ def _job(
     default_max_tokens: int | None,
     logprobs: int | None,
     echo: bool,
+    grammar: str | None,
     param: str,
 ) -> Job:
     for name in ("logit_bias", "stop_token_ids"):
         check_ids(list(getattr(request, name) or ()), info, name)
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     asked = [k for k in (request.prompt_logprobs, logprobs if echo else None) if k is not None]
-    params = _sampling_params(request, model, stops, logprobs, max(asked, default=None))
+    params = _sampling_params(request, model, stops, logprobs, max(asked, default=None), grammar)
     checked = []
     for ids, text in prompts:
         room = info.max_model_len - len(ids)
@@ -298,6 +355,7 @@ def _job(
         prompt_logprobs=request.prompt_logprobs,
         return_token_ids=bool(request.return_token_ids),
         include_usage=bool(options and options.include_usage),
+        include_timing=bool(request.include_timing),
     )
 
 
@@ -307,6 +365,7 @@ def _sampling_params(
     stops: Sequence[str],
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: str | None,
 ) -> SamplingParams:
     """The request's wishes, then the model's, then OpenAI's."""
     defaults = msgspec.structs.asdict(model.defaults)
@@ -324,6 +383,7 @@ def _sampling_params(
         logit_bias=tuple(sorted((request.logit_bias or {}).items())),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
         **wished,
     )
 

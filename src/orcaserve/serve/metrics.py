@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from orcaserve.core.config import EngineInfo
+from orcaserve.core.timing import Timing
 from orcaserve.engine.messages import Stats, Step
 from orcaserve.serve.replica import Replica
 
@@ -80,6 +81,13 @@ class Metrics:
         self._queue = histogram("request_queue_time_seconds", "From arrival to the first iteration.", _LONG)
         self._prefill = histogram("request_prefill_time_seconds", "From the first iteration to the first token.", _LONG)
         self._decode = histogram("request_decode_time_seconds", "From the first token to the last.", _LONG)
+        self._lost = Histogram(
+            "orcaserve:request_lost_time_seconds",
+            "From preemptions and crashes until as much had been computed again; in none of the other times.",
+            labels,
+            registry=self._registry,
+            buckets=_LONG,
+        ).labels(**values)
         self._num_prompt = histogram("request_prompt_tokens", "Prompt tokens per request.", _TOKENS)
         self._num_generated = histogram("request_generation_tokens", "Generated tokens per choice.", _TOKENS)
         self._iteration = histogram("iteration_tokens_total", "Tokens per iteration.", _ITERATION)
@@ -101,10 +109,9 @@ class Metrics:
     def queued(self, seconds: float) -> None:
         self._queue.observe(seconds)
 
-    def first_token(self, seconds: float, queue_seconds: float, num_tokens: int) -> None:
-        """seconds: since the arrival, of which so many in the queue. num_tokens: that came together."""
+    def first_token(self, seconds: float, num_tokens: int) -> None:
+        """seconds: since the arrival. num_tokens: that came together."""
         self._first_token.observe(seconds)
-        self._prefill.observe(max(0.0, seconds - queue_seconds))
         self._generation_tokens.inc(num_tokens)
 
     def more_tokens(self, seconds: float, num_tokens: int) -> None:
@@ -113,14 +120,22 @@ class Metrics:
         for _ in range(num_tokens):
             self._gap.observe(seconds / num_tokens)
 
-    def finished(self, reason: str, seconds: float, decode_seconds: float, num_tokens: int) -> None:
-        """A choice has ended. seconds: since its arrival; decode_seconds: since its first token."""
+    def finished(
+        self, reason: str, seconds: float, decode_seconds: float, num_tokens: int, timing: Timing | None
+    ) -> None:
+        """A choice has ended. seconds: since its arrival; decode_seconds: from its first token to its last.
+
+        timing: the engines' own account, if they gave one.
+        """
         self._success.labels(model_name=self._model_name, finished_reason=reason).inc()
         self._latency.observe(seconds)
-        self._decode.observe(decode_seconds)
         self._num_generated.observe(num_tokens)
         if num_tokens > 1:
             self._per_token.observe(decode_seconds / (num_tokens - 1))
+        if timing is not None:
+            self._prefill.observe(timing.prefill_seconds)
+            self._decode.observe(timing.decode_seconds)
+            self._lost.observe(timing.lost_seconds)
 
     def aborted(self) -> None:
         """A choice whose client has gone, or that ended with another one's error."""
@@ -155,11 +170,12 @@ class _EngineCollector:
             gauge.add_metric([self._model_name], value)
             yield gauge
         for name, help, value in (
-            ("num_preemptions", "Choices that were preempted, and computed again.", stats.num_preemptions),
-            ("prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache.", stats.prefix_queries),
-            ("prefix_cache_hits", "Prompt tokens that were found there.", stats.prefix_hits),
+            ("vllm:num_preemptions", "Choices that were preempted.", stats.num_preemptions),
+            ("orcaserve:num_swapped", "Of these, choices whose KV was moved to the swap space.", stats.num_swapped),
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens that were found there.", stats.prefix_hits),
         ):
-            counter = CounterMetricFamily(f"vllm:{name}", help, labels=["model_name"])
+            counter = CounterMetricFamily(name, help, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
         info = self._info()

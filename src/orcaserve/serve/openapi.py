@@ -16,7 +16,8 @@ _REF = "#/components/schemas/{name}"
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
     """One method at one path. request: type of its JSON body; response: type of its JSON answer, None: plain text.
 
-    chunk: type of the events of its stream, if it can stream. statuses: errors that it may answer with.
+    chunk: type of the events of its stream, if it can stream. headers: numbers that it takes there, and what they mean.
+    statuses: errors that it may answer with.
     """
 
     method: str
@@ -25,6 +26,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     request: Any = None
     response: Any = None
     chunk: Any = None
+    headers: tuple[tuple[str, str], ...] = ()
     statuses: tuple[int, ...] = ()
 
 
@@ -32,8 +34,9 @@ _REASONS = {
     400: "The request is wrong.",
     401: "An API key is required.",
     404: "There is no such thing.",
+    408: "The request's deadline has passed.",
     413: "The request body is too large.",
-    429: "Too many requests are waiting.",
+    429: "Too much is waiting, or a limit is reached.",
     500: "The server or the model failed.",
     503: "The server takes no requests now.",
 }
@@ -56,6 +59,11 @@ def describe(operations: Sequence[Operation]) -> dict[str, Any]:
         }
         if "{id}" in operation.path:
             described["parameters"] = [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]
+        if operation.headers:
+            described["parameters"] = [
+                {"name": name, "in": "header", "description": text, "schema": {"type": "number", "exclusiveMinimum": 0}}
+                for name, text in operation.headers
+            ]
         if operation.request is not None:
             described["requestBody"] = {"required": True, "content": _json(by_type[id(operation.request)])}
         paths.setdefault(operation.path, {})[operation.method.lower()] = described

@@ -21,31 +21,25 @@ from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.core.request import NewRequest, Output, SamplingParams
 from orcaserve.core.router import ROUTERS
 from orcaserve.engine.messages import Stats, Step
+from orcaserve.serve.admission import RETRY_SECONDS, Admission, Claim, Limits
 from orcaserve.serve.replica import Replica
 from orcaserve.serve.replicas import Replicas, shares
 from orcaserve.serve.resume import Choice
-from orcaserve.serve.stream import Stream, Update
+from orcaserve.serve.stream import Expired, Stream, Update
 from orcaserve.serve.supervisor import Death
 from orcaserve.serve.suspects import Suspects
+from orcaserve.serve.terms import Terms
 
 log = logging.getLogger(__name__)
-
-RETRY_SECONDS = (1.0, 120.0)
 
 CRASHED = "this request makes the engine crash"
 OTHER_PROFILE = "the engine came back with another numerics profile, so this response cannot go on"
 FAILED = "the engine failed and could not be started again"
 CLOSED = "the server is shutting down"
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """How much may wait for its first iteration, in choices and in their prompt tokens.
-
-    Past either a request is refused, unless nothing waits at all.
-    """
-
-    max_queue_requests: int = 1024
-    max_queue_tokens: int = 1 << 20
+EXPIRED: dict[Expired, str] = {
+    "deadline_passed": "the deadline passed before the request's first iteration",
+    "timeout": "the request's time was up before its end",
+}
 
 
 class Replication(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,14 +59,6 @@ class Unavailable(Exception):
     def __init__(self, reason: str, retry_after: float | None) -> None:
         super().__init__(f"the server does not take requests: {reason}")
         self.reason = reason
-        self.retry_after = retry_after
-
-
-class QueueFull(Exception):
-    """Too much is waiting. retry_after: seconds until the backlog should have been worked off."""
-
-    def __init__(self, retry_after: float) -> None:
-        super().__init__("too many requests are waiting")
         self.retry_after = retry_after
 
 
@@ -112,7 +98,7 @@ class Pool:
         on_step: Callable[[Step], None] | None = None,
     ) -> None:
         wished = replication or Replication()
-        self.limits = limits or Limits()
+        self.admission = Admission(limits or Limits(), options.max_batch_size, options.max_batch_tokens)
         self.failure: str | None = None  # the line for the operator, once the state is "failed"
         self._on_progress = on_progress
         self._on_step = on_step
@@ -128,8 +114,6 @@ class Pool:
         self._suspects = Suspects()  # after a crash; the first is on trial, and who is not submitted is held
         self._arrivals = itertools.count()
         self._engine_ids = itertools.count(1)
-        self.num_waiting = 0  # choices that wait for their first iteration, and their prompt tokens
-        self.num_waiting_tokens = 0
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -172,6 +156,16 @@ class Pool:
         """Choices that have arrived and not ended."""
         return len(self._live)
 
+    @property
+    def num_waiting(self) -> int:
+        """Choices that wait for their first iteration."""
+        return self.admission.waiting.requests
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Their prompt tokens."""
+        return self.admission.waiting.tokens
+
     async def start(self) -> None:
         """Begins to load the engines; `ready` waits for one."""
         for replica in self.replicas:
@@ -209,6 +203,11 @@ class Pool:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
+    def check(self, claim: Claim) -> None:
+        """Raises Unavailable or Refused if a request that asks for so much, or more, would not be taken in now."""
+        self._available()
+        self.admission.check(claim, time.monotonic())
+
     def submit(
         self,
         prompt_ids: Sequence[int],
@@ -216,37 +215,70 @@ class Pool:
         *,
         end_token_ids: Sequence[int] = (),
         cache_salt: str = "",
+        terms: Terms | None = None,
+        name: str = "",
+        timed: bool = False,
     ) -> Stream:
-        """Takes a request in. `params.n` choices share the prompt and the seed, which is drawn here if none is given.
+        """`submit_all` for a single prompt."""
+        asked = [(prompt_ids, params)]
+        [stream] = self.submit_all(asked, end_token_ids, cache_salt, terms or Terms(), name=name, timed=timed)
+        return stream
 
+    def submit_all(
+        self,
+        prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+        end_token_ids: Sequence[int],
+        cache_salt: str,
+        terms: Terms,
+        *,
+        name: str = "",
+        timed: bool = False,
+    ) -> list[Stream]:
+        """Takes a request of one or more prompts in, all of it or nothing; one stream for each prompt.
+
+        `params.n` choices share the prompt and the seed, which is drawn here if none is given.
         end_token_ids: all tokens that end a choice: the model's unless ignored, and the stop tokens.
-        Raises Unavailable, ContextLengthError, QueueFull; ValueError for an empty prompt.
+        name: what the client knows the request by, for step logs. timed: every update says where the time went.
+        Raises Unavailable, ContextLengthError, Refused; ValueError for an empty prompt.
         """
         info = self._available()
-        num_prompt = len(prompt_ids)
-        if num_prompt == 0:
-            raise ValueError("an empty prompt: there is nothing to go on from")
-        max_tokens = info.max_model_len - num_prompt if params.max_tokens is None else params.max_tokens
-        if num_prompt + max_tokens > info.max_model_len or (params.max_tokens is None and max_tokens < 1):
-            raise ContextLengthError(num_prompt, params.max_tokens, info.max_model_len)
-        self._check_room(params.n, params.n * num_prompt)
+        resolved = [(ids, _resolved(len(ids), params, info.max_model_len)) for ids, params in prompts]
+        self.admission.admit(terms, resolved, time.monotonic())
+        return [self._begin(ids, params, end_token_ids, cache_salt, terms, name, timed) for ids, params in resolved]
+
+    def _begin(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        end_token_ids: Sequence[int],
+        cache_salt: str,
+        terms: Terms,
+        name: str,
+        timed: bool,
+    ) -> Stream:
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        keys = self._router.keys(prompt_ids, cache_salt)
+        salt = terms.salt(cache_salt)
+        keys = self._router.keys(prompt_ids, salt)
         choices = [
             Choice(
                 next(self._arrivals),
                 NewRequest(
                     id=0,
                     token_ids=tuple(prompt_ids),
-                    num_prompt=num_prompt,
-                    max_tokens=max_tokens,
+                    num_prompt=len(prompt_ids),
+                    max_tokens=params.max_tokens or 0,
                     params=params,
                     seed=seed,
                     choice=index,
                     end_token_ids=tuple(end_token_ids),
-                    cache_salt=cache_salt,
+                    cache_salt=salt,
+                    tenant=terms.tenant,
+                    priority=terms.priority,
+                    name=name,
+                    timed=timed,
                 ),
                 keys,
+                terms,
             )
             for index in range(params.n)
         ]
@@ -254,8 +286,8 @@ class Pool:
         for choice in choices:
             choice.stream = weakref.ref(stream)
             self._live[choice.arrival] = choice
-            self.num_waiting += 1
-            self.num_waiting_tokens += num_prompt
+            self.admission.arrive(choice)
+            self._set_alarm(choice)
             self._hand_in(choice, self._open())
         return stream
 
@@ -268,14 +300,23 @@ class Pool:
             raise Unavailable("loading", 2 * RETRY_SECONDS[0])
         return self.info
 
-    def _check_room(self, num_choices: int, num_tokens: int) -> None:
-        if self.num_waiting == 0:
-            return
-        requests, tokens = self.num_waiting + num_choices, self.num_waiting_tokens + num_tokens
-        if requests > self.limits.max_queue_requests or tokens > self.limits.max_queue_tokens:
-            least, most = RETRY_SECONDS
-            rate = self.replicas.tokens_per_second or most
-            raise QueueFull(min(most, max(least, self.num_waiting_tokens / rate)))
+    def _set_alarm(self, choice: Choice) -> None:
+        """For its first iteration, and then for its end."""
+        by = choice.terms.start_by if choice.is_waiting else choice.terms.end_by
+        if choice.alarm is not None:
+            choice.alarm.cancel()
+            choice.alarm = None
+        if by is not None:
+            loop = asyncio.get_running_loop()
+            choice.alarm = loop.call_later(by - time.monotonic(), self._expire, choice)
+
+    def _expire(self, choice: Choice) -> None:
+        if choice.is_waiting and choice.replica is not None and self.replicas[choice.replica].has_begun(choice):
+            choice.queue_seconds = time.monotonic() - choice.arrived
+            self._has_started(choice)
+            return self._set_alarm(choice)
+        expired: Expired = "deadline_passed" if choice.is_waiting else "timeout"
+        self._end(choice, EXPIRED[expired], expired)
 
     def _abort(self, choice: Choice) -> None:
         if choice.arrival in self._live:
@@ -286,8 +327,8 @@ class Pool:
         if stream is not None:
             stream.push(update)
 
-    def _end(self, choice: Choice, error: str) -> None:
-        self._push(choice, Update(choice=choice.request.choice, finish_reason="error", error=error))
+    def _end(self, choice: Choice, error: str, expired: Expired | None = None) -> None:
+        self._push(choice, Update(choice=choice.request.choice, finish_reason="error", error=error, expired=expired))
         self._abort(choice)
 
     def _end_all(self, error: str) -> None:
@@ -305,6 +346,9 @@ class Pool:
             else:
                 replica.take_back(choice)
         self._has_started(choice)
+        if choice.alarm is not None:
+            choice.alarm.cancel()
+        self.admission.leave(choice)
         self._acquit(choice)
         if not self._live:
             self._has_changed()
@@ -312,8 +356,12 @@ class Pool:
     def _has_started(self, choice: Choice) -> None:
         if choice.is_waiting:
             choice.is_waiting = False
-            self.num_waiting -= 1
-            self.num_waiting_tokens -= choice.request.num_prompt
+            self.admission.start(choice)
+
+    def _count_engines(self) -> None:
+        engines = self.replicas.in_force
+        infos = [engine.info for engine in engines if engine.info is not None]
+        self.admission.has_engines(len(engines), sum(info.num_blocks * info.block_size for info in infos))
 
     def _has_changed(self) -> None:
         self._changed.set()
@@ -385,6 +433,7 @@ class Pool:
                 if choice.has_begun:
                     self._end(choice, OTHER_PROFILE)
         self.replicas.adopt(info)
+        self._count_engines()
         self._resume()
         if replica is not self._suspects.court:
             self._relieve(replica)
@@ -396,10 +445,16 @@ class Pool:
                 choice = replica.submitted[id]
                 if choice.is_waiting:
                     choice.queue_seconds = max(0.0, time.monotonic() - choice.arrived - step.seconds)
-                self._has_started(choice)
+                    self._has_started(choice)
+                    self._set_alarm(choice)
+        num_decode = 0
         for output in step.outputs:
             if output.id in replica.submitted:  # else it was aborted, or comes from an engine that is gone
-                self._deliver(replica.submitted[output.id], output)
+                choice = replica.submitted[output.id]
+                num_decode += len(output.token_ids) if choice.has_output else 0
+                self._deliver(choice, output)
+        if step.num_tokens:
+            self.admission.iterated(max(0, step.num_tokens - num_decode), num_decode, step.seconds)
         if self._on_step is not None:
             self._on_step(step)
 
@@ -415,9 +470,11 @@ class Pool:
                 queue_seconds=choice.queue_seconds,
                 finish_reason=output.finish_reason,
                 error=output.error,
+                timing=choice.add_up(output.timing),
             ),
         )
         choice.queue_seconds = None
+        self.admission.generated(choice, len(output.token_ids), output.num_cached, time.monotonic())
         choice.generated += output.token_ids
         choice.has_prompt_logprobs = choice.has_prompt_logprobs or bool(output.prompt_logprobs)
         choice.crashes = choice.lone_crashes = 0
@@ -438,6 +495,7 @@ class Pool:
         for choice in had.values():
             replica.release(choice)
         self._suspects.leave(replica)
+        self._count_engines()
         is_excusable = death.from_outside and bool(self.replicas.in_force)
         # If nobody ran, then it was somebody's arrival.
         convicts = self._suspects.blame(on_board or list(had.values()), is_excusable)
@@ -449,6 +507,7 @@ class Pool:
     def on_failed(self, replica: Replica, message: str) -> None:
         for choice in list(replica.submitted.values()):
             replica.release(choice)
+        self._count_engines()
         if self.replicas.state == "failed":
             self.failure = message
             self._end_all(FAILED)
@@ -459,3 +518,13 @@ class Pool:
                 self.on_ready(left[0])  # its profile, which is another one, is all that is left
             self._resume()
         self._has_changed()
+
+
+def _resolved(num_prompt: int, params: SamplingParams, max_model_len: int) -> SamplingParams:
+    """The parameters with max_tokens known. Raises ContextLengthError; ValueError for an empty prompt."""
+    if num_prompt == 0:
+        raise ValueError("an empty prompt: there is nothing to go on from")
+    max_tokens = max_model_len - num_prompt if params.max_tokens is None else params.max_tokens
+    if num_prompt + max_tokens > max_model_len or (params.max_tokens is None and max_tokens < 1):
+        raise ContextLengthError(num_prompt, params.max_tokens, max_model_len)
+    return msgspec.structs.replace(params, max_tokens=max_tokens)

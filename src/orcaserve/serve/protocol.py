@@ -32,15 +32,44 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_usage: bool | None = None
 
 
+class JsonSchema(msgspec.Struct, kw_only=True, rename={"json_schema": "schema"}):
+    """name, description, strict: accepted; every schema is followed strictly."""
+
+    json_schema: dict[str, Any] | bool
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    """The response is free text, some JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True):
+    """What the response follows; one of these. json: a schema, or its text. grammar: in Lark's notation."""
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], Meta(min_length=1, max_length=1024)] | None = None
+    grammar: str | None = None
+
+
 class GenerationRequest(msgspec.Struct, kw_only=True):
     """What completions and chat have in common.
 
     temperature: 0 is greedy. top_k: 0 or -1 is off. seed: with a seed, the same request gives the same response.
     n: choices per prompt. logit_bias: token id → addend. ignore_eos: go on after the model's end token.
     prompt_logprobs: log-probabilities of the prompt's tokens, with so many alternatives.
-    truncate_prompt_tokens: keep only the last so many tokens of the prompt. priority, user: accepted.
+    truncate_prompt_tokens: keep only the last so many tokens of the prompt. priority: the lower, the earlier.
+    user: the tenant, where there are no API keys. timeout: seconds after which the response is of no use any more.
     cache_salt: prefixes are shared only among requests of the same salt.
     return_token_ids: give `token_ids` with each choice, and `prompt_token_ids`.
+    include_timing: give `timing`, where each choice's time went; a stream has it in one more chunk, with the usage.
+    response_format, structured_outputs, guided_…: what the response follows; one of them.
     """
 
     model: str | None = None
@@ -64,10 +93,18 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    include_timing: bool | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=1, le=_INT32)] | None = None
     user: str | None = None
-    priority: int | None = None
+    priority: Annotated[int, Meta(ge=-_INT32, le=_INT32)] | None = None
+    timeout: Annotated[float, Meta(gt=0, le=_INT32)] | None = None
     cache_salt: Annotated[str, Meta(max_length=256)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Annotated[list[str], Meta(min_length=1, max_length=1024)] | None = None
+    guided_grammar: str | None = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
@@ -102,8 +139,29 @@ class Message(msgspec.Struct, omit_defaults=True, gc=False):
     reasoning_content: str | None = None
 
 
-class ResponseFormat(msgspec.Struct):
-    type: str = "text"
+class Function(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A function that the model may call. parameters: a JSON schema of its arguments."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, kw_only=True):
+    function: Function
+    type: Literal["function"] = "function"
+
+
+class FunctionName(msgspec.Struct):
+    name: str
+
+
+class ToolChoice(msgspec.Struct, kw_only=True):
+    """This one is to be called."""
+
+    function: FunctionName
+    type: Literal["function"] = "function"
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -111,6 +169,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     max_completion_tokens: the newer name of max_tokens. logprobs: whether, top_logprobs: with so many alternatives.
     chat_template_kwargs: variables for the model's chat template.
+    tools: what the model may call; tool_choice: whether it may, must, or must not, or which one it must.
     """
 
     messages: Annotated[list[Message], Meta(min_length=1)]
@@ -119,7 +178,9 @@ class ChatRequest(GenerationRequest, kw_only=True):
     top_logprobs: NumLogprobs | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -153,6 +214,31 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+
+class ChoiceTiming(msgspec.Struct):
+    """Where a choice's time went.
+
+    engine_ids: its numbers in step logs, one for each engine that had it: a crash gives it to the next.
+    queue_seconds: before its first iteration. prefill_seconds: from there to its first token. decode_seconds: from
+        there to its last. lost_seconds: from a preemption or a crash until as much had been computed again.
+    preemptions: how often its KV was taken away. recomputed_tokens: that were computed once more.
+    cached_tokens: of its prompt, that the prefix cache spared. iterations: that it took part in; others took part in
+        them, too: mean_batch_mates, max_batch_mates.
+    """
+
+    index: int
+    engine_ids: list[int]
+    queue_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    lost_seconds: float
+    preemptions: int
+    recomputed_tokens: int
+    cached_tokens: int
+    iterations: int
+    mean_batch_mates: float
+    max_batch_mates: int
 
 
 class CompletionLogprobs(msgspec.Struct):
@@ -198,6 +284,7 @@ class Completion(msgspec.Struct, kw_only=True):
     choices: list[CompletionChoice]
     system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
+    timing: list[ChoiceTiming] | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct):
@@ -220,17 +307,37 @@ class ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class FunctionCall(msgspec.Struct):
+    """arguments: JSON, as the model wrote it."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    """index: of the call in its message, in streams."""
+
+    id: str
+    function: FunctionCall
+    type: Literal["function"] = "function"
+    index: int | UnsetType = UNSET
+
+
 class AssistantMessage(msgspec.Struct):
-    content: str
+    """content: null where there are only calls. reasoning_content: what stood in a reasoning block."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -242,6 +349,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     choices: list[ChatChoice]
     system_fingerprint: str
     usage: Usage
+    timing: list[ChoiceTiming] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 
@@ -251,13 +359,15 @@ class ChatDelta(msgspec.Struct):
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChunkChoice(msgspec.Struct):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     token_ids: list[int] | UnsetType = UNSET
 
 
@@ -269,6 +379,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     choices: list[ChatChunkChoice]
     system_fingerprint: str
     usage: Usage | UnsetType | None = UNSET
+    timing: list[ChoiceTiming] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
 

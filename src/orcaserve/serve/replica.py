@@ -13,7 +13,7 @@ from orcaserve.serve.frames import Beat
 from orcaserve.serve.resume import Choice
 from orcaserve.serve.supervisor import Death, Supervisor
 
-_COUNTERS = ("num_preemptions", "prefix_queries", "prefix_hits", "num_steps")
+_COUNTERS = ("num_preemptions", "num_swapped", "prefix_queries", "prefix_hits", "num_steps")
 
 
 class Keeper(Protocol):
@@ -40,7 +40,7 @@ class Replica:
     """Owner of a supervisor and, while its engine lives, of the record of what that has been given.
 
     submitted: by engine id, in the order of submission. unstarted: those of them that await their first iteration here.
-    load: how many they are. info: of its latest engine. tokens_per_second: that it computes lately.
+    load: how many they are. info: of its latest engine.
     """
 
     def __init__(self, index: int, options: EngineOptions, keeper: Keeper, command: Sequence[str] | None) -> None:
@@ -48,7 +48,6 @@ class Replica:
         self.submitted: dict[int, Choice] = {}
         self.unstarted: dict[int, Choice] = {}
         self.info: EngineInfo | None = None
-        self.tokens_per_second: float | None = None
         self._keeper = keeper
         self._supervisor = Supervisor(options, self, command)
         self._stats = Stats()  # of the engine that lives
@@ -97,9 +96,13 @@ class Replica:
 
     def submit(self, choice: Choice, id: int) -> None:
         """Gives the engine a choice. id: never used before, by any replica."""
-        choice.engine_id, choice.replica = id, self.index
+        choice.goes_to(id, self.index)
         self.submitted[id] = self.unstarted[id] = choice
         self._supervisor.send(Submit(choice.submission(id)))
+
+    def has_begun(self, choice: Choice) -> bool:
+        """Whether a choice takes part in an iteration that is under way, as far as is known."""
+        return choice.engine_id is not None and choice.engine_id in self._supervisor.on_record
 
     def take_back(self, choice: Choice) -> None:
         """Has the engine forget a choice that it has been given."""
@@ -133,9 +136,6 @@ class Replica:
 
     def on_step(self, step: Step) -> None:
         self._stats = step.stats
-        if step.seconds > 0 and step.num_tokens > 0:
-            latest, known = step.num_tokens / step.seconds, self.tokens_per_second
-            self.tokens_per_second = latest if known is None else known + 0.05 * (latest - known)
         self._keeper.on_step(self, step)
         for id in step.started:
             self.unstarted.pop(id, None)

@@ -79,11 +79,6 @@ class Replicas:
         parts = [replica.stats for replica in self._all]
         return Stats(**{name: sum(getattr(part, name) for part in parts) for name in Stats.__struct_fields__})
 
-    @property
-    def tokens_per_second(self) -> float:
-        """That all compute together lately; 0 if that is not known."""
-        return sum(replica.tokens_per_second or 0.0 for replica in self._all)
-
     def adopt(self, info: EngineInfo) -> None:
         """This engine's profile is in force from now on, and what it can do is what requests may count on."""
         alike = [one.info for one in self._all if one.info is not None and one.info.profile == info.profile]

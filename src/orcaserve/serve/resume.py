@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import weakref
 
@@ -9,18 +10,26 @@ import msgspec
 
 from orcaserve.core.request import NewRequest
 from orcaserve.core.router import Keys
+from orcaserve.core.timing import Timing
 from orcaserve.serve.stream import Stream
+from orcaserve.serve.terms import Terms
 
 
 class Choice:
     """One choice on its way: the resume record, and what the pool knows of its luck. Owned by the Pool."""
 
     __slots__ = (
+        "_latest",
+        "_past",
+        "_since",
+        "alarm",
         "arrival",
         "arrived",
         "crashes",
         "engine_id",
+        "expected",
         "generated",
+        "has_output",
         "has_prompt_logprobs",
         "is_waiting",
         "keys",
@@ -29,22 +38,30 @@ class Choice:
         "replica",
         "request",
         "stream",
+        "terms",
     )
 
-    def __init__(self, arrival: int, request: NewRequest, keys: Keys) -> None:
+    def __init__(self, arrival: int, request: NewRequest, keys: Keys, terms: Terms) -> None:
         self.arrival = arrival
         self.arrived = time.monotonic()
         self.queue_seconds: float | None = None  # known from its first iteration until its stream has been told
         self.request = request  # as it arrived; its id means nothing
         self.keys = keys  # the prompt's, for the router
+        self.terms = terms
+        self.alarm: asyncio.TimerHandle | None = None  # rings when the next of its deadlines passes
+        self.expected = 0.0  # tokens that it should generate, as was thought when it came
         self.stream: weakref.ref[Stream] | None = None
         self.generated: list[int] = []
+        self.has_output = False  # whether its prompt has been computed once
         self.has_prompt_logprobs = False
         self.engine_id: int | None = None  # None while no engine has it
         self.replica: int | None = None  # whose engine that is
         self.is_waiting = True  # for its first iteration; a resubmission does not wait in this sense
         self.crashes = 0  # in a row with it on board, without any progress of its own
         self.lone_crashes = 0  # those of them with nobody else on board
+        self._past = Timing()  # of the engines before
+        self._latest: Timing | None = None  # the last that the engine which has it has told
+        self._since = self.arrived  # when it was handed to that one
 
     @property
     def has_begun(self) -> bool:
@@ -56,11 +73,39 @@ class Choice:
         """Of its prompt, and generated so far."""
         return self.request.num_prompt + len(self.generated)
 
+    def goes_to(self, engine_id: int, replica: int) -> None:
+        """It is about to be handed to an engine. What none has accounted for was spent in the queue, or is lost."""
+        now = time.monotonic()
+        known = self._latest or Timing()
+        unknown = max(0.0, now - self._since - known.seconds)
+        gap = Timing(queue_seconds=unknown) if self.is_waiting else Timing(lost_seconds=unknown)
+        self._past += known + gap + Timing(ids=(engine_id,))
+        self._latest, self._since = None, now
+        self.engine_id, self.replica = engine_id, replica
+
+    def add_up(self, latest: Timing | None) -> Timing | None:
+        """Its timing by all engines. latest: what the one that has it tells now, if it does."""
+        if latest is None:
+            return None
+        self._latest = latest
+        return self._past + latest
+
+    @property
+    def due(self) -> float | None:
+        """By when its next token is wanted, in time.monotonic(); None: whenever."""
+        return self.terms.end_by if self.has_output else self.terms.start_by
+
+    @property
+    def footprint(self) -> float:
+        """Tokens that it should have in the KV cache at its end."""
+        return self.request.num_prompt + self.expected
+
     def submission(self, id: int) -> NewRequest:
-        """The request as an engine needs it now."""
+        """The request as an engine needs it now: with the tokens so far, and what is left of its deadline."""
         request = self.request
         params = request.params
         if self.has_prompt_logprobs:
             params = msgspec.structs.replace(params, prompt_logprobs=None)
         token_ids = (*request.token_ids, *self.generated)
-        return msgspec.structs.replace(request, id=id, token_ids=token_ids, params=params)
+        deadline = None if self.due is None else self.due - time.monotonic()
+        return msgspec.structs.replace(request, id=id, token_ids=token_ids, params=params, deadline=deadline)

@@ -8,6 +8,7 @@ import msgspec
 
 from orcaserve.model.config import Generation, read_generation
 from orcaserve.serve.chat_template import ChatTemplate
+from orcaserve.serve.structured import Structures
 from orcaserve.serve.tokenizer import Tokenizer
 
 
@@ -29,6 +30,7 @@ class ServedModel:
         folder = Path(folder)
         self.name = name
         self.tokenizer = Tokenizer(folder)
+        self.structures = Structures(folder)
         source = self.tokenizer.chat_template
         self.chat_template = None if source is None else ChatTemplate(source, self.tokenizer.special_tokens)
         generation = read_generation(folder)

@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -20,22 +21,26 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvicorn
 from starlette.types import ASGIApp
 
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.engine.messages import Step
+from orcaserve.serve.admission import Limits
 from orcaserve.serve.app import make_app
 from orcaserve.serve.frontend import Frontend, HttpOptions
 from orcaserve.serve.metrics import Metrics
-from orcaserve.serve.pool import EngineFailed, Limits, Pool, Replication
+from orcaserve.serve.pool import EngineFailed, Pool, Replication
 from orcaserve.serve.served_model import ServedModel
+from orcaserve.serve.terms import api_key
 
 _log = logging.getLogger("orcaserve.serve")
 _FLUSH_SECONDS = 5  # what a slow reader gets to fetch the rest of a response that has ended
 _KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep an idle connection, so that they close it, not we
 _WATCH_SECONDS = 0.5
 _BACKLOG = 2048
+_MOST_FILES = 1 << 16
 
 
 class StartError(Exception):
@@ -66,6 +71,7 @@ def run(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         _check(http)
+        _allow_many_connections()
         with _bind(http.host, http.port) as listener, asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(
                 _serve(
@@ -90,8 +96,11 @@ def _check(http: HttpOptions) -> None:
             f"{http.host} can be reached from outside, so an API key is needed: give one with --api-key, "
             "or listen on 127.0.0.1"
         )
-    if any(not key.strip() for key in http.api_keys):
+    keys = [api_key(text).key for text in http.api_keys]
+    if any(not key.strip() for key in keys):
         raise StartError("an API key is empty")
+    if len(set(keys)) < len(keys):
+        raise StartError("an API key is given twice")
     if (http.ssl_certfile is None) != (http.ssl_keyfile is None):
         raise StartError("TLS needs both a certificate and a key file")
     for name in (http.ssl_certfile, http.ssl_keyfile):
@@ -125,6 +134,13 @@ def _bind(host: str, port: int) -> socket.socket:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise StartError(f"cannot listen on {host} port {port}: {reason}") from None
     return listener
+
+
+def _allow_many_connections() -> None:
+    """The soft limit of open files is 1024 in most shells; past it nobody could even be refused."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -214,6 +230,8 @@ async def _serve(
         metrics.on_step(step)
         work.on_step(step)
 
+    if len({api_key(text).tenant for text in http.api_keys}) == 1:  # there is nobody to share the queue with
+        limits = msgspec.structs.replace(limits or Limits(), tenant_queue_share=1.0)
     pool = Pool(
         engine, replication=replication, limits=limits, command=command, on_progress=on_progress, on_step=on_step
     )

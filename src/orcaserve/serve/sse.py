@@ -1,4 +1,7 @@
-"""`EventStream`: a response of server-sent events, one write per event, cancelled when the client hangs up."""
+"""`EventStream`: a response of server-sent events, one write per event, cancelled when the client hangs up.
+
+It begins with the first event, so that what fails before that is answered with a status of its own.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class EventStream:
-    """An ASGI response. events: the JSON of each event; an ApiError from it becomes the last event."""
+    """An ASGI response. events: the JSON of each event. An ApiError from it becomes the last event, or is raised."""
 
     def __init__(self, events: AsyncGenerator[bytes]) -> None:
         self._events = events
@@ -30,9 +33,12 @@ class EventStream:
             await while_connected(self._send(send), receive)
 
     async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
         async with aclosing(self._events) as events:
+            first = await anext(events, None)
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             try:
+                if first is not None:
+                    await send(_event(first))
                 async for event in events:
                     await send(_event(event))
             except ApiError as error:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import msgspec
 
 from orcaserve.core.request import FinishReason, TokenLogprobs
+from orcaserve.core.timing import Timing
+
+Expired = Literal["deadline_passed", "timeout"]
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +22,9 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     queue_seconds: from its arrival to its first iteration; None after the choice's first update.
     prompt_logprobs: all at once, of the prompt positions 1 … num_prompt-1.
     finish_reason: set in the choice's last update. error: why it is "error", in words fit for a client.
+    timing: where its time went so far; in its last update, unless it was ended without an engine, or in each, if timed.
+    expired: it is an error because of a deadline: one that passed before its first iteration ("deadline_passed"), or
+        while it ran ("timeout").
     """
 
     choice: int
@@ -29,6 +35,8 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     queue_seconds: float | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
+    timing: Timing | None = None
+    expired: Expired | None = None
 
     def then(self, later: Update) -> Update:
         """Both in one, for a consumer that is slower than the engine."""
@@ -41,6 +49,8 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
             queue_seconds=later.queue_seconds if self.queue_seconds is None else self.queue_seconds,
             finish_reason=later.finish_reason,
             error=later.error,
+            timing=self.timing if later.timing is None else later.timing,
+            expired=later.expired,
         )
 
 

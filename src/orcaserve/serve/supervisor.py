@@ -127,6 +127,11 @@ class EngineProcess(asyncio.Protocol):
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def on_record(self) -> tuple[int, ...]:
+        """Requests of its last batches. Of an engine on another host nothing is known while it lives."""
+        return self._recorder.read()
+
     def send(self, frame: ToEngine) -> None:
         if not self._lost.is_set():
             self._transport.write(encode(frame))
@@ -251,6 +256,11 @@ class Supervisor:
     @property
     def pid(self) -> int | None:
         return self._engine.pid if self._engine is not None else None
+
+    @property
+    def on_record(self) -> tuple[int, ...]:
+        """Requests of the engine's last batches, as far as is known."""
+        return self._engine.on_record if self._engine is not None else ()
 
     @property
     def step_age(self) -> float:

@@ -102,6 +102,11 @@ class Tokenizer:
         """What a token adds to a response: nothing if it is special."""
         return b"" if id in self._special else self.token_bytes(id)
 
+    def special_id(self, text: str) -> int | None:
+        """Of a special token, by its text; None if there is no such one, or it is plain text to the model."""
+        id = self._tokenizer.token_to_id(text)
+        return id if id in self._special else None
+
     def _id_of(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self._tokenizer.token_to_id(token)

@@ -22,15 +22,17 @@ Sample = tuple[Size, float]
 
 
 def samples_of(log: Log) -> list[Sample]:
-    """What each iteration held, and its seconds."""
+    """What each iteration held, and its seconds. Those that began with copies are left out: no term is for them."""
     found: list[Sample] = []
     flying: list[Submitted] = []
     for event in log.events:
         if isinstance(event, Submitted):
             flying.append(event)
         elif isinstance(event, Returned) and flying:
-            rows = flying.pop(0).rows
-            found.append((size_of([(start, count, samples) for _, start, count, samples in rows]), event.seconds))
+            flown = flying.pop(0)
+            if not flown.swaps:
+                rows = [(start, count, samples) for _, start, count, samples in flown.rows]
+                found.append((size_of(rows), event.seconds))
     return found
 
 
@@ -49,7 +51,7 @@ def turns_of(log: Log) -> list[tuple[int, float]]:
             if last is not None:
                 found.append((len(event.rows), event.at - last))
             flying.append(event)
-        elif flying:
+        elif isinstance(event, Returned) and flying:
             for id, _, _, samples in flying.pop(0).rows:
                 if samples and id in budget:
                     budget[id] -= 1

@@ -15,7 +15,7 @@ from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Abort, Command, Step, Stop, Submit
-from orcaserve.engine.step_log import Arrived, Left, Log, Returned, Row, Submitted
+from orcaserve.engine.step_log import Arrived, Decided, Event, Left, Log, Returned, Row, Submitted, swaps_of
 from orcaserve.sim.executor import VirtualClock
 
 _END = -(1 << 62)  # the token that ends whoever an end token ended; no block has it for a name
@@ -59,7 +59,8 @@ class _Tape:
     """Inbox, executor and outbox of a replayed engine. Owner of the place in the log."""
 
     def __init__(self, log: Log, clock: VirtualClock) -> None:
-        self._log = log
+        self._block_size = log.header.config.block_size
+        self._events = [event for event in log.events if not isinstance(event, Decided)]  # they follow from the rest
         self._clock = clock
         self._names = block_names(log)
         self._scored = {event.id for event in log.events if isinstance(event, Arrived) and event.scores}
@@ -68,8 +69,8 @@ class _Tape:
 
     def take(self, block: bool) -> list[Command]:
         commands: list[Command] = []
-        while self._at < len(self._log.events):
-            event = self._log.events[self._at]
+        while self._at < len(self._events):
+            event = self._events[self._at]
             if isinstance(event, Arrived):
                 commands.append(Submit(self._request(event)))
             elif isinstance(event, Left):
@@ -78,7 +79,7 @@ class _Tape:
                 break
             self._pass(event.at)
         if block and not commands:
-            if self._at == len(self._log.events):
+            if self._at == len(self._events):
                 return [Stop()]
             raise ReplayError(f"batch {len(self.batches) + 1} differs: nothing is left to do, but the log has one")
         return commands
@@ -91,6 +92,10 @@ class _Tape:
         if rows != event.rows:
             raise ReplayError(
                 f"batch {len(self.batches) + 1} differs: the log has {_said(event.rows)}, now it is {_said(rows)}"
+            )
+        if (swaps := swaps_of(batch)) != event.swaps:
+            raise ReplayError(
+                f"batch {len(self.batches) + 1} differs: the log has swaps {event.swaps}, now they are {swaps}"
             )
         self.batches.append(rows)
         self._pass(event.at)
@@ -115,14 +120,13 @@ class _Tape:
             return RowResult(id=row.id)
         if row.id in stopped:
             return RowResult(id=row.id, token_id=_END)
-        block, names = (row.start + row.num_tokens) // self._log.header.config.block_size, self._names[row.id]
+        block, names = (row.start + row.num_tokens) // self._block_size, self._names[row.id]
         return RowResult(id=row.id, token_id=names[block] if block < len(names) else -1 - row.id)
 
     def _request(self, event: Arrived) -> NewRequest:
-        size = self._log.header.config.block_size
         return NewRequest(
             id=event.id,
-            token_ids=tokens_of(self._names[event.id], event.id, size, event.prompt + event.done),
+            token_ids=tokens_of(self._names[event.id], event.id, self._block_size, event.prompt + event.done),
             num_prompt=event.prompt,
             max_tokens=event.max_tokens,
             params=SamplingParams(prompt_logprobs=0 if event.scores else None),
@@ -132,10 +136,10 @@ class _Tape:
             deadline=event.deadline,
         )
 
-    def _next(self) -> Arrived | Left | Submitted | Returned:
-        if self._at == len(self._log.events):
+    def _next(self) -> Event:
+        if self._at == len(self._events):
             raise _LogEnds
-        return self._log.events[self._at]
+        return self._events[self._at]
 
     def _pass(self, time: float) -> None:
         self._at += 1

@@ -11,7 +11,7 @@ import msgspec
 from orcaserve.core.batch import Batch
 from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
-from orcaserve.engine.loop import EngineLoop
+from orcaserve.engine.loop import EngineLoop, Witness
 from orcaserve.engine.messages import Abort, Command, Step, Submit
 from orcaserve.sim.cost import Seconds
 from orcaserve.sim.executor import SimExecutor, VirtualClock
@@ -117,9 +117,9 @@ class World:
         if block and coming:
             self._clock.advance_to(coming[0][0])
         while coming and coming[0][0] <= self._clock.now:
-            _, id, leaves = coming.popleft()
+            time, id, leaves = coming.popleft()
             if not leaves:
-                commands.append(Submit(self._request(id)))
+                commands.append(Submit(self._request(id), self._clock.now - time))
             elif id in self._open:
                 self._open.discard(id)
                 commands.append(Abort(id))
@@ -170,11 +170,13 @@ def simulate(
     *,
     keep_iterations: bool = True,
     scheduler: Callable[[SchedulerConfig], Scheduler] = Scheduler,
+    witness: Witness | None = None,
 ) -> tuple[list[Record], list[Iteration]]:
     """Runs a workload to its end. Every request that does not leave generates exactly `num_output` tokens.
 
     cost: seconds of a batch in every stage. host: seconds before a batch is submitted. keep_iterations: False saves
-    their memory. Raises ValueError for a request that the KV cache can never hold.
+    their memory. witness: is told all that the loop does. Raises ValueError for a request that the KV cache can never
+    hold.
     """
     clock = VirtualClock()
     world = World(arrivals, clock)
@@ -186,7 +188,7 @@ def simulate(
         return cost(batch)
 
     executor = SimExecutor(noted if keep_iterations else cost, clock, host, world.sample)
-    loop = EngineLoop(scheduler(config), executor, world, world, clock)
+    loop = EngineLoop(scheduler(config), executor, world, world, clock, witness)
     while world.is_open:
         loop.step()
     return world.records(), iterations

@@ -12,7 +12,8 @@ from orcaserve.core.batch import RowResult
 from orcaserve.core.request import TokenLogprobs
 from orcaserve.ops.kernels import Kernels, KVCache
 from orcaserve.ops.layout import Layout
-from orcaserve.ops.sampler import prompt_logprobs, sample
+from orcaserve.ops.sampler import SamplingState, prompt_logprobs, sample
+from orcaserve.worker.grammars import GrammarError
 from orcaserve.worker.requests import Job
 
 LOGIT_ROWS = 32  # rows whose logits exist at a time: a bound on memory, where a vocabulary is large
@@ -72,9 +73,17 @@ def _sample(
     for first in range(0, len(asking), LOGIT_ROWS):
         some = asking[first : first + LOGIT_ROWS]
         logits = model.logits(hidden[[last for _, last in some]])
-        if logits is not None:
-            outcomes = sample(logits, [job.request.sampling_state() for job, _ in some], model.kernels)
-            sampled |= {job.row.id: outcome for (job, _), outcome in zip(some, outcomes, strict=True)}
+        if logits is None:
+            continue
+        states: list[SamplingState] = []
+        for job, _ in some:
+            try:
+                states.append(job.request.sampling_state())
+            except GrammarError as error:
+                sampled[job.row.id] = f"the grammar cannot be followed: {error}"
+                states.append(job.request.free_state())
+        for (job, _), outcome in zip(some, sample(logits, states, model.kernels), strict=True):
+            sampled.setdefault(job.row.id, outcome)
     return sampled
 
 

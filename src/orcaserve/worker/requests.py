@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from orcaserve.core.batch import Batch, ScheduledRequest
 from orcaserve.core.request import NewRequest
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.sampler import SamplingState
+from orcaserve.worker.grammars import GrammarError, Guide
 
 _log = logging.getLogger(__name__)
 
@@ -71,12 +73,14 @@ class _Limits:
 class _Request:
     """What the worker knows of a request. sound: all of its tokens and blocks exist."""
 
-    __slots__ = ("_blocks", "_limits", "_num_blocks", "new", "sound", "token_ids")
+    __slots__ = ("_blocks", "_limits", "_num_blocks", "allowed", "guide", "new", "sound", "token_ids")
 
     def __init__(self, new: NewRequest, limits: _Limits) -> None:
         self.new = new
         self.token_ids: list[int] = []
         self.sound = True
+        self.guide: Guide | None = None  # where its response is in its grammar, and what may come next there
+        self.allowed: Future[np.ndarray] | None = None
         self._limits = limits
         self._blocks = np.empty(16, dtype=np.int64)
         self._num_blocks = 0
@@ -99,9 +103,32 @@ class _Request:
         self._blocks[have:need] = blocks
         self._num_blocks = need
 
+    @property
+    def grammar(self) -> str:
+        return self.new.params.grammar or ""
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        return self.new.end_token_ids
+
+    @property
+    def generated(self) -> list[int]:
+        return self.token_ids[self.new.num_prompt :]
+
     def sampling_state(self) -> SamplingState:
+        """Waits for what its grammar allows. Raises GrammarError."""
+        if self.new.params.grammar is None:
+            return self.free_state()
+        if self.allowed is None:
+            raise GrammarError("this worker follows none")
+        return self.free_state(self.allowed.result())
+
+    def free_state(self, allowed: np.ndarray | None = None) -> SamplingState:
+        """Without its grammar."""
         new = self.new
-        return SamplingState(new.params, new.seed, new.choice, new.num_prompt, self.token_ids, new.end_token_ids)
+        return SamplingState(
+            new.params, new.seed, new.choice, new.num_prompt, self.token_ids, new.end_token_ids, allowed
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +145,11 @@ class Job:
     @property
     def token_ids(self) -> list[int]:
         return self.request.token_ids[self.row.start : self.end]
+
+
+def under_grammar(jobs: Sequence[Job]) -> list[_Request]:
+    """The requests of rows that sample under a grammar."""
+    return [job.request for job in jobs if job.row.samples and job.request.new.params.grammar is not None]
 
 
 def _within(ids: Sequence[int], end: int) -> bool:

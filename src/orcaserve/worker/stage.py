@@ -11,7 +11,9 @@ from torch import Tensor
 
 from orcaserve.core.batch import Batch, StepResult
 from orcaserve.worker.answers import Model, answer
-from orcaserve.worker.requests import Requests
+from orcaserve.worker.grammars import Grammars
+from orcaserve.worker.requests import Requests, under_grammar
+from orcaserve.worker.swap import Swapper
 from orcaserve.worker.worker import in_order, make_caches, token_ids
 
 
@@ -36,18 +38,31 @@ class Pipe(Protocol):
 
 
 class StageWorker:
-    """Owner of the KV tensors of its layers and of what is known of each request. One thread calls `run`.
+    """Owner of the KV tensors of its layers, the swap space and what is known of each request. One thread calls `run`.
 
+    grammars: of the rank that samples, and of no other.
     busy_seconds: time spent at work, not in waiting for the stage before.
     """
 
     def __init__(
-        self, model: Model, pipe: Pipe, *, num_blocks: int, block_size: int, clock: Callable[[], float] = time.monotonic
+        self,
+        model: Model,
+        pipe: Pipe,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int = 0,
+        swap_dir: str | None = None,
+        grammars: Grammars | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """num_slots: blocks that the swap space holds. Raises ModelError, in one line, if it cannot be made."""
         self._model = model
+        self._grammars = grammars
         self._pipe = pipe
         self._requests = Requests(model.vocab_size, num_blocks, block_size)
         self._kv = make_caches(model, num_blocks, block_size)
+        self._swapper = Swapper(self._kv, num_slots, swap_dir) if num_slots else None
         self._clock = clock
         self.busy_seconds = 0.0
 
@@ -59,9 +74,13 @@ class StageWorker:
         cannot agree to try its rows one by one, which is left to whoever starts them again.
         """
         began = self._clock()
+        if self._swapper is not None:
+            self._swapper.run(batch.swaps)
         jobs = self._requests.take(batch)
         if not jobs:
             return in_order(batch, {}) if self._pipe.is_last else None
+        if self._grammars is not None:
+            self._grammars.begin(under_grammar(jobs))
         layout = self._requests.layout(jobs)
         if self._pipe.is_first:
             x = token_ids(jobs)

@@ -10,7 +10,9 @@ import torch
 from orcaserve.core.batch import Batch, RowResult, StepResult
 from orcaserve.ops.kernels import KVCache
 from orcaserve.worker.answers import Model, answer
-from orcaserve.worker.requests import Job, Requests
+from orcaserve.worker.grammars import Grammars
+from orcaserve.worker.requests import Job, Requests, under_grammar
+from orcaserve.worker.swap import Swapper
 
 FAILED = "the model failed on this request"
 
@@ -18,12 +20,27 @@ _log = logging.getLogger(__name__)
 
 
 class Worker:
-    """Owner of the KV tensors and of what is known of each request. One thread calls `run`."""
+    """Owner of the KV tensors, the swap space and of what is known of each request. One thread calls `run`.
 
-    def __init__(self, model: Model, *, num_blocks: int, block_size: int) -> None:
+    grammars: None: requests that follow one fail.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int = 0,
+        swap_dir: str | None = None,
+        grammars: Grammars | None = None,
+    ) -> None:
+        """num_slots: blocks that the swap space holds. Raises ModelError, in one line, if it cannot be made."""
         self._model = model
+        self._grammars = grammars
         self._requests = Requests(model.vocab_size, num_blocks, block_size)
         self._kv = make_caches(model, num_blocks, block_size)
+        self._swapper = Swapper(self._kv, num_slots, swap_dir) if num_slots else None
 
     def forget_all(self) -> None:
         """As if no request had ever been described; for a new scheduler, which knows of none."""
@@ -32,6 +49,8 @@ class Worker:
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult:
         """One iteration. What is wrong with one row fails that row (`RowResult.error`), not another, not the call."""
+        if self._swapper is not None:
+            self._swapper.run(batch.swaps)
         results = {result.id: result for result in self._attempt(self._requests.take(batch))}
         return in_order(batch, results)
 
@@ -51,6 +70,8 @@ class Worker:
         return [result for job in jobs for result in self._attempt([job])]
 
     def _compute(self, jobs: Sequence[Job]) -> list[RowResult]:
+        if self._grammars is not None:
+            self._grammars.begin(under_grammar(jobs))
         layout = self._requests.layout(jobs)
         hidden = self._model.forward(token_ids(jobs), layout, self._kv)
         return answer(self._model, hidden, layout, jobs)

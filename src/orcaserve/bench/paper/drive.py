@@ -39,7 +39,10 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """One workload under one setup. slots: tokens of KV memory. Times are in seconds after it began."""
+    """One workload under one setup. slots: tokens of KV memory. Times are in seconds after it began.
+
+    preemptions, swapped: requests that lost their KV, and those of them that had it moved away and brought back.
+    """
 
     setup: str
     slots: int
@@ -47,6 +50,7 @@ class Trial(msgspec.Struct, frozen=True):
     samples: list[Sample]
     preemptions: int
     cached_tokens: int
+    swapped: int = 0
 
     @property
     def busy(self) -> float:
@@ -86,6 +90,7 @@ def drive(engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None] =
         samples=sampled.samples,
         preemptions=scheduler.num_preemptions,
         cached_tokens=scheduler.kv.num_hits,
+        swapped=0 if scheduler.kv.swap is None else scheduler.kv.swap.num_swapped,
     )
 
 

@@ -8,6 +8,7 @@ import msgspec
 
 from orcaserve.bench.client import BenchError
 from orcaserve.core.batch import Batch
+from orcaserve.core.config import SwapSpace
 from orcaserve.core.policy import DEFAULT, ORCA, STATIC, Policy
 from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.engine.executor import Pending
@@ -26,7 +27,10 @@ class Device(Protocol):
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True):
-    """A loaded model. bytes_per_token: what one token takes of the KV cache. Lengths are in tokens."""
+    """A loaded model. bytes_per_token: what one token takes of the KV cache. Lengths are in tokens.
+
+    swap: room for KV outside of the cache, if there is any.
+    """
 
     device: Device
     model: str
@@ -40,6 +44,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int
     threads: int
+    swap: SwapSpace | None = None
 
     @property
     def num_slots(self) -> int:
@@ -52,6 +57,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
     batch_tokens: tokens of an iteration, where the policy cuts prompts.
     depth: batches in flight.
+    swap: whether KV is moved to the engine's swap space when the memory is full.
     max_tokens: what every request declares as its longest output, while it ends at its own length, of which the
         scheduler knows nothing; None: each declares its own length.
     """
@@ -62,6 +68,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     slots: int | None = None
     batch_tokens: int = BATCH_TOKENS
     depth: int = 1
+    swap: bool = False
     max_tokens: int | None = None
 
     def config(self, engine: Engine) -> SchedulerConfig:
@@ -79,6 +86,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
             num_blocks=num_blocks,
             block_size=engine.block_size,
             depth=self.depth,
+            swap=engine.swap if self.swap else None,
         )
 
 
