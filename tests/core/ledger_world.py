@@ -12,7 +12,7 @@ from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.policy import DEFAULT, Policy, parse_policy
 from orcaserve.core.request import NewRequest, Output, SamplingParams, TokenLogprobs
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
-from orcaserve.engine.ledger import LedgerExecutor, ledger_answer, ledger_entries, ledger_logprobs
+from orcaserve.engine.ledger import LedgerExecutor, ledger_answer, ledger_entries, ledger_logprobs, ledger_vector
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Abort, Command, Step, Submit
 
@@ -137,6 +137,9 @@ class World:
         if new.params.prompt_logprobs is not None:
             wanted = [ledger_logprobs(entries[:p], tokens[p]) for p in range(1, new.num_prompt)]
         assert prompt_logprobs == wanted
+        pooled = [output.pooled for output in outputs if output.pooled]
+        pooling = new.params.pooling
+        assert pooled == ([] if pooling is None else [ledger_vector(entries[: new.num_prompt], pooling)])
 
 
 def random_config(rng: random.Random, policy: str | Policy | None = None, **fixed: int) -> SchedulerConfig:
@@ -180,8 +183,14 @@ def random_request(rng: random.Random, world: World) -> dict | None:
     max_tokens = total - num_prompt
     if num_prompt < num_tokens and max_tokens <= num_tokens - num_prompt:
         num_prompt, max_tokens = num_tokens, total - num_tokens
+    is_fresh = num_prompt == num_tokens
+    pooling = rng.choice(["mean", "mean", "last"]) if is_fresh and rng.random() < 0.15 else None
+    if pooling is not None:
+        max_tokens = 0
     params = SamplingParams(
-        logprobs=rng.choice([None, 0]), prompt_logprobs=0 if num_prompt == num_tokens and rng.random() < 0.2 else None
+        logprobs=rng.choice([None, 0]),
+        prompt_logprobs=0 if is_fresh and rng.random() < 0.2 else None,
+        pooling=pooling,
     )
     end = tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 1, 4])))
     end = tuple(token for token in end if token not in token_ids[num_prompt:])

@@ -60,6 +60,7 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, g
 
     prompt_logprobs: for requests that ask for them, those of the prompt positions start + 1 … start + num_tokens that
         exist in the prompt.
+    pooled: of a request that wants its prompt as one vector, with the row that ends the prompt: float32, little-endian.
     error: the row failed (NaN, exception); the request ends, the others go on.
     """
 
@@ -67,6 +68,7 @@ class RowResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, g
     token_id: int | None = None
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    pooled: bytes = b""
     error: str | None = None
 
 

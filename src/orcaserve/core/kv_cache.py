@@ -105,7 +105,7 @@ class KVCacheManager:
 
         Then it will be in the prefix cache, unless that one is preempted or ends before.
         """
-        if not self.prefix_cache or request.prompt_logprobs is not None or request.swap_slots:
+        if not self.prefix_cache or request.needs_every_token or request.swap_slots:
             return False
         count = (request.num_tokens - 1) // self.block_size
         # Keys are chained: who will publish a later block that both need has the same key at its next one.
@@ -118,9 +118,10 @@ class KVCacheManager:
     def swap_out(self, request: Request) -> bool:
         """Moves a request's KV to the swap space, if there is room and that is cheaper than to compute it again.
 
-        It keeps `num_computed`. False, and nothing changed, if it is to be computed again.
+        It keeps `num_computed`. False, and nothing changed, if it is to be computed again: so is a mean that workers
+        have half of, since they forget who is preempted.
         """
-        if self.swap is None or not self.swap.put(request, self.pool):
+        if self.swap is None or request.new.params.pooling == "mean" or not self.swap.put(request, self.pool):
             return False
         self._release(request)
         return True
@@ -168,7 +169,7 @@ class KVCacheManager:
 
     def _cached_prefix(self, request: Request) -> list[int]:
         """Blocks that hold the longest known prefix, short of the last token: that one must give the next."""
-        if not self.prefix_cache or request.prompt_logprobs is not None:
+        if not self.prefix_cache or request.needs_every_token:
             return []
         count = (request.num_tokens - 1) // self.block_size
         self._extend_keys(request, count)

@@ -46,8 +46,8 @@ class Headroom:
         return 1 if self._risk is None else max(1, self._blocks(other.num_expected) - len(other.block_table))
 
     def ended(self, request: Request) -> None:
-        """A request has got all its tokens."""
-        if self._risk is not None:
+        """A request has got all its tokens. One that asked for none says nothing of how many others get."""
+        if self._risk is not None and request.new.max_tokens:
             self._lengths.learn(request.new.tenant, request.new.num_prompt, request.num_generated)
 
     def _expected(self, request: Request) -> int:

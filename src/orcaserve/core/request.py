@@ -9,6 +9,7 @@ import msgspec
 from orcaserve.core.timing import Timer, Timing
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Pooling = Literal["mean", "last"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -27,6 +28,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: the same for every prompt token but the first.
     logit_bias: pairs (token id, addend to its logit).
     grammar: what the response follows, as `orcaserve.worker.grammars` reads it; None: anything goes.
+    pooling: the prompt's final hidden values are wanted as one vector: the mean of all tokens', or the last one's.
+        Goes with max_tokens 0.
     """
 
     max_tokens: int | None = None
@@ -47,6 +50,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: str | None = None
+    pooling: Pooling | None = None
 
 
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -98,6 +102,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
     """What one request gained from one iteration: scheduler → request pool.
 
     prompt_logprobs: all of them at once (prompt positions 1 … num_prompt-1), with the output that ends the prefill.
+    pooled: the prompt's vector, if it is wanted: float32, little-endian.
     num_cached: prompt tokens that the prefix cache spared, said with the first output.
     error: why `finish_reason` is "error", in words fit for a client.
     timing: where the request's time went, with the last output; with each, if the request is `timed`.
@@ -107,6 +112,7 @@ class Output(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=F
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    pooled: bytes = b""
     num_cached: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -175,6 +181,11 @@ class Request:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.new.num_prompt
+
+    @property
+    def needs_every_token(self) -> bool:
+        """Whether it wants something of each token of its prompt, so that none may be found in a cache."""
+        return self.prompt_logprobs is not None or self.new.params.pooling == "mean"
 
     @property
     def max_total(self) -> int:

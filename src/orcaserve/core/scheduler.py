@@ -496,6 +496,7 @@ class Scheduler:
             token_ids=() if token_id is None else (token_id,),
             logprobs=() if got.logprobs is None else (got.logprobs,),
             prompt_logprobs=tuple(prompt_logprobs or ()),
+            pooled=got.pooled,
             num_cached=num_cached,
             finish_reason=reason,
             timing=request.timer.timing(now) if reason is not None or request.new.timed else None,

@@ -14,7 +14,7 @@ from itertools import accumulate
 from zlib import crc32
 
 from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult, Swap
-from orcaserve.core.request import FinishReason, NewRequest, TokenLogprobs
+from orcaserve.core.request import FinishReason, NewRequest, Pooling, TokenLogprobs
 
 EMPTY = -1  # a slot that was never written
 
@@ -38,6 +38,14 @@ def ledger_logprobs(entries: Sequence[int], token_id: int) -> TokenLogprobs:
     return TokenLogprobs(token_id, -_hash(token_id, *entries) / 2**32, 1)
 
 
+def ledger_vector(entries: Sequence[int], pooling: Pooling) -> bytes:
+    """A prompt as one vector, by its entries: all of them in order, or the last one."""
+    chain = 0
+    for entry in entries if pooling == "mean" else entries[-1:]:
+        chain = _hash(chain, entry)
+    return chain.to_bytes(4, "little")
+
+
 def ledger_answer(new: NewRequest, vocab_size: int) -> tuple[list[int], FinishReason]:
     """What a request must get, whatever the load: the oracle."""
     tokens = list(new.token_ids)
@@ -55,6 +63,7 @@ class _Known:
         self.new = new
         self.token_ids = list(new.token_ids)
         self.block_table: list[int] = []
+        self.chain = 0  # over the entries that were computed since it was described: a mean, half done
 
 
 class LedgerPending:
@@ -128,11 +137,24 @@ class LedgerExecutor:
         if known.new.params.prompt_logprobs is not None:
             positions = range(row.start + 1, min(end + 1, known.new.num_prompt))
             prompt_logprobs = tuple(ledger_logprobs(entries[:p], known.token_ids[p]) for p in positions)
+        pooled = self._pool(known, row, entries)
         if not row.samples:
-            return RowResult(id=row.id, prompt_logprobs=prompt_logprobs)
+            return RowResult(id=row.id, prompt_logprobs=prompt_logprobs, pooled=pooled)
         token_id = ledger_token(entries, known.new.seed, known.new.choice, self._vocab_size)
         logprobs = None if known.new.params.logprobs is None else ledger_logprobs(entries, token_id)
         return RowResult(id=row.id, token_id=token_id, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _pool(self, known: _Known, row: ScheduledRequest, entries: Sequence[int]) -> bytes:
+        """The vector with the row that ends the prompt; what rows before it gave, workers keep."""
+        pooling = known.new.params.pooling
+        if pooling is None:
+            return b""
+        if pooling == "mean":
+            for entry in entries[row.start :]:
+                known.chain = _hash(known.chain, entry)
+        if len(entries) < known.new.num_prompt:
+            return b""
+        return known.chain.to_bytes(4, "little") if pooling == "mean" else ledger_vector(entries, pooling)
 
     def _slot(self, known: _Known, position: int) -> int:
         return known.block_table[position // self._block_size] * self._block_size + position % self._block_size

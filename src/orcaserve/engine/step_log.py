@@ -19,7 +19,7 @@ import msgspec
 
 from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.decisions import Decision
-from orcaserve.core.request import NewRequest
+from orcaserve.core.request import NewRequest, Pooling
 from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.engine.messages import Abort, Command, Submit
 from orcaserve.sim.shape import ModelShape
@@ -47,7 +47,8 @@ class Arrived(msgspec.Struct, frozen=True, kw_only=True, tag="arrival", omit_def
     """The loop took a request in. at: seconds since the log began, as everywhere.
 
     prompt, max_tokens: in tokens. done: tokens that it had generated before (it comes back from a crash).
-    scores: it wants the prompt's log-probabilities. blocks: names of the full blocks of its tokens.
+    scores: it wants the prompt's log-probabilities; pools: the prompt as one vector, and how. blocks: names of the full
+        blocks of its tokens.
     tenant, priority, deadline, name: as in NewRequest. waited: seconds that it lay in the loop's inbox before that.
     """
 
@@ -57,6 +58,7 @@ class Arrived(msgspec.Struct, frozen=True, kw_only=True, tag="arrival", omit_def
     max_tokens: int
     done: int = 0
     scores: bool = False
+    pools: Pooling | None = None
     blocks: tuple[int, ...] = ()
     tenant: str = ""
     priority: int = 0
@@ -247,6 +249,7 @@ class StepLog:
                 max_tokens=new.max_tokens,
                 done=len(new.token_ids) - new.num_prompt,
                 scores=new.params.prompt_logprobs is not None,
+                pools=new.params.pooling,
                 blocks=names,
                 tenant=new.tenant,
                 priority=new.priority,

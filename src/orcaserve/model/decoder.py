@@ -66,12 +66,14 @@ class Head:
     matrix: Callable[[Tensor], Tensor | None]
     softcap: float | None
 
-    def __call__(self, hidden: Tensor) -> Tensor | None:
+    def final(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R, E]: what the output matrix reads."""
         if self.norm is not None:
             hidden = self.norm(hidden)
-        if self.project is not None:
-            hidden = self.project(hidden)
-        logits = self.matrix(hidden)
+        return hidden if self.project is None else self.project(hidden)
+
+    def __call__(self, hidden: Tensor) -> Tensor | None:
+        logits = self.matrix(self.final(hidden))
         return logits if self.softcap is None or logits is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
@@ -174,6 +176,16 @@ class Decoder:
         if self._head is None:
             raise ValueError("only the last stage has the output matrix")
         return self._head(hidden)
+
+    @torch.inference_mode()
+    def final(self, hidden: Tensor) -> Tensor:
+        """The values [R, E] that logits are made of: normed, as other libraries give a model's last hidden state.
+
+        hidden: [R, H] of chosen rows. Last stage only.
+        """
+        if self._head is None:
+            raise ValueError("only the last stage has the norm behind the layers")
+        return self._head.final(hidden)
 
 
 class _Parts:

@@ -238,6 +238,10 @@ class TransformersDecoder:
         """float32 logits [R, V] of the hidden values [R, H] of chosen rows."""
         return self._head(inputs_embeds=hidden[None], use_cache=False).logits[0].float()
 
+    def final(self, hidden: Tensor) -> Tensor:
+        """The values that logits are made of: the module's body has normed them already."""
+        return hidden
+
     @torch.inference_mode()
     def _try(self, model: Any) -> None:
         """Compares two requests, chunked and mixed, with the module's own attention on each of them alone."""

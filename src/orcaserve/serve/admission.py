@@ -241,7 +241,7 @@ class Admission:
         self._kv_tokens -= choice.footprint
         if not choice.has_output:
             self._prompt_tokens -= request.num_prompt
-        else:
+        elif request.max_tokens:  # one that asked for no token says nothing of how many others get
             self._lengths.learn(request.tenant, request.num_prompt, len(choice.generated))
 
     def iterated(self, num_prefill: int, num_decode: int, seconds: float) -> None:

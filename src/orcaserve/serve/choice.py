@@ -17,6 +17,7 @@ class Piece(msgspec.Struct):
     """What a choice gained. The last token may be the one that completed a stop string or ended the choice.
 
     text: what has become certain, which may lag behind the tokens. prompt_logprobs: all at once, or none.
+    pooled: the prompt as one vector, float32, where that is all that is wanted.
     is_cut: a stop string has ended the choice, and the engine has to be told.
     """
 
@@ -24,6 +25,7 @@ class Piece(msgspec.Struct):
     token_ids: list[int] = []
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    pooled: bytes = b""
     finish_reason: Literal["stop", "length"] | None = None
     is_cut: bool = False
 
@@ -61,6 +63,7 @@ class ChoiceText:
             token_ids=list(update.token_ids[:taken]),
             logprobs=list(update.logprobs[:taken]),
             prompt_logprobs=update.prompt_logprobs,
+            pooled=update.pooled,
             finish_reason="stop" if is_cut else _finish_reason(update),
             is_cut=is_cut and update.finish_reason is None,
         )

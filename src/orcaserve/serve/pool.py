@@ -466,6 +466,7 @@ class Pool:
                 token_ids=output.token_ids,
                 logprobs=output.logprobs,
                 prompt_logprobs=output.prompt_logprobs,
+                pooled=output.pooled,
                 num_cached=0 if choice.generated else output.num_cached,  # later, it is about a resubmission
                 queue_seconds=choice.queue_seconds,
                 finish_reason=output.finish_reason,

@@ -20,7 +20,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
 
     num_cached: prompt tokens that the prefix cache spared; 0 after the choice's first update.
     queue_seconds: from its arrival to its first iteration; None after the choice's first update.
-    prompt_logprobs: all at once, of the prompt positions 1 … num_prompt-1.
+    prompt_logprobs: all at once, of the prompt positions 1 … num_prompt-1. pooled: the prompt as one vector, float32.
     finish_reason: set in the choice's last update. error: why it is "error", in words fit for a client.
     timing: where its time went so far; in its last update, unless it was ended without an engine, or in each, if timed.
     expired: it is an error because of a deadline: one that passed before its first iteration ("deadline_passed"), or
@@ -31,6 +31,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    pooled: bytes = b""
     num_cached: int = 0
     queue_seconds: float | None = None
     finish_reason: FinishReason | None = None
@@ -45,6 +46,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
             token_ids=self.token_ids + later.token_ids,
             logprobs=self.logprobs + later.logprobs,
             prompt_logprobs=self.prompt_logprobs + later.prompt_logprobs,
+            pooled=self.pooled or later.pooled,
             num_cached=self.num_cached + later.num_cached,
             queue_seconds=later.queue_seconds if self.queue_seconds is None else self.queue_seconds,
             finish_reason=later.finish_reason,

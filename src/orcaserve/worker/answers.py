@@ -1,4 +1,4 @@
-"""`answer`: from the hidden values of an iteration to what each of its rows gave: sampling, and scoring of prompts."""
+"""`answer`: from the hidden values of an iteration to what each row gave: tokens, scores and vectors of prompts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from orcaserve.ops.kernels import Kernels, KVCache
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.sampler import SamplingState, prompt_logprobs, sample
 from orcaserve.worker.grammars import GrammarError
+from orcaserve.worker.pooling import pool
 from orcaserve.worker.requests import Job
 
 LOGIT_ROWS = 32  # rows whose logits exist at a time: a bound on memory, where a vocabulary is large
@@ -43,6 +44,10 @@ class Model(Protocol):
         """[R, H] -> float32 [R, V]; None on a rank that is not the first of those that share the model."""
         ...
 
+    def final(self, hidden: Tensor) -> Tensor:
+        """[R, H] -> [R, E], the values that logits are made of; the same on every rank that shares the model."""
+        ...
+
 
 def answer(model: Model, hidden: Tensor, layout: Layout, jobs: Sequence[Job]) -> list[RowResult]:
     """One result for each job, whose tokens' hidden values [ΣL, H] lie as in `layout`.
@@ -54,14 +59,19 @@ def answer(model: Model, hidden: Tensor, layout: Layout, jobs: Sequence[Job]) ->
     results = []
     for job, row in zip(jobs, layout.rows, strict=True):
         outcome = sampled.get(job.row.id, (None, None))
-        scores = _score_prompt(model, hidden[row.first : row.first + row.num_tokens], job)
+        own = hidden[row.first : row.first + row.num_tokens]
+        scores, pooled = _score_prompt(model, own, job), pool(model, own, job)
         if isinstance(outcome, str):
             results.append(RowResult(id=job.row.id, error=outcome))
         elif isinstance(scores, str):
             results.append(RowResult(id=job.row.id, error=scores))
+        elif isinstance(pooled, str):
+            results.append(RowResult(id=job.row.id, error=pooled))
         else:
             token_id, logprobs = outcome
-            results.append(RowResult(id=job.row.id, token_id=token_id, logprobs=logprobs, prompt_logprobs=scores))
+            results.append(
+                RowResult(id=job.row.id, token_id=token_id, logprobs=logprobs, prompt_logprobs=scores, pooled=pooled)
+            )
     return results
 
 

@@ -73,7 +73,7 @@ class _Limits:
 class _Request:
     """What the worker knows of a request. sound: all of its tokens and blocks exist."""
 
-    __slots__ = ("_blocks", "_limits", "_num_blocks", "allowed", "guide", "new", "sound", "token_ids")
+    __slots__ = ("_blocks", "_limits", "_num_blocks", "allowed", "guide", "new", "sound", "sums", "token_ids")
 
     def __init__(self, new: NewRequest, limits: _Limits) -> None:
         self.new = new
@@ -81,6 +81,7 @@ class _Request:
         self.sound = True
         self.guide: Guide | None = None  # where its response is in its grammar, and what may come next there
         self.allowed: Future[np.ndarray] | None = None
+        self.sums: dict[int, np.ndarray] = {}  # position → sum of all final values before it, where a mean is wanted
         self._limits = limits
         self._blocks = np.empty(16, dtype=np.int64)
         self._num_blocks = 0
