@@ -170,7 +170,14 @@ def main() -> None:
     metavar="[NAME=]KEY",
     help="Clients must send one of them; may be given several times. NAME is the tenant's.",
 )
-@click.option("--served-model-name", help="What clients call the model.")
+@click.option(
+    "--served-model-name", multiple=True, help="What clients call the model; given several times, all of them are it."
+)
+@click.option(
+    "--cors-origin", multiple=True, metavar="ORIGIN", help="Web pages that may call from a browser: https://… or *."
+)
+@click.option("--grpc-port", type=click.IntRange(0, 65535), help="Serve gRPC there, too; needs orcaserve[grpc].")
+@click.option("--metrics-prefix", default="vllm", show_default=True, help="Of the names at /metrics.")
 @click.option("--ssl-certfile", type=click.Path(dir_okay=False))
 @click.option("--ssl-keyfile", type=click.Path(dir_okay=False))
 @click.option("--drain-seconds", type=click.FloatRange(0), default=60.0, show_default=True, help="Grace after SIGTERM.")
@@ -200,7 +207,10 @@ def serve(
     tenant_requests_per_minute: float | None,
     tenant_tokens_per_minute: float | None,
     api_key: tuple[str, ...],
-    served_model_name: str | None,
+    served_model_name: tuple[str, ...],
+    cors_origin: tuple[str, ...],
+    grpc_port: int | None,
+    metrics_prefix: str,
     ssl_certfile: str | None,
     ssl_keyfile: str | None,
     drain_seconds: float,
@@ -238,7 +248,10 @@ def serve(
         host=host,
         port=port,
         api_keys=api_key,
-        served_model_name=served_model_name or name,
+        served_model_names=served_model_name or (name,),
+        cors_origins=cors_origin,
+        grpc_port=grpc_port,
+        metrics_prefix=metrics_prefix,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
         drain_seconds=drain_seconds,
@@ -249,7 +262,7 @@ def serve(
 
     def on_ready(info: EngineInfo, url: str) -> None:
         console.on_ready(info, replicas if commands is None else 1)
-        console.say(f"serving {http.served_model_name} on {url}")
+        console.say(f"serving {', '.join(http.served_model_names)} on {url}")
 
     limits = Limits(
         max_queue_requests=max_queue_requests,

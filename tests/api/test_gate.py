@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 @pytest.fixture(scope="module")
 def locked(model_dir: Path) -> Server:
-    with Server(model_dir, http={"api_keys": ["right"], "served_model_name": "my/model"}).ready() as server:
+    with Server(model_dir, http={"api_keys": ["right"], "served_model_names": ["my/model"]}).ready() as server:
         yield server
 
 

@@ -19,17 +19,18 @@ LOADING_RETRY_SECONDS = 2.0
 class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     """An operator's wishes for the HTTP side.
 
-    api_keys: KEY or NAME=KEY; one of them is required of every client, if there are any. served_model_name: how
-    clients call the model; None: the last part of its path. max_body_bytes: larger requests are refused.
-    drain_seconds: how long running requests may go on after SIGTERM. stuck_seconds: /health fails when no iteration has
-    ended for so long, with work waiting. cors_origins: web pages that may call from a browser. log_seconds: one log
-    line per so many seconds of work.
+    api_keys: KEY or NAME=KEY; one of them is required of every client, if there are any. served_model_names: how
+    clients may call the model; responses and metrics have the first. None given: the last part of its path.
+    max_body_bytes: larger requests are refused. drain_seconds: how long running requests may go on after SIGTERM.
+    stuck_seconds: /health fails when no iteration has ended for so long, with work waiting. cors_origins: web pages
+    that may call from a browser. log_seconds: one log line per so many seconds of work. metrics_prefix: of the metrics'
+    names. grpc_port: of the gRPC endpoint; None: there is none, 0: any free one.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
-    served_model_name: str | None = None
+    served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = 32 << 20
     drain_seconds: float = 60.0
     stuck_seconds: float = 60.0
@@ -38,13 +39,19 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     ssl_keyfile: str | None = None
     log_level: str = "info"
     log_seconds: float = 10.0
+    metrics_prefix: str = "vllm"
+    grpc_port: int | None = None
 
 
 class Frontend:
-    """Shared by the endpoints; `model` is set once, when it is loaded, by who started it."""
+    """Shared by the endpoints. `model` is set once, when it is loaded, by who started it.
+
+    model_names: by which clients may call it; model_name: the first of them.
+    """
 
     def __init__(self, model_name: str, pool: Pool, metrics: Metrics, options: HttpOptions) -> None:
         self.model_name = model_name
+        self.model_names = options.served_model_names or (model_name,)
         self.pool = pool
         self.metrics = metrics
         self.options = options
@@ -64,7 +71,7 @@ class Frontend:
 
     def available(self, name: str | None) -> tuple[ServedModel, EngineInfo]:
         """The model that a request asks for. Raises ApiError: unknown, or not there now."""
-        if name is not None and name != self.model_name:
+        if name is not None and name not in self.model_names:
             raise errors.model_not_found(name, self.model_name)
         model, info = self.model, self.pool.info
         if model is not None and info is not None:

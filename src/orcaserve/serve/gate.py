@@ -5,8 +5,6 @@ The request id is the client's, if it is one, or drawn; endpoints find it as `re
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import re
 import secrets
@@ -17,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from orcaserve.serve import errors
 from orcaserve.serve.disconnect import ClientGone
 from orcaserve.serve.door import Door
-from orcaserve.serve.terms import api_key
+from orcaserve.serve.keys import Keys
 
 _log = logging.getLogger("orcaserve.serve")
 _OPEN_PATHS = (b"/health", b"/ready")  # of probes, which have no key; everything else is shut by default
@@ -33,8 +31,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, api_keys: Sequence[str], door: Door, guarded: Collection[str]) -> None:
         self._app = app
-        keys = [api_key(text) for text in api_keys]
-        self._tenants = tuple((_digest(key.encode()), tenant) for tenant, key in keys)
+        self._keys = Keys(api_keys)
         self._door = door
         self._guarded = frozenset(guarded)
 
@@ -58,8 +55,8 @@ class Gate:
             await send(message)
 
         try:
-            tenant = self._tenant(headers)
-            if self._tenants and tenant is None and scope.get("raw_path") not in _OPEN_PATHS:
+            tenant = self._keys.tenant(headers.get(b"authorization", b""))
+            if self._keys.are_required and tenant is None and scope.get("raw_path") not in _OPEN_PATHS:
                 raise errors.unauthorized()
             if scope["path"] in self._guarded and scope["method"] == "POST":
                 scope[ARRIVAL] = self._door.knock(headers, tenant)
@@ -80,17 +77,6 @@ class Gate:
                 raise  # the server cuts the connection, so that nobody takes half a response for a whole one
             await send_error(errors.internal(), send_with_id)
 
-    def _tenant(self, headers: dict[bytes, bytes]) -> str | None:
-        """Whose key it is; None without a valid one."""
-        if not self._tenants:
-            return None
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        given = _digest(key.strip())
-        matches = [hmac.compare_digest(given, digest) for digest, _ in self._tenants]  # all of them, whichever fits
-        if scheme.lower() != b"bearer" or not any(matches):
-            return None
-        return self._tenants[matches.index(True)][1]
-
 
 async def send_error(error: errors.ApiError, send: Send) -> None:
     body = error.encode()
@@ -98,8 +84,3 @@ async def send_error(error: errors.ApiError, send: Send) -> None:
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
-
-
-def _digest(key: bytes) -> bytes:
-    """Of one length, so that not even the length of a key can be timed."""
-    return hashlib.sha256(key).digest()

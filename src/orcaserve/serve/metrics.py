@@ -47,27 +47,30 @@ class Metrics:
     What the engine knows (queue, KV cache, preemptions) is read through `stats` and `info` when somebody asks.
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, prefix: str = "vllm") -> None:
+        """prefix: of all names but those that vLLM has not, which are orcaserve's."""
         self._model_name = model_name
+        self._prefix = prefix
         self._registry = CollectorRegistry(auto_describe=False)
         labels, values = ["model_name"], {"model_name": model_name}
 
         def counter(name: str, help: str) -> Counter:
-            return Counter(f"vllm:{name}", help, labels, registry=self._registry).labels(**values)
+            return Counter(f"{prefix}:{name}", help, labels, registry=self._registry).labels(**values)
 
         def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"vllm:{name}", help, labels, registry=self._registry, buckets=buckets).labels(**values)
+            family = Histogram(f"{prefix}:{name}", help, labels, registry=self._registry, buckets=buckets)
+            return family.labels(**values)
 
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished and running requests.")
         self._generation_tokens = counter("generation_tokens", "Generated tokens.")
         self._success = Counter(
-            "vllm:request_success",
+            f"{prefix}:request_success",
             "Choices that ended, by reason.",
             [*labels, "finished_reason"],
             registry=self._registry,
         )
         self._rejections = Counter(
-            "vllm:admission_rejections",
+            f"{prefix}:admission_rejections",
             "Requests that were not taken, by reason.",
             [*labels, "reason"],
             registry=self._registry,
@@ -96,7 +99,7 @@ class Metrics:
         self, stats: Callable[[], Stats], info: Callable[[], EngineInfo | None], replicas: Iterable[Replica] = ()
     ) -> None:
         """Reports the state of all engines together from now on, and under names of our own that of each replica."""
-        self._registry.register(_EngineCollector(self._model_name, stats, info))
+        self._registry.register(_EngineCollector(self._model_name, self._prefix, stats, info))
         self._registry.register(_ReplicaCollector(self._model_name, replicas))
 
     def rejected(self, reason: str) -> None:
@@ -152,28 +155,31 @@ class Metrics:
 class _EngineCollector:
     """The engines' own numbers, asked for at every scrape."""
 
-    def __init__(self, model_name: str, stats: Callable[[], Stats], info: Callable[[], EngineInfo | None]) -> None:
+    def __init__(
+        self, model_name: str, prefix: str, stats: Callable[[], Stats], info: Callable[[], EngineInfo | None]
+    ) -> None:
         self._model_name = model_name
+        self._prefix = prefix
         self._stats = stats
         self._info = info
         self._created = time.time()
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats, prefix = self._stats(), self._prefix
         share = stats.num_held_blocks / stats.num_blocks if stats.num_blocks else 0.0
         for name, help, value in (
             ("num_requests_running", "Choices that take part in iterations.", stats.num_running),
             ("num_requests_waiting", "Choices that wait for their first iteration.", stats.num_waiting),
             ("kv_cache_usage_perc", "Share of the KV cache's blocks that requests hold, 0 to 1.", share),
         ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", help, labels=["model_name"])
+            gauge = GaugeMetricFamily(f"{prefix}:{name}", help, labels=["model_name"])
             gauge.add_metric([self._model_name], value)
             yield gauge
         for name, help, value in (
-            ("vllm:num_preemptions", "Choices that were preempted.", stats.num_preemptions),
+            (f"{prefix}:num_preemptions", "Choices that were preempted.", stats.num_preemptions),
             ("orcaserve:num_swapped", "Of these, choices whose KV was moved to the swap space.", stats.num_swapped),
-            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
-            ("vllm:prefix_cache_hits", "Prompt tokens that were found there.", stats.prefix_hits),
+            (f"{prefix}:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            (f"{prefix}:prefix_cache_hits", "Prompt tokens that were found there.", stats.prefix_hits),
         ):
             counter = CounterMetricFamily(name, help, labels=["model_name"])
             counter.add_metric([self._model_name], value)
@@ -181,7 +187,7 @@ class _EngineCollector:
         info = self._info()
         if info is not None:
             config = GaugeMetricFamily(
-                "vllm:cache_config_info",
+                f"{prefix}:cache_config_info",
                 "The KV cache: tokens per block, and blocks.",
                 labels=["model_name", "block_size", "num_gpu_blocks"],
             )

@@ -11,6 +11,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -37,10 +38,12 @@ from orcaserve.serve.terms import api_key
 
 _log = logging.getLogger("orcaserve.serve")
 _FLUSH_SECONDS = 5  # what a slow reader gets to fetch the rest of a response that has ended
+_RPC_FLUSH_SECONDS = 1  # the same for gRPC, where probes that watch would stay for ever
 _KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep an idle connection, so that they close it, not we
 _WATCH_SECONDS = 0.5
 _BACKLOG = 2048
 _MOST_FILES = 1 << 16
+_METRICS_PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class StartError(Exception):
@@ -103,6 +106,8 @@ def _check(http: HttpOptions) -> None:
         raise StartError("an API key is given twice")
     if (http.ssl_certfile is None) != (http.ssl_keyfile is None):
         raise StartError("TLS needs both a certificate and a key file")
+    if not _METRICS_PREFIX.fullmatch(http.metrics_prefix):
+        raise StartError(f"{http.metrics_prefix!r} cannot begin the name of a metric")
     for name in (http.ssl_certfile, http.ssl_keyfile):
         if name is not None and not Path(name).is_file():
             raise StartError(f"there is no file {name}")
@@ -222,8 +227,8 @@ async def _serve(
     on_ready: Callable[[EngineInfo, str], None] | None,
 ) -> int:
     """Returns the exit code. Raises ModelError or EngineFailed if there is no engine, or no more."""
-    name = http.served_model_name or Path(os.path.abspath(engine.model)).name
-    metrics = Metrics(name)
+    name = http.served_model_names[0] if http.served_model_names else Path(os.path.abspath(engine.model)).name
+    metrics = Metrics(name, http.metrics_prefix)
     work = _WorkLog()
 
     def on_step(step: Step) -> None:
@@ -243,6 +248,7 @@ async def _serve(
     except (OSError, ssl.SSLError):
         raise StartError(f"the certificate {http.ssl_certfile} and its key cannot be used") from None
     web = _Uvicorn(config)
+    rpc = await _start_rpc(frontend) if http.grpc_port is not None else None
     signals = _Signals()
     serving = asyncio.create_task(web.serve([listener]))
     logging_work = asyncio.create_task(work.write(pool, http.log_seconds))
@@ -271,9 +277,25 @@ async def _serve(
         logging_work.cancel()
         web.force_exit = signals.second.is_set()
         web.should_exit = True
+        if rpc is not None:
+            await rpc.stop(0 if signals.second.is_set() else _RPC_FLUSH_SECONDS)
         await asyncio.wait([serving, logging_work])
         signals.close()
     return 1 if signals.second.is_set() else 0
+
+
+async def _start_rpc(frontend: Frontend) -> Any:
+    """The gRPC server."""
+    try:
+        from orcaserve.serve.rpc.server import start
+    except ImportError:
+        raise StartError("--grpc-port needs gRPC: pip install 'orcaserve[grpc]'") from None
+    try:
+        server, port = await start(frontend)
+    except OSError as error:
+        raise StartError(error.strerror or str(error)) from None
+    _log.info("gRPC on port %d of %s", port, frontend.options.host)
+    return server
 
 
 async def _until(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
