@@ -28,6 +28,14 @@ TEMPLATE = """{{- bos_token }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>' + (mood | default('')) }}{% endif %}"""
 
+TOOLS_TEMPLATE = (
+    "{% if tools %}Tools: {{ tools | tojson }}\nWrite <tool_call>{...}</tool_call>.\n{% endif %}"
+    "{% for message in messages %}{{ message.role }}: "
+    "{% if message.reasoning_content %}({{ message.reasoning_content }}) {% endif %}{{ message.content or '' }}"
+    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function.arguments.city }}</tool_call>{% endfor %}\n"
+    "{% endfor %}assistant:"
+)
+
 
 def make_model(folder: Path, *, bos: bool = True, template: bool = True) -> Path:
     """A folder with a byte-level tokenizer of 400 tokens; no weights, since the engine of these tests needs none."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
@@ -16,19 +16,22 @@ from starlette.types import ASGIApp
 
 from orcaserve import __version__
 from orcaserve.core.config import EngineInfo
-from orcaserve.serve import docs, errors, metrics, protocol
+from orcaserve.serve import docs, embeddings, errors, metrics, protocol, responses_chat, responses_protocol
 from orcaserve.serve.chat import ChatWriter
 from orcaserve.serve.completions import CompletionWriter
 from orcaserve.serve.decode_body import decode
 from orcaserve.serve.disconnect import ClientGone, while_connected
 from orcaserve.serve.door import Door, check_length
+from orcaserve.serve.embeddings import EmbeddingWriter, as_completion, embedding_job
 from orcaserve.serve.errors import ApiError
 from orcaserve.serve.frontend import LOADING_RETRY_SECONDS, Frontend
 from orcaserve.serve.gate import ARRIVAL, Gate
 from orcaserve.serve.generate import Generation
-from orcaserve.serve.job import chat_job, chat_prompt, check_ids, completion_job, encode, least_sizes
+from orcaserve.serve.job import chat_job, chat_prompt, check_ids, completion_job, encode
 from orcaserve.serve.openapi import Operation, describe
 from orcaserve.serve.protocol import GenerationRequest
+from orcaserve.serve.responses import ResponsesWriter
+from orcaserve.serve.responses_chat import as_chat
 from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.sse import EventStream
 from orcaserve.serve.terms import TTFT_HEADER, Arrival, Terms
@@ -36,6 +39,15 @@ from orcaserve.serve.terms import TTFT_HEADER, Arrival, Terms
 Answer = Response | EventStream
 Endpoint = Callable[[Request], Awaitable[Answer]]
 T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Writer(Protocol):
+    """Turns the pieces of one job into a response."""
+
+    async def whole(self, generation: Generation) -> bytes:
+        """The response's JSON."""
+        ...
+
 
 _GENERATE = (400, 401, 404, 408, 413, 429, 500, 503)
 _HEADERS = ((TTFT_HEADER.decode(), "Milliseconds in which the first token is due."),)
@@ -72,6 +84,31 @@ def make_app(frontend: Frontend) -> ASGIApp:
                 statuses=_GENERATE,
             ),
             api.chat,
+        ),
+        (
+            Operation(
+                method="POST",
+                path="/v1/responses",
+                summary="Answer a conversation, in items. Nothing is stored.",
+                request=responses_protocol.ResponsesRequest,
+                response=responses_protocol.ResponseObject,
+                chunk=responses_protocol.ResponseEvent,
+                headers=_HEADERS,
+                statuses=_GENERATE,
+            ),
+            api.responses,
+        ),
+        (
+            Operation(
+                method="POST",
+                path="/v1/embeddings",
+                summary="Texts as vectors.",
+                request=protocol.EmbeddingRequest,
+                response=protocol.EmbeddingList,
+                headers=_HEADERS,
+                statuses=_GENERATE,
+            ),
+            api.embeddings,
         ),
         (
             Operation(
@@ -177,7 +214,11 @@ def make_app(frontend: Frontend) -> ASGIApp:
     gated: ASGIApp = Gate(app, frontend.options.api_keys, door, guarded)
     if frontend.options.cors_origins:
         gated = CORSMiddleware(
-            gated, allow_origins=frontend.options.cors_origins, allow_methods=["*"], allow_headers=["*"]
+            gated,
+            allow_origins=frontend.options.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", "retry-after-ms", "x-should-retry"],
         )
     return gated
 
@@ -211,37 +252,62 @@ class _Api:
         writer = ChatWriter(job, model.tokenizer, id, frontend.model_name, info.profile)
         return await self._answer(request, generation, writer, stream=bool(body.stream))
 
+    async def responses(self, request: Request) -> Answer:
+        frontend = self._frontend
+        body = await self._body(request, responses_protocol.ResponsesRequest)
+        model, info = frontend.available(body.model)
+        asked = as_chat(body)
+        with errors.renaming(responses_chat.NAMES):
+            terms = self._terms(request, asked, model, info)
+            job = await chat_job(asked, model, info)
+        id = request.state.request_id
+        generation = Generation(job, terms, frontend.pool, model.tokenizer, frontend.metrics, f"resp_{id}")
+        writer = ResponsesWriter(body, job, model.tokenizer, id, frontend.model_name)
+        if body.stream:
+            return EventStream(writer.chunks(generation), end=b"")
+        return await self._whole(request, generation, writer)
+
+    async def embeddings(self, request: Request) -> Answer:
+        frontend = self._frontend
+        body = await self._body(request, protocol.EmbeddingRequest)
+        model, info = frontend.available(body.model)
+        asked = as_completion(body)
+        with errors.renaming(embeddings.NAMES):
+            terms = self._terms(request, asked, model, info)
+            job = await embedding_job(body, asked, model, info)
+        id = f"embd-{request.state.request_id}"
+        generation = Generation(job, terms, frontend.pool, model.tokenizer, frontend.metrics, id)
+        return await self._whole(request, generation, EmbeddingWriter(body, frontend.model_name))
+
     def _terms(self, request: Request, body: GenerationRequest, model: ServedModel, info: EngineInfo) -> Terms:
         """On what terms a request comes that may go on to be tokenised. Raises ApiError."""
         arrival: Arrival | None = request.scope.get(ARRIVAL)
         if arrival is None:  # the router takes a path for an equal one that does not lead through the door
             raise errors.not_found()
-        terms = arrival.terms(body)
-        sizes = least_sizes(body, model)
-        if max(sizes, default=0) <= info.max_model_len:  # else it is wrong, and will stay so
-            self._door.weigh(terms, body.n or 1, sizes)
-        return terms
+        return self._door.terms(arrival, body, model, info)
 
     async def _answer(
         self, request: Request, generation: Generation, writer: CompletionWriter | ChatWriter, *, stream: bool
     ) -> Answer:
-        if stream:
-            return EventStream(writer.chunks(generation))
+        return EventStream(writer.chunks(generation)) if stream else await self._whole(request, generation, writer)
+
+    async def _whole(self, request: Request, generation: Generation, writer: Writer) -> Answer:
         async with generation:
             return _json(await while_connected(writer.whole(generation), request.receive))
 
     async def models(self, request: Request) -> Answer:
-        return _encoded(protocol.ModelList(data=[self._card()]))
+        return _encoded(protocol.ModelList(data=[self._card(name) for name in self._frontend.model_names]))
 
     async def model(self, request: Request) -> Answer:
-        if request.path_params["id"] != self._frontend.model_name:
-            raise errors.model_not_found(request.path_params["id"], self._frontend.model_name)
-        return _encoded(self._card())
+        name = request.path_params["id"]
+        if name not in self._frontend.model_names:
+            raise errors.model_not_found(name, self._frontend.model_name)
+        return _encoded(self._card(name))
 
-    def _card(self) -> protocol.ModelCard:
+    def _card(self, name: str) -> protocol.ModelCard:
         frontend = self._frontend
         return protocol.ModelCard(
-            id=frontend.model_name,
+            id=name,
             created=frontend.created,
             root=frontend.model_name,
             max_model_len=frontend.info.max_model_len if frontend.info is not None else None,

@@ -22,7 +22,7 @@ from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.pool import Limits, Pool
 from orcaserve.serve.served_model import ServedModel
 
-URLS = ("/v1/chat/completions", "/v1/completions")
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 _NEVER = httpx.Timeout(None)
 _UNBOUNDED = Limits(max_queue_requests=1 << 40, max_queue_tokens=1 << 40)  # we decide how many are on their way
 
@@ -75,7 +75,7 @@ def read_lines(data: bytes) -> list[Line]:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise BatchError(f"line {number} is no request of a batch: {error}") from None
         if line.url not in URLS:
-            raise BatchError(f"line {number} asks for {line.url!r}; there are {' and '.join(URLS)}")
+            raise BatchError(f"line {number} asks for {line.url!r}; there are {', '.join(URLS)}")
         if line.body.get("stream"):
             raise BatchError(f"line {number} asks for a stream, which a file cannot give")
         if line.custom_id in seen:

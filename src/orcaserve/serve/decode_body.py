@@ -50,7 +50,7 @@ def decode(body: bytes, type: type[T], unknown: UnknownFields) -> T:
         request = msgspec.json.decode(body, type=type)
         fields: dict[str, Any] = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except msgspec.ValidationError as error:
-        raise _explain(str(error)) from None
+        raise explain(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise invalid("The request body is not valid JSON.", code="invalid_json") from None
     except RecursionError:
@@ -64,7 +64,7 @@ def decode(body: bytes, type: type[T], unknown: UnknownFields) -> T:
     return request
 
 
-def _explain(message: str) -> ApiError:
+def explain(message: str) -> ApiError:
     """From msgspec's "Expected `float` <= 2.0 - at `$.temperature`"."""
     place = _PLACE.match(message)
     path = (place["path"] or "").removeprefix(".") if place else ""

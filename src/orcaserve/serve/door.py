@@ -9,12 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+from orcaserve.core.config import EngineInfo
 from orcaserve.serve import errors
 from orcaserve.serve.admission import Claim, Refused
 from orcaserve.serve.errors import ApiError
 from orcaserve.serve.frontend import Frontend
+from orcaserve.serve.job import least_sizes
 from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.pool import Unavailable
+from orcaserve.serve.protocol import GenerationRequest
+from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.terms import Arrival, Terms, ttft_from
 
 NotTaken = (Refused, Unavailable)
@@ -43,6 +47,14 @@ class Door:
         arrival = Arrival(at=time.monotonic(), tenant=tenant, ttft=ttft_from(headers))
         self._check(Claim(tenant=tenant, first_by=arrival.first_by))
         return arrival
+
+    def terms(self, arrival: Arrival, request: GenerationRequest, model: ServedModel, info: EngineInfo) -> Terms:
+        """On what terms a request comes that may go on to be tokenised. Raises ApiError."""
+        terms = arrival.terms(request)
+        sizes = least_sizes(request, model)
+        if max(sizes, default=0) <= info.max_model_len:  # else it is wrong, and will stay so
+            self.weigh(terms, request.n or 1, sizes)
+        return terms
 
     def weigh(self, terms: Terms, num_choices: int, sizes: Sequence[int]) -> None:
         """Before prompts are tokenised. sizes: tokens that each of them has at least. Raises ApiError."""

@@ -6,6 +6,9 @@ Nothing here is built from an exception's own text, a path or an address.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import msgspec
 
@@ -43,6 +46,22 @@ class ApiError(Exception):
 
     def encode(self) -> bytes:
         return msgspec.json.encode(self.body)
+
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """The same, said of fields that the client knows by other names: old name → new one."""
+        of, old = self.body.error, "|".join(map(re.escape, names))
+        message = re.sub(rf"'({old})(?=['.\[])", lambda found: f"'{names[found[1]]}", of.message)
+        param = of.param and re.sub(rf"^({old})(?=$|[.\[])", lambda found: names[found[1]], of.param)
+        return ApiError(self.status, message, type=of.type, param=param, code=of.code, headers=self.headers)
+
+
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors from inside speak of the fields that the client has sent, not of those that they were translated to."""
+    try:
+        yield
+    except ApiError as error:
+        raise error.renamed(names) from None
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

@@ -53,12 +53,13 @@ class Generation:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        self._abort()
+        self.abort()
         for _ in self._unfinished:
             self._metrics.aborted()
         self._unfinished.clear()
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
+        """Ends what is unfinished: the iteration over it ends, without those choices' last pieces."""
         for stream in self._streams:
             stream.abort()
 

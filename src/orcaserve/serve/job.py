@@ -78,7 +78,7 @@ def least_sizes(request: GenerationRequest, model: ServedModel) -> list[int]:
         of_text = [len(one) // per_character for one in prompts if isinstance(one, str)]
         sizes = of_text or [len(one) for one in prompts if isinstance(one, list)]
     most = request.truncate_prompt_tokens
-    return sizes if most is None else [min(size, most) for size in sizes]
+    return sizes if most is None or most < 0 else [min(size, most) for size in sizes]
 
 
 async def completion_job(
@@ -113,7 +113,7 @@ async def completion_job(
             if model.tokenizer.bos_token_id is None:
                 raise errors.invalid(f"'{param}' is empty, and this model has no beginning token to start from.", param)
             ids = [model.tokenizer.bos_token_id]
-        ids = _truncate(ids, request)
+        ids = _truncate(ids, request, info, request.max_tokens)
         if len(ids) > info.max_model_len:
             raise errors.context_length(len(ids), request.max_tokens, info.max_model_len, param)
         if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
@@ -157,7 +157,7 @@ async def chat_job(request: ChatRequest, model: ServedModel, info: EngineInfo) -
         request,
         model,
         info,
-        [(tuple(_truncate(ids, request)), "")],
+        [(tuple(_truncate(ids, request, info, max_tokens)), "")],
         max_tokens=max_tokens,
         default_max_tokens=None,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
@@ -276,8 +276,17 @@ def check_ids(ids: Sequence[int], info: EngineInfo, param: str) -> None:
         )
 
 
-def _truncate(ids: list[int], request: GenerationRequest) -> list[int]:
-    return ids if request.truncate_prompt_tokens is None else ids[-request.truncate_prompt_tokens :]
+def _truncate(ids: list[int], request: GenerationRequest, info: EngineInfo, max_tokens: int | None) -> list[int]:
+    """The last ids of a prompt, as many as are to be kept; -1: as many as leave room for the output."""
+    most = request.truncate_prompt_tokens
+    if most is None:
+        return ids
+    if most == 0:
+        name = "truncate_prompt_tokens"
+        raise errors.invalid(f"'{name}' keeps so many tokens, from 1 on, or with -1 as many as fit.", name)
+    if most < 0:
+        most = max(1, info.max_model_len - (1 if max_tokens is None else max_tokens))
+    return ids[-most:]
 
 
 def _text(ids: Sequence[int], model: ServedModel) -> str:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from orcaserve.core.request import Pooling
+
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -23,6 +25,10 @@ Bias = Annotated[float, Meta(ge=-100, le=100)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
+Kept = Annotated[int, Meta(ge=-1, le=_INT32)]
+Priority = Annotated[int, Meta(ge=-_INT32, le=_INT32)]
+Seconds = Annotated[float, Meta(gt=0, le=_INT32)]
+Salt = Annotated[str, Meta(max_length=256)]
 StopString = Annotated[str, Meta(min_length=1, max_length=1024)]
 
 
@@ -64,7 +70,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     temperature: 0 is greedy. top_k: 0 or -1 is off. seed: with a seed, the same request gives the same response.
     n: choices per prompt. logit_bias: token id → addend. ignore_eos: go on after the model's end token.
     prompt_logprobs: log-probabilities of the prompt's tokens, with so many alternatives.
-    truncate_prompt_tokens: keep only the last so many tokens of the prompt. priority: the lower, the earlier.
+    truncate_prompt_tokens: keep only the last so many tokens of the prompt; -1: as many as fit.
+    priority: the lower, the earlier.
     user: the tenant, where there are no API keys. timeout: seconds after which the response is of no use any more.
     cache_salt: prefixes are shared only among requests of the same salt.
     return_token_ids: give `token_ids` with each choice, and `prompt_token_ids`.
@@ -94,11 +101,11 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     include_timing: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Meta(ge=1, le=_INT32)] | None = None
+    truncate_prompt_tokens: Kept | None = None
     user: str | None = None
-    priority: Annotated[int, Meta(ge=-_INT32, le=_INT32)] | None = None
-    timeout: Annotated[float, Meta(gt=0, le=_INT32)] | None = None
-    cache_salt: Annotated[str, Meta(max_length=256)] | None = None
+    priority: Priority | None = None
+    timeout: Seconds | None = None
+    cache_salt: Salt | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
@@ -181,6 +188,28 @@ class ChatRequest(GenerationRequest, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+
+
+class EmbeddingRequest(msgspec.Struct, kw_only=True):
+    """POST /v1/embeddings: each input as one vector, of the model's final hidden values.
+
+    input: a string, a list of token ids, or a list of either. pooling: the last token's values, or the mean of all;
+    where nothing is said, what the checkpoint's 1_Pooling/config.json says, else the last token's.
+    dimensions: only the first so many values. normalize: false leaves the vector's length; else it is 1.
+    """
+
+    input: str | list[str | TokenId | list[TokenId]]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=_INT32)] | None = None
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Kept | None = None
+    user: str | None = None
+    priority: Priority | None = None
+    timeout: Seconds | None = None
+    cache_salt: Salt | None = None
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -382,6 +411,28 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     timing: list[ChoiceTiming] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Embedding(msgspec.Struct, kw_only=True):
+    """embedding: numbers, or base64 of float32, little-endian."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(msgspec.Struct):
+    """In tokens."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingList(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

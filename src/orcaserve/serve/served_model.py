@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from orcaserve.core.config import ModelError
+from orcaserve.core.request import Pooling
 from orcaserve.model.config import Generation, read_generation
 from orcaserve.serve.chat_template import ChatTemplate
 from orcaserve.serve.structured import Structures
@@ -22,8 +24,17 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
 
 
+class _PoolingConfig(msgspec.Struct):
+    """1_Pooling/config.json, as sentence-transformers writes it."""
+
+    pooling_mode_mean_tokens: bool = False
+
+
 class ServedModel:
-    """Read-only once loaded. end_token_ids: tokens that end a response unless it ignores them."""
+    """Read-only once loaded. end_token_ids: tokens that end a response unless it ignores them.
+
+    pooling: how embeddings are made of hidden values, where a request does not say.
+    """
 
     def __init__(self, name: str, folder: str | Path) -> None:
         """Reads the folder; raises ModelError."""
@@ -33,10 +44,22 @@ class ServedModel:
         self.structures = Structures(folder)
         source = self.tokenizer.chat_template
         self.chat_template = None if source is None else ChatTemplate(source, self.tokenizer.special_tokens)
+        self.pooling = _pooling(folder)
         generation = read_generation(folder)
         self.defaults = _defaults(generation)
         ends = {*generation.eos_token_ids, self.tokenizer.eos_token_id}
         self.end_token_ids = tuple(sorted(id for id in ends if id is not None))
+
+
+def _pooling(folder: Path) -> Pooling:
+    path = folder / "1_Pooling" / "config.json"
+    if not path.is_file():
+        return "last"
+    try:
+        config = msgspec.json.decode(path.read_bytes(), type=_PoolingConfig)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelError(f"{folder.name}/1_Pooling/config.json cannot be read: {error}") from None
+    return "mean" if config.pooling_mode_mean_tokens else "last"
 
 
 def _defaults(generation: Generation) -> SamplingDefaults:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
+from typing import NamedTuple
 
 from starlette.types import Receive, Scope, Send
 
@@ -22,11 +23,22 @@ _LINE_ENDS = tuple((chr(code).encode(), b"\\u%04x" % code) for code in (0x85, 0x
 DONE = b"data: [DONE]\n\n"
 
 
-class EventStream:
-    """An ASGI response. events: the JSON of each event. An ApiError from it becomes the last event, or is raised."""
+class Named(NamedTuple):
+    """An event with a name. data: its JSON."""
 
-    def __init__(self, events: AsyncGenerator[bytes]) -> None:
+    name: str
+    data: bytes
+
+
+class EventStream:
+    """An ASGI response. events: the JSON of each event. An ApiError from it becomes the last event, or is raised.
+
+    end: what follows the last event.
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes] | AsyncGenerator[Named], end: bytes = DONE) -> None:
         self._events = events
+        self._end = end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(ClientGone, OSError):
@@ -48,11 +60,12 @@ class EventStream:
             except Exception:
                 _log.exception("a stream failed")
                 await send(_event(internal().encode()))
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
 
-def _event(data: bytes) -> dict[str, object]:
+def _event(event: bytes | Named) -> dict[str, object]:
+    name, data = (b"event: %s\n" % event.name.encode(), event.data) if isinstance(event, Named) else (b"", event)
     for character, escape in _LINE_ENDS:
         if character in data:
             data = data.replace(character, escape)
-    return {"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True}
+    return {"type": "http.response.body", "body": name + b"data: " + data + b"\n\n", "more_body": True}
