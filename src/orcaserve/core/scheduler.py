@@ -90,6 +90,10 @@ class Scheduler:
         self.decisions = Decisions()
         return self.decisions
 
+    def stop_telling(self) -> None:
+        """Nobody listens any more."""
+        self.decisions = None
+
     def add(self, new: NewRequest, now: float = 0.0, waited: float = 0.0) -> None:
         """Takes a request in. waited: seconds that it was there before, which only its timing counts.
 

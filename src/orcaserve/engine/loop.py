@@ -53,6 +53,7 @@ class EngineLoop:
 
     clock: gives seconds, real or virtual. The scheduler's time is when commands came last, or a batch came back, so
     that whoever knows these times can repeat what it does.
+    is_watched: whether somebody looks on, who wants to know why requests wait: that costs something to find out.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class EngineLoop:
         outbox: Outbox,
         clock: Callable[[], float],
         witness: Witness | None = None,
+        is_watched: Callable[[], bool] = lambda: False,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
@@ -70,7 +72,9 @@ class EngineLoop:
         self._outbox = outbox
         self._clock = clock
         self._witness = witness
+        self._is_watched = is_watched
         self._decisions = None if witness is None else scheduler.listen()
+        self._untold: tuple[Decision, ...] = ()  # decisions for the next message
         self._depth = scheduler.config.depth
         self._in_flight: deque[tuple[Batch, Pending]] = deque()
         self._now = self._last = clock()
@@ -110,9 +114,17 @@ class EngineLoop:
         return True
 
     def _schedule(self) -> Batch | None:
+        is_watched = self._is_watched()
+        if self._witness is None and is_watched != (self._decisions is not None):
+            self._decisions = self._scheduler.listen() if is_watched else None
+            if not is_watched:
+                self._scheduler.stop_telling()
         batch = self._scheduler.schedule(self._now)
-        if self._witness is not None and self._decisions is not None and (decisions := self._decisions.take()):
-            self._witness.decided(self._clock(), decisions)
+        if self._decisions is not None and (decisions := self._decisions.take()):
+            if is_watched:
+                self._untold += decisions
+            if self._witness is not None:
+                self._witness.decided(self._clock(), decisions)
         return batch
 
     def _obey(self, command: Submit | Abort) -> None:
@@ -127,12 +139,16 @@ class EngineLoop:
 
     def _report(self, batch: Batch, outputs: tuple[Output, ...]) -> Step:
         seconds, self._last = self._now - self._last, self._now
+        decisions, self._untold = self._untold, ()
         return Step(
             outputs=outputs,
             started=tuple(new.id for new in batch.new),
             num_tokens=batch.num_tokens,
             num_rows=len(batch.rows),
             seconds=seconds,
+            rows=batch.rows,
+            freed=batch.freed,
+            decisions=decisions,
             stats=self.stats(),
         )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from orcaserve.core.batch import ScheduledRequest
+from orcaserve.core.decisions import Decision
 from orcaserve.core.request import NewRequest, Output
 
 
@@ -45,6 +47,8 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """What one iteration gave. started: requests that left the queue in a batch since the last message.
 
     num_tokens: tokens the iteration computed; seconds: how long the loop waited for it.
+    rows, freed: its batch's. decisions: what was decided against requests since the last message, while the loop is
+        watched.
     """
 
     outputs: tuple[Output, ...] = ()
@@ -52,4 +56,7 @@ class Step(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     num_tokens: int = 0
     num_rows: int = 0
     seconds: float = 0.0
+    rows: tuple[ScheduledRequest, ...] = ()
+    freed: tuple[int, ...] = ()
+    decisions: tuple[Decision, ...] = ()
     stats: Stats

@@ -41,6 +41,7 @@ from orcaserve.serve.frames import (
     Ready,
     Start,
     ToEngine,
+    Watch,
 )
 from orcaserve.serve.step_log_file import StepLogFile
 from orcaserve.worker.machine import cpu_name
@@ -125,15 +126,21 @@ def main(socket_fd: int, recorder_fd: int, build: Build | None = None) -> int:
     start: queue.SimpleQueue[EngineOptions] = queue.SimpleQueue()
     inbox = SocketInbox()
     outbox = SocketOutbox(sock)
-    threading.Thread(target=_read, args=(sock, start, inbox), name="reader", daemon=True).start()
+    watched = threading.Event()
+    threading.Thread(target=_read, args=(sock, start, inbox, watched), name="reader", daemon=True).start()
     try:
-        return _serve(start.get(), FlightRecorder(recorder_fd), inbox, outbox, build)
+        return _serve(start.get(), FlightRecorder(recorder_fd), inbox, outbox, watched, build)
     finally:
         outbox.close()
 
 
 def _serve(
-    options: EngineOptions, recorder: FlightRecorder, inbox: SocketInbox, outbox: SocketOutbox, build: Build | None
+    options: EngineOptions,
+    recorder: FlightRecorder,
+    inbox: SocketInbox,
+    outbox: SocketOutbox,
+    watched: threading.Event,
+    build: Build | None,
 ) -> int:
     pulse = _Pulse(outbox)
     try:
@@ -143,7 +150,7 @@ def _serve(
         scheduler = (CheckedScheduler if options.check else Scheduler)(_scheduler_config(options, info))
         file = None if options.step_log is None else StepLogFile(Path(options.step_log))
         log = file and StepLog(_header(options, info), file.write, secrets.token_bytes(32))
-        loop = EngineLoop(scheduler, recording, inbox, outbox, log_clock(time.monotonic), log)
+        loop = EngineLoop(scheduler, recording, inbox, outbox, log_clock(time.monotonic), log, watched.is_set)
     except ModelError as error:
         outbox.put(Failed(str(error)))
         return EXIT_MODEL
@@ -195,14 +202,21 @@ class _Pulse:
             time.sleep(BEAT_SECONDS)
 
 
-def _read(sock: socket.socket, start: queue.SimpleQueue[EngineOptions], inbox: SocketInbox) -> None:
-    """Turns the socket's bytes into commands; when the frontend is gone, the process is too, even inside a kernel."""
+def _read(
+    sock: socket.socket, start: queue.SimpleQueue[EngineOptions], inbox: SocketInbox, watched: threading.Event
+) -> None:
+    """Turns the socket's bytes into commands; when the frontend is gone, the process is too, even inside a kernel.
+
+    Being watched is no command: the loop must not wake up for it, nor take it for a time that a step log should have.
+    """
     try:
         reader = FrameReader(ToEngine)
         while data := sock.recv(RECEIVE_BYTES):
             for frame in reader.feed(data):
                 if isinstance(frame, Start):
                     start.put(frame.options)
+                elif isinstance(frame, Watch):
+                    (watched.set if frame.on else watched.clear)()
                 else:
                     inbox.put(cast(Command, frame))
     except Exception as error:

@@ -45,7 +45,13 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     stats: Stats | None = None
 
 
-ToEngine = Start | Submit | Abort | Stop
+class Watch(msgspec.Struct, frozen=True, tag=True):
+    """Whether somebody looks on from now on, who wants to know why requests wait."""
+
+    on: bool
+
+
+ToEngine = Start | Submit | Abort | Stop | Watch
 FromEngine = Loading | Ready | Failed | Beat | Step
 
 BEAT_SECONDS = 0.25  # how often the engine process says that it is alive, and how often the frontend looks

@@ -9,7 +9,7 @@ import msgspec
 
 from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.engine.messages import Abort, Stats, Step, Submit
-from orcaserve.serve.frames import Beat
+from orcaserve.serve.frames import Beat, Watch
 from orcaserve.serve.resume import Choice
 from orcaserve.serve.supervisor import Death, Supervisor
 
@@ -99,6 +99,10 @@ class Replica:
         choice.goes_to(id, self.index)
         self.submitted[id] = self.unstarted[id] = choice
         self._supervisor.send(Submit(choice.submission(id)))
+
+    def watch(self, on: bool) -> None:
+        """Whether its engine is to say why requests wait. The next engine does not know."""
+        self._supervisor.send(Watch(on))
 
     def has_begun(self, choice: Choice) -> bool:
         """Whether a choice takes part in an iteration that is under way, as far as is known."""
