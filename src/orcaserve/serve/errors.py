@@ -114,6 +114,24 @@ def not_found() -> ApiError:
     return ApiError(404, "There is nothing at this path. /openapi.json lists what there is.", code="not_found")
 
 
+def no_such_request(id: int) -> ApiError:
+    return ApiError(404, f"No request {id} is here, or it is not yours.", param="id", code="request_not_found")
+
+
+def nothing_to_compare() -> ApiError:
+    """409: not now, but later perhaps."""
+    return ApiError(
+        409,
+        "Too little has been recorded to compare policies by. Send some requests, and wait for their ends.",
+        code="too_little_recorded",
+        headers={"x-should-retry": "false"},
+    )
+
+
+def busy_comparing() -> ApiError:
+    return ApiError(409, "Another comparison is being made.", code="busy", headers={"retry-after": "1"})
+
+
 def method_not_allowed(allow: str) -> ApiError:
     return ApiError(
         405,
@@ -151,15 +169,23 @@ def refused(reason: str, retry_after: float | None) -> ApiError:
 
 
 _EXPIRIES = {
-    "deadline_passed": "The deadline passed while the request was waiting; nothing of it has been computed.",
-    "timeout": "The request's 'timeout' passed before the response was complete.",
+    "deadline_passed": (408, "The deadline passed while the request was waiting; nothing of it has been computed."),
+    "timeout": (408, "The request's 'timeout' passed before the response was complete."),
+    "cancelled": (410, "The request was cancelled by its server's operator."),
 }
 
 
 def expired(code: str) -> ApiError:
-    """408. code: a key of the catalogue. Nobody wants the response any more, so that nobody should ask again."""
+    """408 or 410. code: a key of the catalogue. Nobody wants the response any more: nobody should ask again."""
+    status, message = _EXPIRIES[code]
+    is_late = status == 408
     return ApiError(
-        408, _EXPIRIES[code], type="timeout_error", param="timeout", code=code, headers={"x-should-retry": "false"}
+        status,
+        message,
+        type="timeout_error" if is_late else "cancelled_error",
+        param="timeout" if is_late else None,
+        code=code,
+        headers={"x-should-retry": "false"},
     )
 
 

@@ -86,7 +86,7 @@ class Generation:
                 index = number * self._job.n + update.choice
                 self._timings[index] = update.timing or self._timings[index]
                 if update.expired is not None:
-                    self._has_ended(index, "timeout")
+                    self._has_ended(index, "abort" if update.expired == "cancelled" else "timeout")
                     if update.expired == "deadline_passed":
                         self._metrics.rejected(update.expired)
                     raise errors.expired(update.expired)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from orcaserve.core.config import EngineInfo, EngineOptions
-from orcaserve.core.request import NewRequest, Output, SamplingParams
+from orcaserve.core.request import FinishReason, NewRequest, Output, SamplingParams
 from orcaserve.core.router import ROUTERS
 from orcaserve.engine.messages import Stats, Step
 from orcaserve.serve.admission import RETRY_SECONDS, Admission, Claim, Limits
@@ -29,6 +29,7 @@ from orcaserve.serve.stream import Expired, Stream, Update
 from orcaserve.serve.supervisor import Death
 from orcaserve.serve.suspects import Suspects
 from orcaserve.serve.terms import Terms
+from orcaserve.serve.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ CLOSED = "the server is shutting down"
 EXPIRED: dict[Expired, str] = {
     "deadline_passed": "the deadline passed before the request's first iteration",
     "timeout": "the request's time was up before its end",
+    "cancelled": "the request was cancelled",
 }
 
 
@@ -85,6 +87,7 @@ class Pool:
     options: of every engine; the replicas share threads and memory evenly.
     command: argv of the engine process, to which two file descriptors are appended; None: ours.
     on_progress: told (stage, done, total) while an engine loads. on_step: told every iteration's Step, for metrics.
+    timeline: keeps what happens, for those who look on; None: nobody does.
     """
 
     def __init__(
@@ -96,12 +99,15 @@ class Pool:
         command: Sequence[str] | None = None,
         on_progress: Callable[[str, int, int], None] | None = None,
         on_step: Callable[[Step], None] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         wished = replication or Replication()
         self.admission = Admission(limits or Limits(), options.max_batch_size, options.max_batch_tokens)
         self.failure: str | None = None  # the line for the operator, once the state is "failed"
         self._on_progress = on_progress
         self._on_step = on_step
+        self._timeline = timeline
+        self._is_watched = False
         if wished.commands is not None:
             self.replicas = Replicas([options] * wished.replicas, self, wished.commands)
         else:
@@ -287,9 +293,28 @@ class Pool:
             choice.stream = weakref.ref(stream)
             self._live[choice.arrival] = choice
             self.admission.arrive(choice)
+            if self._timeline is not None:
+                self._timeline.arrived(choice)
             self._set_alarm(choice)
             self._hand_in(choice, self._open())
         return stream
+
+    def cancel(self, arrival: int, tenant: str | None) -> bool:
+        """Ends a choice with an error, as an operator wishes. False if there is none, or it is another tenant's.
+
+        arrival: its ordinal, which the timeline names. tenant: None may end everyone's.
+        """
+        choice = self._live.get(arrival)
+        if choice is None or tenant not in (None, choice.terms.tenant):
+            return False
+        self._end(choice, EXPIRED["cancelled"], "cancelled")
+        return True
+
+    def watch(self, on: bool) -> None:
+        """Whether engines are to say why requests wait, which they do for those who look on alone."""
+        self._is_watched = on
+        for replica in self.replicas:
+            replica.watch(on)
 
     def _available(self) -> EngineInfo:
         if self.state == "failed":
@@ -318,9 +343,9 @@ class Pool:
         expired: Expired = "deadline_passed" if choice.is_waiting else "timeout"
         self._end(choice, EXPIRED[expired], expired)
 
-    def _abort(self, choice: Choice) -> None:
+    def _abort(self, choice: Choice, how: FinishReason = "abort") -> None:
         if choice.arrival in self._live:
-            self._forget(choice, has_ended=False)
+            self._forget(choice, how, has_ended=False)
 
     def _push(self, choice: Choice, update: Update) -> None:
         stream = choice.stream() if choice.stream is not None else None
@@ -329,16 +354,18 @@ class Pool:
 
     def _end(self, choice: Choice, error: str, expired: Expired | None = None) -> None:
         self._push(choice, Update(choice=choice.request.choice, finish_reason="error", error=error, expired=expired))
-        self._abort(choice)
+        self._abort(choice, "abort" if expired == "cancelled" else "error")
 
     def _end_all(self, error: str) -> None:
         self._suspects.clear()
         for choice in list(self._live.values()):
             self._end(choice, error)
 
-    def _forget(self, choice: Choice, *, has_ended: bool) -> None:
+    def _forget(self, choice: Choice, how: FinishReason, *, has_ended: bool) -> None:
         """has_ended: so that its engine need not be told."""
         del self._live[choice.arrival]
+        if self._timeline is not None:
+            self._timeline.ended(choice, how)
         if choice.replica is not None:
             replica = self.replicas[choice.replica]
             if has_ended:
@@ -379,6 +406,8 @@ class Pool:
             index = self._router.choose(choice.keys, {replica.index: replica.load for replica in among})
             self._router.sent(choice.keys, index)
             self.replicas[index].submit(choice, next(self._engine_ids))
+            if self._timeline is not None:
+                self._timeline.handed_in(choice)
 
     def _resume(self) -> None:
         """Hands in the suspect whose turn it is, and everyone else who is held, in order of arrival."""
@@ -425,6 +454,8 @@ class Pool:
         if info is None:
             return
         self._router.begin(replica.index, info.num_blocks)
+        if self._is_watched:
+            replica.watch(True)
         if self.info is not None and self.info.profile != info.profile:
             if self.replicas.in_force:
                 log.warning("replica %d has another numerics profile (%s): it is not used", replica.index, info.profile)
@@ -440,6 +471,8 @@ class Pool:
         self._has_changed()
 
     def on_step(self, replica: Replica, step: Step) -> None:
+        if self._timeline is not None:
+            self._timeline.iterated(replica.index, step)
         for id in step.started:
             if id in replica.submitted:
                 choice = replica.submitted[id]
@@ -480,7 +513,7 @@ class Pool:
         choice.has_prompt_logprobs = choice.has_prompt_logprobs or bool(output.prompt_logprobs)
         choice.crashes = choice.lone_crashes = 0
         if output.finish_reason is not None:
-            self._forget(choice, has_ended=True)
+            self._forget(choice, output.finish_reason, has_ended=True)
         else:
             self._acquit(choice)
 

@@ -12,7 +12,7 @@ import msgspec
 from orcaserve.core.request import FinishReason, TokenLogprobs
 from orcaserve.core.timing import Timing
 
-Expired = Literal["deadline_passed", "timeout"]
+Expired = Literal["deadline_passed", "timeout", "cancelled"]
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,7 +24,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: set in the choice's last update. error: why it is "error", in words fit for a client.
     timing: where its time went so far; in its last update, unless it was ended without an engine, or in each, if timed.
     expired: it is an error because of a deadline: one that passed before its first iteration ("deadline_passed"), or
-        while it ran ("timeout").
+        while it ran ("timeout"); or because an operator wished so ("cancelled").
     """
 
     choice: int
