@@ -26,6 +26,7 @@ FLOORS = [
             "cli_policy",
             "cli_itl",
             "cli_size",
+            "cli_top",
             "builtin",
             "__main__",
         },

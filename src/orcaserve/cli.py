@@ -18,6 +18,7 @@ from orcaserve.cli_itl import max_itl_option
 from orcaserve.cli_policy import POLICY_HELP, PolicyName
 from orcaserve.cli_simulate import simulate
 from orcaserve.cli_size import Size
+from orcaserve.cli_top import top
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.router import ROUTERS
 
@@ -471,6 +472,7 @@ def models() -> None:
 
 
 main.add_command(bench)
+main.add_command(top)
 main.add_command(simulate)
 main.add_command(explain)
 

@@ -29,6 +29,7 @@ from orcaserve.serve.gate import ARRIVAL, Gate
 from orcaserve.serve.generate import Generation
 from orcaserve.serve.job import chat_job, chat_prompt, check_ids, completion_job, encode
 from orcaserve.serve.openapi import Operation, describe
+from orcaserve.serve.page import Page
 from orcaserve.serve.protocol import GenerationRequest
 from orcaserve.serve.responses import ResponsesWriter
 from orcaserve.serve.responses_chat import as_chat
@@ -54,8 +55,8 @@ _HEADERS = ((TTFT_HEADER.decode(), "Milliseconds in which the first token is due
 _LOOK = (400, 401, 404, 413, 503)
 
 
-def make_app(frontend: Frontend) -> ASGIApp:
-    """The application over a frontend, whose model may still be loading."""
+def make_app(frontend: Frontend, page: Page | None = None) -> ASGIApp:
+    """The application over a frontend, whose model may still be loading. page: what is shown at `/`, if anything is."""
     door = Door(frontend)
     api = _Api(frontend, door)
     table: list[tuple[Operation, Endpoint]] = [
@@ -195,19 +196,21 @@ def make_app(frontend: Frontend) -> ASGIApp:
         (Operation(method="GET", path="/metrics", summary="For Prometheus.", statuses=(401,)), api.metrics),
     ]
     document = describe([operation for operation, _ in table])
-    described, page = msgspec.json.encode(document), docs.render(document)
+    described, described_page = msgspec.json.encode(document), docs.render(document)
 
     async def openapi(request: Request) -> Response:
         return _json(described)
 
     async def read_docs(request: Request) -> Response:
-        return Response(page, media_type="text/html; charset=utf-8")
+        return Response(described_page, media_type="text/html; charset=utf-8")
 
     routes = [
         Route(operation.path.replace("{id}", "{id:path}"), endpoint, methods=[operation.method])
         for operation, endpoint in table
     ]
     routes += [Route("/openapi.json", openapi, methods=["GET"]), Route("/docs", read_docs, methods=["GET"])]
+    if page is not None:
+        routes += page.routes
     app = Starlette(routes=routes, exception_handlers={HTTPException: _not_routed, ApiError: _refused})
     app.router.redirect_slashes = False
     guarded = [operation.path for operation, _ in table if 429 in operation.statuses]

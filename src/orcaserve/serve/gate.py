@@ -1,6 +1,7 @@
 """`Gate`: what happens to every request around its endpoint: request id, API key, the door, errors in one shape.
 
-The request id is the client's, if it is one, or drawn; endpoints find it as `request.state.request_id`.
+The request id is the client's, if it is one, or drawn; endpoints find it as `request.state.request_id`, and the tenant
+whose key came with it as `request.state.tenant`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from orcaserve.serve import errors
 from orcaserve.serve.disconnect import ClientGone
 from orcaserve.serve.door import Door
 from orcaserve.serve.keys import Keys
+from orcaserve.serve.page_files import PAGE_FILES
 
 _log = logging.getLogger("orcaserve.serve")
-_OPEN_PATHS = (b"/health", b"/ready")  # of probes, which have no key; everything else is shut by default
+# Of probes, which have no key, and of the page, which asks for one; everything else is shut by default.
+_OPEN_PATHS = (b"/health", b"/ready", *(path.encode() for path in PAGE_FILES))
 ARRIVAL = "orcaserve.arrival"  # where a scope has the Arrival of a request that the door has let in
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}")
 
@@ -58,6 +61,7 @@ class Gate:
             tenant = self._keys.tenant(headers.get(b"authorization", b""))
             if self._keys.are_required and tenant is None and scope.get("raw_path") not in _OPEN_PATHS:
                 raise errors.unauthorized()
+            scope["state"]["tenant"] = tenant
             if scope["path"] in self._guarded and scope["method"] == "POST":
                 scope[ARRIVAL] = self._door.knock(headers, tenant)
             is_in = True

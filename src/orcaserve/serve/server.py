@@ -32,9 +32,11 @@ from orcaserve.serve.admission import Limits
 from orcaserve.serve.app import make_app
 from orcaserve.serve.frontend import Frontend, HttpOptions
 from orcaserve.serve.metrics import Metrics
+from orcaserve.serve.page import Page, changed_options
 from orcaserve.serve.pool import EngineFailed, Pool, Replication
 from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.terms import api_key
+from orcaserve.serve.timeline import Timeline
 
 _log = logging.getLogger("orcaserve.serve")
 _FLUSH_SECONDS = 5  # what a slow reader gets to fetch the rest of a response that has ended
@@ -237,12 +239,21 @@ async def _serve(
 
     if len({api_key(text).tenant for text in http.api_keys}) == 1:  # there is nobody to share the queue with
         limits = msgspec.structs.replace(limits or Limits(), tenant_queue_share=1.0)
+    timeline = Timeline()
     pool = Pool(
-        engine, replication=replication, limits=limits, command=command, on_progress=on_progress, on_step=on_step
+        engine,
+        replication=replication,
+        limits=limits,
+        command=command,
+        on_progress=on_progress,
+        on_step=on_step,
+        timeline=timeline,
     )
     metrics.watch(lambda: pool.stats, lambda: pool.info, pool.replicas)
     frontend = Frontend(name, pool, metrics, http)
-    config = _uvicorn_config(make_app(frontend), http)
+    changed = changed_options(engine, http, limits or Limits(), replication or Replication())
+    page = Page(frontend, timeline, engine, changed)
+    config = _uvicorn_config(make_app(frontend, page), http)
     try:
         config.load()
     except (OSError, ssl.SSLError):
@@ -274,6 +285,7 @@ async def _serve(
         await _until(signals.second, drain())
     finally:
         await pool.close()
+        page.close()  # who looks on would keep the server from its end
         logging_work.cancel()
         web.force_exit = signals.second.is_set()
         web.should_exit = True
