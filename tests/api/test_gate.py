@@ -21,7 +21,16 @@ def locked(model_dir: Path) -> Server:
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/models", "/metrics", "/version", "/openapi.json", "/nothing", "/health/", "/health/../v1/models", "/health//"],
+    [
+        "/v1/models",
+        "/metrics",
+        "/version",
+        "/openapi.json",
+        "/nothing",
+        "/health/",
+        "/health/../v1/models",
+        "/health//",
+    ],
 )
 def test_everything_needs_a_key(locked: Server, path: str) -> None:
     with locked.client() as client:
