@@ -49,6 +49,7 @@ class Row(NamedTuple):
     others: int
     recovery: float | None
     late: float
+    client_cpu: float
 
 
 def work(arguments: argparse.Namespace, rate: float, count: int, seed: int) -> Work:
@@ -109,14 +110,18 @@ async def overload(arguments: argparse.Namespace, server: Server, rate: float, f
         if item.at <= arguments.seconds
     ]
     probes = [msgspec.structs.replace(item, at=0.0) for item in work(arguments, 1, 300, seed=7).items]
+    cpu = time.process_time()
     load = asyncio.create_task(client.send(server, replies, headers=headers))
     await asyncio.sleep(arguments.seconds)
+    cpu = (time.process_time() - cpu) / arguments.seconds
     recovered = await recovery(server, probes, headers, normal)
     await load
-    return summed(factor, [reply.record() for reply in replies], recovered, arguments)
+    return summed(factor, [reply.record() for reply in replies], recovered, cpu, arguments)
 
 
-def summed(factor: float, records: list[Record], recovered: float | None, arguments: argparse.Namespace) -> Row:
+def summed(
+    factor: float, records: list[Record], recovered: float | None, cpu: float, arguments: argparse.Namespace
+) -> Row:
     limits = {"ttft": arguments.ttft, "tpot": arguments.tpot}
     kinds = [record.error_kind for record in records]
     refused = [record for record in records if record.error_kind == "HTTP 429"]
@@ -133,6 +138,7 @@ def summed(factor: float, records: list[Record], recovered: float | None, argume
         others=len(records) - answered - len(refused) - expired - server_errors,
         recovery=recovered,
         late=measures.quantile([record.sent - record.due for record in records], 0.99) or 0.0,
+        client_cpu=cpu,
     )
 
 
@@ -157,7 +163,11 @@ def show(rows: list[Row], seconds: float) -> None:
             "never" if row.recovery is None else f"{row.recovery:.1f} s",
         )
         print(f"| {' | '.join(cells)} |")
-    print(f"\nThe client sent requests {1000 * max(row.late for row in rows):.0f} ms late (p99, at the worst load).")
+    print(
+        f"\nThe client sent requests {1000 * max(row.late for row in rows):.0f} ms late (p99) at the worst load, ",
+        end="",
+    )
+    print(f"and took {max(row.client_cpu for row in rows):.0%} of a core.")
 
 
 async def drive(arguments: argparse.Namespace, url: str) -> None:

@@ -56,6 +56,9 @@ Lost = Callable[[str], None]
 Build = Callable[[EngineOptions, Progress, Lost], tuple[Executor, EngineInfo]]
 
 
+YIELDS = 5  # niceness: where the frontend has no core of its own it must still answer, if only to refuse
+
+
 class SocketInbox:
     """Commands as they come from the socket, which it times. Filled by the reader thread, emptied by the loop."""
 
@@ -122,6 +125,7 @@ def main(socket_fd: int, recorder_fd: int, build: Build | None = None) -> int:
     for fd in (socket_fd, recorder_fd):
         os.set_inheritable(fd, False)
     die_with_parent()
+    os.nice(YIELDS)
     sock = socket.socket(fileno=socket_fd)
     start: queue.SimpleQueue[EngineOptions] = queue.SimpleQueue()
     inbox = SocketInbox()
