@@ -197,7 +197,7 @@ def kernels(
 @bench.command("paper")
 @click.argument("model", required=False)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the report.")
-@click.option("--quick", is_flag=True, help="Fewer points, fewer and shorter requests: minutes instead of an hour.")
+@click.option("--quick", is_flag=True, help="Fewer points, fewer and shorter requests: minutes, not half an hour.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="Only these; default: all.")
 @click.option("--requests", type=click.IntRange(1), help="Of a curve's point; other runs have a multiple.")
 @click.option("--seed", type=int, default=0, show_default=True)

@@ -56,12 +56,12 @@ QUICK = Effort(
 )
 FULL = Effort(
     name="full",
-    requests=100,
-    fewest=32,
+    requests=48,
+    fewest=16,
     burst=3,
-    rounds=5,
-    shares=(0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5),
-    equal_shares=(0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.5),
+    rounds=3,
+    shares=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
+    equal_shares=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
     equal=((32, 32), (256, 256)),
     equal_times=1,
     orca_sizes=(1, 8, 16, 32),
