@@ -63,7 +63,7 @@ EVIL = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
 
 @pytest.fixture(scope="module")
 def server(model_dir: Path) -> Iterator[Server]:
-    http = {"served_model_name": f"tiny {EVIL}"}
+    http = {"served_model_names": [f"tiny {EVIL}"]}
     with Server(model_dir, "--step-seconds", "0.01", "--blocks", "200", http=http) as server:
         yield server.ready()
 

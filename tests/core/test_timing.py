@@ -41,6 +41,7 @@ class Timed(World):
         super().__init__(config, eager)
         self.loop = EngineLoop(self.scheduler, self.executor, self, self, self.clock, self)
         self.arrived: dict[int, float] = {}
+        self.has_run: set[int] = set()
         self.news: dict[int, NewRequest] = {}
         self.rows: dict[int, list[Row]] = defaultdict(list)
         self.flying: list[tuple[float, Batch]] = []
@@ -74,10 +75,12 @@ class Timed(World):
 
     def decided(self, now: float, decisions: Sequence[Decision]) -> None:
         for decision in decisions:
-            if isinstance(decision, Preempted):
+            comes_back = len(self.news[decision.id].token_ids) > self.news[decision.id].num_prompt
+            if isinstance(decision, Preempted) and (decision.id in self.has_run or comes_back):
                 self.preempted_at[decision.id].append((self.now, decision.tokens))
 
     def submitted(self, now: float, batch: Batch) -> None:
+        self.has_run |= {row.id for row in batch.rows}
         self.flying.append((self.now, batch))
 
     def returned(self, now: float, batch: Batch, result: StepResult) -> None:

@@ -103,7 +103,9 @@ class Timer:
             self._enter(_PREFILL, now)
 
     def preempted(self, now: float, num_computed: int) -> None:
-        """The K and V of so many tokens are lost."""
+        """The K and V of so many tokens are lost. Who was let in, but never ran, goes on waiting as before."""
+        if self._phase == _QUEUE:
+            return
         self.preemptions += 1
         self._reached = max(self._reached, num_computed)
         self._enter(_LOST, now)
