@@ -10,7 +10,7 @@ serve: $(VENV)/.serve
 	$(BIN)/orcaserve serve $(SERVE_ARGS)
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The promise on a thousand requests of each kind; `make test` has a hundred.
 promise: $(VENV)/.test

@@ -42,6 +42,8 @@ def crowded(client: httpx.Client, n: int = 64) -> Iterator[None]:
         assert response.status_code == 200
         parts = response.iter_raw()  # kept, since its end is the connection's
         next(parts)
+        # Those of the crowd that have not begun wait, too, and whoever comes might be refused for it.
+        wait_for(lambda: metric(client, "num_requests_running") >= n)
         yield
 
 
