@@ -208,7 +208,7 @@ def test_a_hostile_grammar_stalls_nobody(real: Server, name: str) -> None:
         listener.join()
     assert response.status_code in (200, 400, 500), response.text
     assert after["finish_reason"] in ("stop", "length")
-    print(f"{name}: {response.status_code} {response.text[:200]}, longest gap {max(gaps):.3f} s")
+    print(f"{name}: {response.status_code} {response.text[:200]}, longest gap {max(gaps, default=0):.3f} s")
 
 
 # -- tools -------------------------------------------------------------------------------------------------------------
