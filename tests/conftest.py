@@ -1,6 +1,13 @@
-"""Options of the test run."""
+"""Options of the test run, and Triton's interpreter where there is no GPU."""
+
+import os
 
 import pytest
+import torch
+
+# Triton reads this when it is first imported, by whomever.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
