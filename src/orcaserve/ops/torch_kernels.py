@@ -80,6 +80,8 @@ class TorchKernels:
 
     block_multiple = 1
     is_quantised = False
+    device = torch.device("cpu")
+    deterministic = True
 
     def __init__(self, *, kv_dtype: KVDtype = "auto") -> None:
         self.matrix_bytes = 0
