@@ -53,20 +53,20 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
     """The tile for M tokens. Any would give the same bits; `gated` computes two times block_n outputs at once."""
     if dtype == torch.float32:
         return Tile(32, 32, 32, 4, 2)
-    split = segments(n, k) > 1
-    if m <= 16:
-        return Tile(64, 16, 128, 4, 3 if gated else 5, split)
-    if m <= 32:
-        return Tile(64, 32, 128, 4, 3 if gated else 5, split)
-    if m <= 64:
-        return Tile(64, 64, 128, 4, 3 if gated else 4, split)
-    if m <= 128:
-        return Tile(64, 128, 64, 4, 4, split)
-    if m <= 256:
-        return Tile(128, 64 if gated else 128, 64, 8, 4, split)
     if gated:
-        return Tile(128, 64 if split else 128, 64, 8, 4)
-    return Tile(128, 128, 64, 8, 4) if split else Tile(128, 256, 64, 8, 4)
+        if m <= 64:
+            return Tile(64, 16 if m <= 16 else 32 if m <= 32 else 64, 128, 4, 3)
+        return Tile(64, 128, 64, 4, 4) if m <= 128 else Tile(128, 128, 64, 8, 4)
+    cut = segments(n, k) > 1
+    if m <= 32:
+        return Tile(64, 16 if m <= 16 else 32, 128, 4, 5, cut)
+    if m <= 64:
+        return Tile(128 if cut else 64, 64, 128, 4, 4, cut)
+    if m <= 128:
+        return Tile(64, 128, 64, 4, 4, cut)
+    if m <= 256:
+        return Tile(128, 128, 64, 8, 4, cut)
+    return Tile(128, 128, 64, 8, 4) if cut else Tile(128, 256, 64, 8, 4)
 
 
 class MatmulScratch:
@@ -77,7 +77,7 @@ class MatmulScratch:
     def __init__(self, device: torch.device) -> None:
         # segments() stops as soon as tiles times segments reach _PROGRAMS, so they stay below twice that
         widest = 64 * 2 * _PROGRAMS
-        self.partials = torch.empty(2 * _SPLIT_ROWS * widest, dtype=torch.float32, device=device)
+        self.partials = torch.empty(_SPLIT_ROWS * widest, dtype=torch.float32, device=device)
         self.counters = torch.zeros(_PROGRAMS * _SPLIT_ROWS // 16, dtype=torch.int32, device=device)
 
 
@@ -91,15 +91,6 @@ def _block(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.c
         c = column + tl.arange(0, COLUMNS)[None, :]
         block = tl.load(source + r.to(tl.int64) * columns + c, mask=(r < rows) & (c < columns), other=0.0)
     return block
-
-
-@triton.jit
-def _add_up(partials, at, inside, size, SEGMENTS: tl.constexpr):
-    total = tl.zeros(at.shape, dtype=tl.float32)
-    for segment in tl.static_range(SEGMENTS):
-        # other processors wrote them: not from this one's own cache
-        total += tl.load(partials + segment * size + at, mask=inside, other=0.0, cache_modifier=".cg")
-    return total
 
 
 @triton.jit
@@ -140,7 +131,6 @@ def _matmul_kernel(
     part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     total = part
     up_part = part
-    up_total = part
     for step in range(STEPS if SPLIT else STEPS * SEGMENTS):
         column = first_k + step * BLOCK_K
         across = _block(x, first_m, column, m, k, BLOCK_M, BLOCK_K, DESCRIBED).T
@@ -153,9 +143,6 @@ def _matmul_kernel(
             if (step + 1) % STEPS == 0:
                 total += part
                 part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-                if up is not None:
-                    up_total += up_part
-                    up_part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
 
     rows = first_m + tl.arange(0, BLOCK_M)[None, :]
     columns = first_n + tl.arange(0, BLOCK_N)[:, None]
@@ -164,29 +151,26 @@ def _matmul_kernel(
     last = True
     if SPLIT:
         size = m.to(tl.int64) * n
-        mine = partials + tl.program_id(1) * size + at
-        tl.store(mine, part, mask=inside)
-        if up is not None:
-            tl.store(mine + SEGMENTS * size, up_part, mask=inside)
+        tl.store(partials + tl.program_id(1) * size + at, part, mask=inside)
         tl.debug_barrier()
         last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SEGMENTS - 1
         tl.debug_barrier()
     if last:
         if SPLIT:
             tl.store(counters + tile, 0)
-            total = _add_up(partials, at, inside, size, SEGMENTS)
-            if up is not None:
-                up_total = _add_up(partials + SEGMENTS * size, at, inside, size, SEGMENTS)
+            total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            for segment in tl.static_range(SEGMENTS):
+                # other processors wrote them: not from this one's own cache
+                total += tl.load(partials + segment * size + at, mask=inside, other=0.0, cache_modifier=".cg")
         elif SEGMENTS == 1:
             total = part
-            up_total = up_part
         if bias is not None:
             total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)
         total = activate(total, ACTIVATION)
         if up is not None:
             if up_bias is not None:
-                up_total += tl.load(up_bias + columns, mask=columns < n, other=0.0).to(tl.float32)
-            total *= up_total
+                up_part += tl.load(up_bias + columns, mask=columns < n, other=0.0).to(tl.float32)
+            total *= up_part
         if residual is not None:
             total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(out + at, total, mask=inside)
@@ -241,12 +225,14 @@ def _launch(
     (m, k), n = x.shape, weight.shape[0]
     if tile is None:
         tile = tiles(m, n, k, gated=up is not None, dtype=x.dtype)
-    count = segments(n, k)
+    count = segments(n, k) if up is None else 1
     out = torch.empty((m, n), dtype=torch.float32 if wide else x.dtype, device=x.device)
     matrices = [(x, tile.block_m), (weight, tile.block_n), *([] if up is None else [(up, tile.block_n)])]
     described = all(matrix.data_ptr() % 16 == 0 and k * matrix.itemsize % 16 == 0 for matrix, _ in matrices)
     sources = [TensorDescriptor.from_tensor(a, [rows, tile.block_k]) if described else a for a, rows in matrices]
     split = tile.split and count > 1
+    if split and m > _SPLIT_ROWS:
+        raise ValueError(f"segments meet in memory for {_SPLIT_ROWS} rows, not for {m}")
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), count if split else 1)
     _matmul_kernel[grid](
         *sources,
