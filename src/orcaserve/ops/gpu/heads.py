@@ -103,12 +103,12 @@ def _heads_kernel(
             place = (slot // block_size).to(tl.int64) * NUM_KV_HEADS + head
             at = (place * block_size + slot % block_size) * D + column
             if is_value:
-                x = tl.load(source + (NUM_HEADS + NUM_KV_HEADS + head) * D + column, mask=present & (column < D))
-                tl.store(v_cache + at, x, mask=present & (column < D))
+                value = tl.load(source + (NUM_HEADS + NUM_KV_HEADS + head) * D + column, mask=present & (column < D))
+                tl.store(v_cache + at, value, mask=present & (column < D))
             else:
                 head_at = (NUM_HEADS + head) * D
-                x = _placed(source, head_at, present, column, k_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED)
-                tl.store(k_cache + at, x, mask=present & (column < D))
+                key = _placed(source, head_at, present, column, k_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED)
+                tl.store(k_cache + at, key, mask=present & (column < D))
 
 
 def heads(

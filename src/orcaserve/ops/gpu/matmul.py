@@ -70,7 +70,7 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
 
 
 class MatmulScratch:
-    """Memory in which programs that share a tile meet. Products of one stream may share it; it is clean between them."""
+    """Memory in which programs that share a tile meet. Products of one stream share it; each leaves it clean."""
 
     __slots__ = ("counters", "partials")
 
@@ -93,7 +93,7 @@ def _block(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.c
     return block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _matmul_kernel(
     x,
     weight,
@@ -139,10 +139,9 @@ def _matmul_kernel(
         if up is not None:
             down = _block(up, first_n, column, n, k, BLOCK_N, BLOCK_K, DESCRIBED)
             up_part = tl.dot(down, across, up_part, input_precision="ieee")
-        if SEGMENTS > 1 and not SPLIT:
-            if (step + 1) % STEPS == 0:
-                total += part
-                part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        if SEGMENTS > 1 and not SPLIT and (step + 1) % STEPS == 0:
+            total += part
+            part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
 
     rows = first_m + tl.arange(0, BLOCK_M)[None, :]
     columns = first_n + tl.arange(0, BLOCK_N)[:, None]
