@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orcaserve.ops.gpu.overlap import begin, overlaps, wait
+
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "silu": "silu",
@@ -64,7 +66,9 @@ def activate(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _act_mul_kernel(gate_up, out, n, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _act_mul_kernel(gate_up, out, n, KIND: tl.constexpr, OVERLAP: tl.constexpr, BLOCK: tl.constexpr):
+    begin(OVERLAP)
+    wait(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < n
@@ -78,5 +82,6 @@ def act_mul(gate_up: Tensor, activation: str) -> Tensor:
     m, n = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((m, n), dtype=gate_up.dtype, device=gate_up.device)
     grid = (m, triton.cdiv(n, _BLOCK))
-    _act_mul_kernel[grid](gate_up, out, n, KINDS[activation], _BLOCK, num_warps=4, enable_fp_fusion=False)
+    overlap = overlaps(gate_up.device)
+    _act_mul_kernel[grid](gate_up, out, n, KINDS[activation], overlap, _BLOCK, num_warps=4, launch_pdl=overlap)
     return out

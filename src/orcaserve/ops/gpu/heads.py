@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orcaserve.ops.gpu.layout import DeviceLayout
+from orcaserve.ops.gpu.overlap import begin, overlaps, wait
 
 _HEADS = 8  # heads that one program takes, of one token, and all of them queries, or keys, or values
 
@@ -78,10 +79,13 @@ def _heads_kernel(
     OFFSET: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    OVERLAP: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     Q_PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_PARTS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
+    begin(OVERLAP)
+    wait(OVERLAP)
     token = tl.program_id(0)
     part = tl.program_id(1)
     column = tl.arange(0, D_PADDED)[None, :]
@@ -156,7 +160,9 @@ def heads(
         OFFSET=1.0 if plus_one else 0.0,
         ROTARY_DIM=rotary_dim,
         INTERLEAVED=interleaved,
+        OVERLAP=overlaps(qkv.device),
         HEADS=_HEADS,
         num_warps=4,
+        launch_pdl=overlaps(qkv.device),
     )
     return q

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orcaserve.ops.gpu.activation import KINDS, activate
+from orcaserve.ops.gpu.overlap import begin, overlaps, prefetch, wait
 
 _UNIT = 128  # a segment's length is a multiple of it, so that any BLOCK_K up to it meets the same boundaries
 _LONG = 256  # a segment is at least so long, but for the last
@@ -72,9 +73,10 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
 class MatmulScratch:
     """Memory in which programs that share a tile meet. Products of one stream share it; each leaves it clean."""
 
-    __slots__ = ("counters", "partials")
+    __slots__ = ("counters", "overlap", "partials")
 
     def __init__(self, device: torch.device) -> None:
+        self.overlap = overlaps(device)
         # segments() stops as soon as tiles times segments reach _PROGRAMS, so they stay below twice that
         widest = 64 * 2 * _PROGRAMS
         self.partials = torch.empty(_SPLIT_ROWS * widest, dtype=torch.float32, device=device)
@@ -93,11 +95,21 @@ def _block(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.c
     return block
 
 
+@triton.jit
+def _bring(matrix, first_n, first_k, n, k, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
+    # a line of cache is 64 elements of two bytes; past an edge the last element stands in
+    rows = tl.minimum(first_n + tl.arange(0, BLOCK_N), n - 1)[:, None]
+    columns = tl.minimum(first_k + tl.minimum(tl.arange(0, 8) * 64, DEPTH - 1), k - 1)[None, :]
+    prefetch(matrix + rows.to(tl.int64) * k + columns, OVERLAP)
+
+
 @triton.jit(do_not_specialize=["m"])
 def _matmul_kernel(
     x,
     weight,
     up,
+    weight_at,
+    up_at,
     bias,
     up_bias,
     residual,
@@ -112,11 +124,13 @@ def _matmul_kernel(
     SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
     DESCRIBED: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BAND: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    begin(OVERLAP)
     # Tiles are taken in bands of BAND tiles of tokens, so that those computed at one time share what they read.
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
@@ -128,6 +142,12 @@ def _matmul_kernel(
     first_n = place // height * BLOCK_N
 
     first_k = tl.program_id(1) * STEPS * BLOCK_K
+    if BLOCK_M <= 64:
+        # weights bound the time, and nothing writes them: the first are under way while the kernel before ends
+        _bring(weight_at, first_n, first_k, n, k, BLOCK_N, STEPS * BLOCK_K, OVERLAP)
+        if up is not None:
+            _bring(up_at, first_n, first_k, n, k, BLOCK_N, STEPS * BLOCK_K, OVERLAP)
+    wait(OVERLAP)
     part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     total = part
     up_part = part
@@ -236,6 +256,8 @@ def _launch(
     _matmul_kernel[grid](
         *sources,
         *([None] if up is None else []),
+        weight,
+        up,
         bias,
         up_bias,
         residual,
@@ -250,6 +272,7 @@ def _launch(
         SEGMENTS=count,
         SPLIT=split,
         DESCRIBED=described,
+        OVERLAP=scratch.overlap,
         BAND=8,
         BLOCK_N=tile.block_n,
         BLOCK_M=tile.block_m,
@@ -258,5 +281,6 @@ def _launch(
         num_stages=tile.stages,
         # a multiplication and an addition are rounded apart: whether they are joined must not hang on the tile
         enable_fp_fusion=False,
+        launch_pdl=scratch.overlap,
     )
     return out

@@ -7,9 +7,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orcaserve.ops.gpu.overlap import begin, overlaps, wait
+
 
 @triton.jit
-def _norm_kernel(x, weight, bias, residual, out, h, eps, CENTRED: tl.constexpr, OFFSET: tl.constexpr, H: tl.constexpr):
+def _norm_kernel(
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    h,
+    eps,
+    CENTRED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    H: tl.constexpr,
+):
+    begin(OVERLAP)
+    wait(OVERLAP)
     column = tl.arange(0, H)
     inside = column < h
     at = tl.program_id(0).to(tl.int64) * h + column
@@ -53,5 +69,8 @@ def _launch(
     width = triton.next_power_of_2(h)
     # 16 elements a thread, and by H alone: the order of the sums hangs on it
     warps = min(max(width // 512, 1), 16)
-    _norm_kernel[(m,)](x, weight, bias, residual, out, h, eps, centred, offset, width, num_warps=warps)
+    overlap = overlaps(x.device)
+    _norm_kernel[(m,)](
+        x, weight, bias, residual, out, h, eps, centred, offset, overlap, width, num_warps=warps, launch_pdl=overlap
+    )
     return out
