@@ -2,8 +2,9 @@
 
     python tools/tune_gpu.py
 
-Prints, for each matrix and number of tokens, what torch's product takes, what the tile in the table takes, and the best
-of the others: microseconds, and the share of a copy's bandwidth (few tokens) or of torch's rate (many). A tile reads
+Prints, for each matrix and number of tokens, what torch's product takes, what the tile in the table takes (in brackets:
+where each kernel begins only when the one before has ended), and the best: microseconds, and the share of a copy's
+bandwidth (few tokens) or of torch's rate (many). A tile reads
 outputs x tokens x K, w its warps, s its stages, /S the segments of K ("/S" where they are shared among programs,
 "+S" where one program walks through them). Segments other than the table's are timed too, for a few tokens.
 """
@@ -131,14 +132,23 @@ def _gated_shapes(m: int) -> Iterator[tuple[int, int, int, int, int]]:
 
 def compile_all(share: Sequence[Way]) -> None:
     """In a process of its own: runs each way once, whereby its binary comes to the disk, for others to find."""
-    scratch = MatmulScratch(torch.device("cuda"))
+    scratch, one_by_one = MatmulScratch(torch.device("cuda")), apart()
     for way in share:
         weights = [torch.empty((way.matrix.n, way.matrix.k), dtype=torch.bfloat16, device="cuda")] * 2
         try:
             way(weights[0][:1], weights, scratch)
+            if way.tile.block_m <= 64 and way == table_way(way.matrix, way.tile.block_m):
+                way(weights[0][:1], weights, one_by_one)
         except OutOfResources as error:
             print(f"{way} for {way.matrix.name}: {error}", flush=True)
     torch.cuda.synchronize()
+
+
+def apart() -> MatmulScratch:
+    """With which kernels begin when the one before has ended."""
+    scratch = MatmulScratch(torch.device("cuda"))
+    scratch.overlap = False
+    return scratch
 
 
 def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
@@ -176,6 +186,7 @@ def copy_bandwidth() -> float:
 
 
 def time_matrix(matrix: Matrix, copies: list[tuple[Tensor, ...]], scratch: MatmulScratch, bandwidth: float) -> None:
+    one_by_one = apart()
     for m in TOKENS:
         x = torch.randn((m, matrix.k), dtype=torch.bfloat16, device="cuda")
         turns = copies[: len(copies) if m <= 64 else 4]
@@ -190,6 +201,8 @@ def time_matrix(matrix: Matrix, copies: list[tuple[Tensor, ...]], scratch: Matmu
         flops = matrix.bytes * m  # two for each of the weight's elements, of two bytes
         rate = f"{matrix.bytes / theirs / 1e6:.2f} TB/s" if m <= 64 else f"{flops / theirs / 1e6:.0f} TFLOP/s"
         line = f"{matrix.name:13} M {m:4}  torch {theirs:7.1f} us {rate:12} table {results[0][0]:7.1f}"
+        if m <= 64:
+            line += f" ({microseconds([partial(results[0][1], x, weights, one_by_one) for weights in turns]):.1f})"
         line += f" {floor / results[0][0]:4.0%}  "
         best = sorted(results, key=lambda result: result[0])[:3]
         print(line + "  ".join(f"{way} {took:.1f} {floor / took:.0%}" for took, way in best), flush=True)
