@@ -96,11 +96,11 @@ def _block(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
-def _bring(matrix, first_n, first_k, n, k, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr):
+def _fetch_ahead(matrix, first_n, first_k, n, k, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr):
     # a line of cache is 64 elements of two bytes; past an edge the last element stands in
     rows = tl.minimum(first_n + tl.arange(0, BLOCK_N), n - 1)[:, None]
     columns = tl.minimum(first_k + tl.minimum(tl.arange(0, 8) * 64, DEPTH - 1), k - 1)[None, :]
-    prefetch(matrix + rows.to(tl.int64) * k + columns, OVERLAP)
+    prefetch(matrix + rows.to(tl.int64) * k + columns)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -142,11 +142,11 @@ def _matmul_kernel(
     first_n = place // height * BLOCK_N
 
     first_k = tl.program_id(1) * STEPS * BLOCK_K
-    if BLOCK_M <= 64:
+    if OVERLAP and BLOCK_M <= 64:
         # weights bound the time, and nothing writes them: the first are under way while the kernel before ends
-        _bring(weight_at, first_n, first_k, n, k, BLOCK_N, STEPS * BLOCK_K, OVERLAP)
+        _fetch_ahead(weight_at, first_n, first_k, n, k, BLOCK_N, STEPS * BLOCK_K)
         if up is not None:
-            _bring(up_at, first_n, first_k, n, k, BLOCK_N, STEPS * BLOCK_K, OVERLAP)
+            _fetch_ahead(up_at, first_n, first_k, n, k, BLOCK_N, STEPS * BLOCK_K)
     wait(OVERLAP)
     part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     total = part

@@ -35,9 +35,8 @@ def wait(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def prefetch(addresses, OVERLAP: tl.constexpr):
-    """Has the cache lines at a tensor of addresses, none of them past a matrix, brought to the second-level cache."""
-    if OVERLAP:
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
-        )
+def prefetch(addresses):
+    """Has the lines at a tensor of valid addresses brought to the second-level cache. Not under the interpreter."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
