@@ -142,12 +142,13 @@ class World:
         assert pooled == ([] if pooling is None else [ledger_vector(entries[: new.num_prompt], pooling)])
 
 
-def random_config(rng: random.Random, policy: str | Policy | None = None, **fixed: int) -> SchedulerConfig:
-    """Small enough that memory is short and budgets cut."""
+def random_config(rng: random.Random, policy: str | Policy | None = None, **fixed: float) -> SchedulerConfig:
+    """Small enough that memory is short and budgets cut. overlap: how probable it is, where it can be."""
     max_batch_size = fixed.get("max_batch_size", rng.randint(1, 6))
     policy = policy or rng.choice(["default"] * 5 + ["orca", "static", "stacked"] + [rng.choice(ORDERS)] * 5)
     policy, swap = random_pressure(rng, parse_policy(policy) if isinstance(policy, str) else policy)
-    overlap = rng.random() < 0.4 and not policy.request_level and fixed.get("depth", 2) == 2
+    may_overlap = not policy.request_level and fixed.get("depth", 2) == 2
+    overlap = rng.random() < fixed.get("overlap", 0.4) and may_overlap
     return SchedulerConfig(
         policy=policy,
         swap=swap,
@@ -211,10 +212,12 @@ def random_request(rng: random.Random, world: World) -> dict | None:
     }
 
 
-def random_life(seed: int, scheduler: type[Scheduler] = CheckedScheduler, policy: str | Policy | None = None) -> World:
+def random_life(
+    seed: int, scheduler: type[Scheduler] = CheckedScheduler, policy: str | Policy | None = None, **fixed: float
+) -> World:
     """One random world from start to drained. Raises if anything is wrong."""
     rng = random.Random(seed)
-    config, eager, pace = random_config(rng, policy), rng.random() < 0.5, rng.choice([0.0, 0.02, 0.5])
+    config, eager, pace = random_config(rng, policy, **fixed), rng.random() < 0.5, rng.choice([0.0, 0.02, 0.5])
     world = World(config, eager, scheduler, pace)
     for _ in range(rng.randint(1, 25)):
         for _ in range(rng.choice([0, 1, 1, 2, 5])):

@@ -123,6 +123,7 @@ class CheckedScheduler(Scheduler):
         self._check_gap()
         if batch is not None:
             self._check_batch(batch, num_running)
+            self._check_yields(batch)
             for row in batch.rows:
                 self._starts.setdefault(row.id, deque()).append(row.start)
         elif self.requests:
@@ -230,6 +231,17 @@ class CheckedScheduler(Scheduler):
             params, max_tokens=None, seed=None, n=1, stop=(), stop_token_ids=(), ignore_eos=False
         )
         require(needs_no_host == plain, "who goes ahead draws plainly")
+
+    def _check_yields(self, batch: Batch) -> None:
+        """Else who is first would wait for memory as long as those after it run."""
+        open = [request for request in self.running if request.finish_reason is None]
+        if not self.config.overlap or self.policy.alike or self.order.moved or not open:
+            return
+        first, last = min(open, key=self._place), max(open, key=self._place)
+        makes_way = self.order.preempts and self.waiting and self._place(self.waiting.first) < self._place(first)
+        taking_part = {row.id for row in batch.rows}
+        lacks_memory = first.due == 1 and first.id not in taking_part and not makes_way
+        require(not lacks_memory or last.id not in taking_part, "the last in order yields to the first")
 
     def _check_publish(self, request: Request, num_tokens: int) -> None:
         require(request.finish_reason is None, "nothing is published of who has ended")
