@@ -226,7 +226,9 @@ class CheckedScheduler(Scheduler):
         require(row.num_tokens == 1 and row.samples, "one goes ahead by one token, which samples")
         require(request.num_in_flight == 2, "who goes ahead is in the batch before, and in no other")
         require(request.num_generated + 1 < request.new.max_tokens, "who is certain to end does not go ahead")
-        plain = SamplingParams(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)
+        plain = SamplingParams(
+            temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
+        )
         needs_no_host = msgspec.structs.replace(
             params, max_tokens=None, seed=None, n=1, stop=(), stop_token_ids=(), ignore_eos=False
         )
