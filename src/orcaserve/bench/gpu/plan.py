@@ -23,7 +23,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     memory: bytes that are copied or read for the ceilings. rotated: bytes that the buffers of a kernel take together at
         least, so that no cache holds one until its turn comes. side: of the square product. samples: of each timing.
-    batches, context, prefill: of the iterations that are timed.
+    batches, context, prefill: of the iterations that are timed, so many after some that warm up.
     shared_…: requests at once, their prompts and outputs, and most of them running.
     promised: requests, prompts, outputs. trace: requests of Orca's trace. sessions: chats of the ladder, whose requests
         have paper_longest tokens at most.
@@ -43,6 +43,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     step_models: tuple[str, ...]
     batches: tuple[int, ...]
     context: int
+    warm: int
+    timed: int
     prefill: int
     shared_models: tuple[str, ...]
     shared_requests: int
@@ -85,6 +87,8 @@ FULL = Plan(
     step_models=("Qwen3-0.6B", "Qwen3-8B", "Llama-3.1-8B"),
     batches=(256, 64, 16, 1),
     context=800,
+    warm=3,
+    timed=12,
     prefill=8192,
     shared_models=("Qwen3-0.6B", "Qwen3-8B"),
     shared_requests=256,
@@ -106,35 +110,38 @@ FULL = Plan(
 )
 TINY = Plan(
     memory=1 << 20,
-    rotated=1 << 16,
+    rotated=1,
     side=64,
-    samples=2,
+    samples=1,
     head_dim=16,
-    linear=Shape("tiny", 64, 96, 4, 2, 16, 1000),
-    rows=(1, 16),
-    decodes=(Decode(4, 40, 4, 2), Decode(1, 300, 4, 2)),
+    linear=Shape("tiny", 64, 96, 4, 2, 16, 300),
+    rows=(1, 5),
+    decodes=(Decode(2, 40, 4, 2), Decode(1, 300, 4, 2)),
     prompt=64,
-    sampled=(1, 4),
-    step_models=("tiny Qwen3",),
-    batches=(4, 1),
+    sampled=(1, 2),
+    step_models=("toy",),
+    batches=(2, 1),
     context=40,
-    prefill=64,
-    shared_models=("tiny Qwen3",),
-    shared_requests=6,
+    warm=1,
+    timed=1,
+    prefill=16,
+    shared_models=("toy",),
+    shared_requests=4,
     shared_prompts=(5, 40),
-    shared_outputs=(2, 8),
-    shared_rows=4,
+    shared_outputs=(2, 4),
+    shared_rows=3,
     batch_tokens=64,
-    alone=4,
-    peer_model="tiny Qwen3",
+    alone=3,
+    peer_model="toy",
     peer_seconds=60.0,
-    promise_model="tiny Qwen3",
-    promised=6,
-    promise_prompts=(4, 80),
-    promise_outputs=(2, 5),
-    paper_model="tiny Llama",
-    trace="burst:n=4,in=8-32,out=1-6",
-    sessions=2,
+    promise_model="toy",
+    promised=4,
+    promise_prompts=(4, 30),
+    promise_outputs=(2, 3),
+    paper_model="toy",
+    trace="burst:n=3,in=8-32,out=1-3",
+    sessions=1,
     paper_longest=64,
-    checked=8,
+    check_models=("toy",),
+    checked=2,
 )
