@@ -23,11 +23,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     memory: bytes that are copied or read for the ceilings. rotated: bytes that the buffers of a kernel take together at
         least, so that no cache holds one until its turn comes. side: of the square product. samples: of each timing.
-    batches, context, prefill: of the iterations that are timed, so many after some that warm up.
+    batches, context: of decodes that are timed, so many after some that warm up. prefill: of as many prompts.
     shared_…: requests at once, their prompts and outputs, and most of them running.
     promised: requests, prompts, outputs. trace: requests of Orca's trace. sessions: chats of the ladder, whose requests
         have paper_longest tokens at most.
-    peer_seconds: what another engine may take. checked: tokens that are compared with the CPU's.
+    peer_seconds: what another engine may take. check_requests: whose first tokens are compared with the CPU's.
     """
 
     memory: int
@@ -46,6 +46,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     warm: int
     timed: int
     prefill: int
+    prompts: int
     shared_models: tuple[str, ...]
     shared_requests: int
     shared_prompts: tuple[int, int]
@@ -63,8 +64,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     trace: str
     sessions: int
     paper_longest: int
-    check_models: tuple[str, ...] = SMALL
-    checked: int = 64
+    check_models: tuple[str, ...]
+    check_requests: int
+    checked: int
 
 
 FULL = Plan(
@@ -90,6 +92,7 @@ FULL = Plan(
     warm=3,
     timed=12,
     prefill=8192,
+    prompts=8,
     shared_models=("Qwen3-0.6B", "Qwen3-8B"),
     shared_requests=256,
     shared_prompts=(100, 1024),
@@ -107,6 +110,9 @@ FULL = Plan(
     trace="burst:n=32,in=32-512,out=1-128",
     sessions=12,
     paper_longest=LONGEST,
+    check_models=SMALL,
+    check_requests=4,
+    checked=64,
 )
 TINY = Plan(
     memory=1 << 20,
@@ -120,28 +126,30 @@ TINY = Plan(
     prompt=64,
     sampled=(1, 2),
     step_models=("toy",),
-    batches=(2, 1),
+    batches=(2,),
     context=40,
     warm=1,
     timed=1,
     prefill=16,
+    prompts=2,
     shared_models=("toy",),
-    shared_requests=4,
-    shared_prompts=(5, 40),
-    shared_outputs=(2, 4),
-    shared_rows=3,
+    shared_requests=2,
+    shared_prompts=(5, 9),
+    shared_outputs=(2, 3),
+    shared_rows=2,
     batch_tokens=64,
-    alone=3,
+    alone=2,
     peer_model="toy",
     peer_seconds=60.0,
     promise_model="toy",
-    promised=4,
-    promise_prompts=(4, 30),
-    promise_outputs=(2, 3),
+    promised=2,
+    promise_prompts=(4, 9),
+    promise_outputs=(2, 2),
     paper_model="toy",
-    trace="burst:n=3,in=8-32,out=1-3",
+    trace="burst:n=2,in=3-8,out=1-2",
     sessions=1,
     paper_longest=64,
     check_models=("toy",),
+    check_requests=2,
     checked=2,
 )

@@ -19,7 +19,6 @@ from orcaserve.sim.cost import size_of
 from orcaserve.sim.shape import ModelShape
 
 READS = 3  # iterations that read prompts, of which the first only warms up
-PROMPTS = 8  # of one such iteration
 HOLD = 5e-3  # seconds that the device is held, in which the host submits an iteration
 
 
@@ -32,21 +31,21 @@ def steps(lab: Lab) -> Iterator[Line]:
 
 def _steps(lab: Lab, model: str, numerics: Numerics) -> Iterator[Line]:
     plan = lab.plan
-    steps, prompt = plan.context + plan.warm + plan.timed, plan.prefill // PROMPTS
+    steps, prompt = plan.context + plan.warm + plan.timed, plan.prefill // plan.prompts
     engine = lab.engine(
         model,
         numerics=numerics,
-        rows=max(*plan.batches, PROMPTS),
+        rows=max(*plan.batches, plan.prompts),
         batch_tokens=plan.prefill,
         longest=max(steps, prompt + 1),
-        tokens=max(max(plan.batches) * _blocks(steps), PROMPTS * _blocks(prompt)) * BLOCK,
+        tokens=max(max(plan.batches) * _blocks(steps), plan.prompts * _blocks(prompt)) * BLOCK,
     )
     for cache in engine.device.caches:
         fill(cache)
     iterations, sizes, name = _Iterations(engine, lab), sizes_of(model), f"{model}, {numerics}"
     for batch in plan.batches:
         yield _decoded(lab, sizes, name, batch, iterations.decode(batch, plan.context))
-    yield _read(lab, sizes, name, iterations.read(plan.prefill))
+    yield _read(lab, sizes, name, iterations.read(plan.prompts, prompt))
 
 
 def _decoded(lab: Lab, sizes: ModelShape, name: str, batch: int, seconds: float) -> Line:
@@ -57,11 +56,15 @@ def _decoded(lab: Lab, sizes: ModelShape, name: str, batch: int, seconds: float)
 
 
 def _read(lab: Lab, sizes: ModelShape, name: str, seconds: float) -> Line:
-    size = size_of([(0, lab.plan.prefill // PROMPTS, True)] * PROMPTS)
-    what = f"{name}: {PROMPTS} prompts of {lab.plan.prefill // PROMPTS}"
-    rate, limit = multiplied(sizes, size) / seconds / 1e12, lab.card.flops / 1e12
+    count, length = lab.plan.prompts, lab.plan.prefill // lab.plan.prompts
+    size = size_of([(0, length, True)] * count)
     return Line(
-        what=what, seconds=seconds, rate=rate, unit="TFLOP/s", limit=limit, note=f"{size.tokens / seconds:.0f} tokens/s"
+        what=f"{name}: {count} prompts of {length}",
+        seconds=seconds,
+        rate=multiplied(sizes, size) / seconds / 1e12,
+        unit="TFLOP/s",
+        limit=lab.card.flops / 1e12,
+        note=f"{size.tokens / seconds:.0f} tokens/s",
     )
 
 
@@ -93,15 +96,13 @@ class _Iterations:
         self._engine.device.forget_all()
         return statistics.median(spans[self._warm :])
 
-    def read(self, tokens: int) -> float:
-        """Median seconds of an iteration that reads prompts of so many tokens together, and samples after each."""
+    def read(self, count: int, length: int) -> float:
+        """Median seconds of an iteration that reads so many prompts together, and samples after each."""
         spans = []
         for _ in range(READS):
-            new = self._requests(PROMPTS, tokens // PROMPTS)
-            tables = self._tables(PROMPTS, tokens // PROMPTS)
+            new, tables = self._requests(count, length), self._tables(count, length)
             rows = [
-                ScheduledRequest(one.id, 0, len(one.token_ids), table, samples=True)
-                for one, table in zip(new, tables, strict=True)
+                ScheduledRequest(one.id, 0, length, table, samples=True) for one, table in zip(new, tables, strict=True)
             ]
             spans.append(self._run(rows, new)[0])
             self._engine.device.forget_all()

@@ -132,6 +132,11 @@ class DeviceWorker:
         self._graphs: dict[int, _Graph] = {}
         self.busy_seconds = 0.0
 
+    @property
+    def caches(self) -> Sequence[KVCache]:
+        """Of the layers."""
+        return self._kv
+
     def forget_all(self) -> None:
         """As if no request had ever been described; for a new scheduler, which knows of none."""
         self._requests.forget_all()
