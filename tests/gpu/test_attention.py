@@ -127,7 +127,8 @@ class World:
         r = self.requests[request]
         first = 0 if self.window is None else max(0, position - self.window + 1)
         k, v = (
-            x[first : position + 1].double().repeat_interleave(self.group, 1).transpose(0, 1) for x in (r.keys, r.values)
+            x[first : position + 1].double().repeat_interleave(self.group, 1).transpose(0, 1)
+            for x in (r.keys, r.values)
         )
         scores = (k @ r.queries[position].double().view(self.heads, self.d, 1))[..., 0] * self.scale
         if self.softcap is not None:

@@ -143,7 +143,7 @@ def _read_queries(
     return tl.load(place, mask=(row // GROUP < count)[:, None] & (column < D)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_decodes"])
 def _decode_kernel(
     q,
     k,
