@@ -142,11 +142,13 @@ class World:
         assert pooled == ([] if pooling is None else [ledger_vector(entries[: new.num_prompt], pooling)])
 
 
-def random_config(rng: random.Random, policy: str | Policy | None = None, **fixed: int) -> SchedulerConfig:
-    """Small enough that memory is short and budgets cut."""
+def random_config(rng: random.Random, policy: str | Policy | None = None, **fixed: float) -> SchedulerConfig:
+    """Small enough that memory is short and budgets cut. overlap: how probable it is, where it can be."""
     max_batch_size = fixed.get("max_batch_size", rng.randint(1, 6))
     policy = policy or rng.choice(["default"] * 5 + ["orca", "static", "stacked"] + [rng.choice(ORDERS)] * 5)
     policy, swap = random_pressure(rng, parse_policy(policy) if isinstance(policy, str) else policy)
+    may_overlap = not policy.request_level and fixed.get("depth", 2) == 2
+    overlap = rng.random() < fixed.get("overlap", 0.4) and may_overlap
     return SchedulerConfig(
         policy=policy,
         swap=swap,
@@ -154,7 +156,8 @@ def random_config(rng: random.Random, policy: str | Policy | None = None, **fixe
         max_batch_tokens=max_batch_size + rng.choice([0, 1, 3, 10, 100]),
         num_blocks=fixed.get("num_blocks", rng.choice([2, 3, 5, 8, 13, 20])),
         block_size=fixed.get("block_size", rng.choice([1, 2, 3, 4, 7, 16, 64])),
-        depth=fixed.get("depth", rng.randint(1, 4)),
+        depth=2 if overlap else fixed.get("depth", rng.randint(1, 4)),
+        overlap=overlap,
     )
 
 
@@ -209,10 +212,12 @@ def random_request(rng: random.Random, world: World) -> dict | None:
     }
 
 
-def random_life(seed: int, scheduler: type[Scheduler] = CheckedScheduler, policy: str | Policy | None = None) -> World:
+def random_life(
+    seed: int, scheduler: type[Scheduler] = CheckedScheduler, policy: str | Policy | None = None, **fixed: float
+) -> World:
     """One random world from start to drained. Raises if anything is wrong."""
     rng = random.Random(seed)
-    config, eager, pace = random_config(rng, policy), rng.random() < 0.5, rng.choice([0.0, 0.02, 0.5])
+    config, eager, pace = random_config(rng, policy, **fixed), rng.random() < 0.5, rng.choice([0.0, 0.02, 0.5])
     world = World(config, eager, scheduler, pace)
     for _ in range(rng.randint(1, 25)):
         for _ in range(rng.choice([0, 1, 1, 2, 5])):
@@ -226,6 +231,7 @@ def random_life(seed: int, scheduler: type[Scheduler] = CheckedScheduler, policy
 
 def pressed_config(rng: random.Random) -> SchedulerConfig:
     """Little memory beside a small swap space."""
+    overlap = rng.random() < 0.4
     space = SwapSpace(num_slots=rng.choice([2, 4, 9, 30]), copy_seconds=rng.choice([0.0, 0.5, 1.0]), token_seconds=1.0)
     return SchedulerConfig(
         policy=msgspec.structs.replace(DEFAULT, risk=rng.choice([None, None, 0.5])),
@@ -233,7 +239,8 @@ def pressed_config(rng: random.Random) -> SchedulerConfig:
         max_batch_tokens=rng.choice([6, 9, 40]),
         num_blocks=rng.randint(6, 20),
         block_size=rng.choice([1, 2, 3, 4]),
-        depth=rng.choice([1, 1, 2, 3]),
+        depth=2 if overlap else rng.choice([1, 1, 2, 3]),
+        overlap=overlap,
         swap=space,
     )
 
@@ -244,7 +251,9 @@ def press(world: World, rng: random.Random) -> None:
     for _ in range(rng.randint(2, 12)):
         for _ in range(rng.randint(0, 3)):
             stem = random.Random(rng.randint(0, 1)).choices(range(VOCAB), k=rng.randint(1, min(slots - 1, 9)))
-            scores = SamplingParams(logprobs=0, prompt_logprobs=rng.choice([None, None, None, 0]))
+            scores = SamplingParams(
+                logprobs=rng.choice([None, None, 0]), prompt_logprobs=rng.choice([None, None, None, 0])
+            )
             world.submit(tuple(stem), rng.randint(1, slots - len(stem)), params=scores, choice=rng.randint(0, 1))
         if world.requests and rng.random() < 0.2:
             world.abort(rng.choice(sorted(world.requests)))

@@ -8,11 +8,11 @@ import msgspec
 import pytest
 from ledger_world import pressed_life, random_life
 
-from orcaserve.core.batch import Swap
+from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult, Swap
 from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.order import Waiting
 from orcaserve.core.policy import parse_policy
-from orcaserve.core.request import Request
+from orcaserve.core.request import NewRequest, Output, Request
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 
 LIVES = 400
@@ -381,6 +381,92 @@ class CountsOnMoreThanThereIs(CheckedScheduler):
         super().__init__(config)
         spare = self.headroom.spare
         self.headroom.spare = lambda running, request: spare(running, request) + 1
+
+
+class GoesAheadOfItsEnd(CheckedScheduler):
+    def add(self, new: NewRequest, now: float = 0.0, waited: float = 0.0) -> None:
+        super().add(new, now, waited)
+        request = self.requests[new.id]
+        request.ahead_below += request.ahead_below > 0
+
+
+class GoesAheadOfTheHost(CheckedScheduler):
+    def add(self, new: NewRequest, now: float = 0.0, waited: float = 0.0) -> None:
+        super().add(new, now, waited)
+        if self.config.overlap:
+            self.requests[new.id].ahead_below = self.requests[new.id].max_total - 1
+
+
+class GoesAheadWithoutOverlap(CheckedScheduler):
+    def add(self, new: NewRequest, now: float = 0.0, waited: float = 0.0) -> None:
+        super().add(new, now, waited)
+        self.requests[new.id].ahead_below = self.requests[new.id].max_total - 1
+
+
+class TellsATokenTwice(CheckedScheduler):
+    def _seal(self, rows, now: float) -> Batch:
+        batch = super()._seal(rows, now)
+        for row in rows:
+            if row.request.lag < 0:
+                row.request.num_described -= 1
+        return batch
+
+
+class TakesTheTokenForTold(CheckedScheduler):
+    def _seal(self, rows, now: float) -> Batch:
+        batch = super()._seal(rows, now)
+        for row in rows:
+            if row.request.lag < 0:
+                row.request.num_described += 1
+        return batch
+
+
+class PublishesBeyondTheEnd(CheckedScheduler):
+    def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
+        for row in batch.rows:
+            request = self.requests[row.id]
+            if request.finish_reason == "stop":
+                self.kv.publish(request, row.start + row.num_tokens)
+        return super().update(batch, result, now)
+
+
+class SaysMoreThanTheEnd(CheckedScheduler):
+    def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
+        for row in batch.rows:
+            if self.requests[row.id].finish_reason == "stop":
+                self.requests[row.id].finish_reason = None
+        return super().update(batch, result, now)
+
+
+class FreesWhoIsAhead(CheckedScheduler):
+    def _take_in(self, request: Request, row: ScheduledRequest, got: RowResult, now: float) -> Output | None:
+        output = super()._take_in(request, row, got, now)
+        if request.finish_reason is not None:
+            request.num_in_flight = 0
+        return output
+
+
+class NobodyYields(CheckedScheduler):
+    def _yield(self, victim: Request, request: Request) -> None:
+        pass
+
+
+class YieldsForEver(CheckedScheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+
+        class Kept(list):
+            def clear(self) -> None:
+                pass
+
+        self._yielding = Kept()
+
+
+class PreemptsWhoeverIsThere(CheckedScheduler):
+    """With overlap, too, one who is in no batch now, though others come after it."""
+
+    def _may_give(self, request: Request) -> bool:
+        return not request.num_in_flight
 
 
 MUTANTS = [

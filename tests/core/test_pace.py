@@ -64,6 +64,21 @@ def test_costs_are_learned_in_spite_of_noise_and_disturbances(
     assert sorted(errors)[189] < 0.1 + 1.2 * noise, sorted(errors)[189]
 
 
+def test_iterations_that_overlap_cost_as_much_as_one_after_the_other() -> None:
+    """One is made while the one before it runs: its time is from that one's return to its own."""
+    terms, rng, now = (1e-3, 1e-2, 1e-4, 1e-7, 1e-8), random.Random(0), 0.0
+    pace = Pace(0.1, 1)
+    ahead = some(rng)
+    pace.submitted(Batch(0, ahead), now)
+    for _ in range(600):
+        of, ahead = ahead, some(rng)
+        pace.submitted(Batch(0, ahead), now)
+        now += cost_of(terms, of)
+        pace.returned(now)
+    errors = sorted(abs(pace.cost(load_of(of)) / cost_of(terms, of) - 1) for of in (some(rng) for _ in range(100)))
+    assert errors[90] < 0.05, errors[90]
+
+
 class Device:
     """A pace of 100 ms, and a clock that goes on by what iterations take."""
 

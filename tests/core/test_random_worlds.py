@@ -9,9 +9,12 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from ledger_world import World, pressed_life, random_config, random_life, random_request
+from ledger_world import ORDERS, World, pressed_life, random_config, random_life, random_request
 
+from orcaserve.core.batch import Batch
+from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.policy import POLICIES
+from orcaserve.core.request import SamplingParams
 from orcaserve.core.scheduler import SchedulerConfig
 
 STEPS_IN_CI = 100_000
@@ -89,10 +92,43 @@ TestLife.settings = settings(
 )
 
 
-@pytest.mark.parametrize("policy", sorted(POLICIES))
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_all_small_worlds(policy: str, depth: int) -> None:
+@pytest.mark.parametrize("policy", [policy for policy in (*sorted(POLICIES), *ORDERS) if "static" not in policy])
+def test_every_policy_with_overlap(policy: str) -> None:
+    """As above, and the same calls make the same batches."""
+    base = random.SystemRandom().randrange(10**9)
+    for seed in range(base, base + 12):
+        try:
+            one = random_life(seed, Noting, policy, overlap=1)
+            other = random_life(seed, Noting, policy, overlap=1)
+        except BaseException:
+            print(f"seed {seed}")
+            raise
+        assert one.scheduler.config.overlap
+        assert one.scheduler.batches == other.scheduler.batches, f"seed {seed}"
+
+
+class Noting(CheckedScheduler):
+    """Keeps the batches that it has made."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        self.batches: list[Batch] = []
+
+    def schedule(self, now: float = 0.0) -> Batch | None:
+        batch = super().schedule(now)
+        if batch is not None:
+            self.batches.append(batch)
+        return batch
+
+
+@pytest.mark.parametrize(
+    ("policy", "depth", "overlap"),
+    [(policy, depth, False) for policy in sorted(POLICIES) for depth in (1, 2, 3)]
+    + [(policy, 2, True) for policy in sorted(POLICIES) if policy != "static"],
+)
+def test_all_small_worlds(policy: str, depth: int, overlap: bool) -> None:
     """Exhaustive: two or three requests of every small size, arriving at every small distance."""
+    params = SamplingParams(logprobs=None if overlap else 0)
     sizes = [(1, 1), (1, 3), (2, 2), (3, 0), (3, 1)]
     for num_blocks, block_size, max_batch_size in itertools.product([4, 5], [1, 2], [1, 2]):
         config = SchedulerConfig(
@@ -102,11 +138,12 @@ def test_all_small_worlds(policy: str, depth: int) -> None:
             num_blocks=num_blocks,
             block_size=block_size,
             depth=depth,
+            overlap=overlap,
         )
         for shapes in itertools.product(sizes, repeat=3):
             for gaps in itertools.product([0, 1, 2], repeat=2):
                 world = World(config)
                 for (prompt, output), gap in zip(shapes, (*gaps, 0), strict=True):
-                    world.submit(tuple(range(7, 7 + prompt)), output)
+                    world.submit(tuple(range(7, 7 + prompt)), output, params=params)
                     world.step(gap)
                 world.drain()

@@ -22,7 +22,7 @@ from orcaserve.engine.messages import Command, Step, Submit
 
 
 class Row(msgspec.Struct):
-    """A row of a batch: the scheduler's times when it was made and when it was back."""
+    """A row of a batch: the scheduler's times when it was made and when it was back. in_vain: it had ended by then."""
 
     made: float
     back: float
@@ -30,6 +30,7 @@ class Row(msgspec.Struct):
     end: int
     samples: bool
     mates: int
+    in_vain: bool
 
 
 class Timed(World):
@@ -88,7 +89,8 @@ class Timed(World):
         self.now = now
         for row in batch.rows:
             end = row.start + row.num_tokens
-            self.rows[row.id].append(Row(made, now, row.start, end, row.samples, len(batch.rows) - 1))
+            in_vain = row.id in self.ended
+            self.rows[row.id].append(Row(made, now, row.start, end, row.samples, len(batch.rows) - 1, in_vain))
 
 
 def life(seed: int, policy: str | None = None) -> Timed:
@@ -133,7 +135,8 @@ def expected(world: Timed, id: int) -> Timing:
     def without_loss(begin: float, end: float) -> float:
         return end - begin - sum(max(0.0, min(end, b) - max(begin, a)) for a, b in merged)
 
-    arrived, began, ended = world.arrived[id], rows[0].made, rows[-1].back
+    arrived, began = world.arrived[id], rows[0].made
+    ended = next(row.back for row in reversed(rows) if not row.in_vain)
     first_token = merged[0][1] if comes_back else rows[sampling[0]].back if sampling else ended
     return Timing(
         queue_seconds=0.0 if comes_back else began - arrived,

@@ -31,7 +31,22 @@ def quick_interpreter() -> Iterator[None]:
         patched.clear()
         return launch(*args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as change:
-        change.setattr(interpreter, "_patch_lang", patch_once)
-        change.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_lang", patch_once)
+        context.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loops_over_loaded_bounds() -> Iterator[None]:
+    """Lets the interpreter's scalars, arrays of one element, bound a loop: from NumPy 2.4 on, int() refuses them."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor: type, scope: object) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
         yield

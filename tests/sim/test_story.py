@@ -132,12 +132,12 @@ class Checker:
     def check(self, one: Waits, event: Decided, following: Submitted | None) -> None:
         rows = () if following is None else following.rows
         admitted = [id for id, *_ in rows if id in self.waiting]
-        own = sum(not self.in_flight(row[0]) for row in rows)
+        own = sum(self.config.overlap or not self.in_flight(row[0]) for row in rows)
         tokens = sum(row[2] for row in rows)
         self.seen[f"{one.why}, running" if one.runs else one.why] += 1
         assert one.id not in [row[0] for row in rows], "who takes part does not wait"
         if one.runs:
-            assert one.id in self.blocks and not self.in_flight(one.id)
+            assert one.id in self.blocks and self.in_flight(one.id) <= self.config.overlap
         else:
             left = [id for id in self.waiting if id not in admitted]
             assert one.id == left[0], "who came first stands first"
@@ -146,11 +146,14 @@ class Checker:
             case "rows":
                 assert own == self.config.max_batch_size
             case "tokens":
-                assert tokens == self.config.max_batch_tokens or self.config.depth > 1
+                is_dealt = self.config.depth > 1 and not self.config.overlap
+                assert tokens == self.config.max_batch_tokens or is_dealt
             case "closed":
                 assert self.policy.request_level and self.blocks
             case "shape":
                 assert self.policy.alike and rows
+            case "yields":
+                assert self.config.overlap and one.runs and self.place(one.by) < self.place(one.id)
             case "preemption":
                 assert one.by in self.preempting
             case "memory":
@@ -213,7 +216,7 @@ def test_the_batches_bear_out_every_reason(policy: str | Policy) -> None:
             print(f"seed {seed}")
             raise
     wanted = {
-        "default": {"rows", "tokens", "blocks", "preemption"},
+        "default": {"rows", "tokens", "blocks", "preemption", "yields, running"},
         "orca": {"rows", "blocks", "blocks, counted"},
         "static": {"closed", "rows", "blocks, counted"},
         "stacked": {"shape", "rows"},

@@ -12,8 +12,13 @@ class ScheduledRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     new_blocks: blocks to append to the request's block table before this iteration.
     token_ids: tokens to append to the request's tokens before this iteration: those that were generated since it was
-        described (a worker that is not the last stage cannot know them; so nobody has to).
+        described (a worker that is not the last stage cannot know them; so nobody has to). Each is told once, in order.
     samples: whether the row's last position yields a new token.
+
+    Where start + num_tokens is one more than the tokens that a request has by now, the row is *ahead*: it has this one
+    position, whose token is what the worker sampled for the request in the batch before, and still has on the device.
+    That token is told with the request's next row, like any other; so what a worker was told lags by one, and it never
+    sees a token twice. Only requests whose sampling `is_plain` go ahead, and never by more than one.
     """
 
     id: int

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-Reason = Literal["rows", "tokens", "blocks", "memory", "preemption", "closed", "shape", "prefix"]
+Reason = Literal["rows", "tokens", "blocks", "memory", "preemption", "closed", "shape", "prefix", "yields"]
 
 
 class Waits(msgspec.Struct, frozen=True, kw_only=True, tag="waits", omit_defaults=True):
@@ -19,6 +19,7 @@ class Waits(msgspec.Struct, frozen=True, kw_only=True, tag="waits", omit_default
         "closed": a request-level batch goes on until its last member ends.
         "shape": it cannot be stacked with the batch's first row.
         "prefix": one that runs is computing the beginning of its prompt, which it will find in the cache.
+        "yields": it does not go ahead, so that the request `by` can have its KV when it is in no batch.
     runs: it has KV and was left out of this one iteration. Else it is the first in the queue, and whoever waits behind
         it waits for the same reason.
     """

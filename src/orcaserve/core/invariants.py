@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import deque
 
-from orcaserve.core.batch import Batch, StepResult
+import msgspec
+
+from orcaserve.core.batch import Batch, ScheduledRequest, StepResult
 from orcaserve.core.orders.fair import Fair
 from orcaserve.core.orders.gap import ServiceGap
-from orcaserve.core.request import NewRequest, Output, Request
+from orcaserve.core.request import NewRequest, Output, Request, SamplingParams
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 
 
@@ -78,12 +80,16 @@ def _check_requests(scheduler: Scheduler) -> None:
     for request in scheduler.running:
         require(not request.swap_slots, "who runs has nothing in the swap space")
         computed, blocks = request.num_computed, len(request.block_table)
-        require(0 <= computed <= request.num_tokens, "K and V exist only for tokens that exist")
+        ahead = computed - request.num_tokens
+        require(computed >= 0 and ahead <= scheduler.config.overlap, "K and V exist only for tokens that exist")
+        require(ahead <= 0 or request.num_in_flight > 0, "who is ahead is in flight")
+        require(request.num_in_flight <= scheduler.config.depth, "nobody is in more batches than are in flight")
         require(scheduler.kv.blocks_for(computed) <= blocks, "every stored token has a slot")
-        room = request.max_total if scheduler.policy.reserve else request.num_tokens
+        room = request.max_total if scheduler.policy.reserve else max(computed, request.num_tokens)
         require(blocks <= scheduler.kv.blocks_for(room), "nobody holds more KV than the policy gives")
         require(request.num_generated <= request.new.max_tokens, "nobody generates more than max_tokens")
-        require(request.num_published * size <= computed, "only stored tokens are published")
+        published = request.num_published * size
+        require(published <= min(computed, request.num_tokens), "only stored tokens that are known are published")
         for i in range(request.num_published):
             prefix = scheduler.kv.pool.prefixes[request.block_table[i]]
             tokens = tuple(request.token_ids[i * size : (i + 1) * size])
@@ -103,6 +109,8 @@ class CheckedScheduler(Scheduler):
     def __init__(self, config: SchedulerConfig) -> None:
         super().__init__(config)
         self._starts: dict[int, deque[int]] = {}
+        self._publish = self.kv.publish
+        self.kv.publish = self._check_publish
         self._owes = False  # somebody was preempted, and nobody was let in since
         self.gap: ServiceGap | None = None
         if isinstance(self.order, Fair):
@@ -115,6 +123,7 @@ class CheckedScheduler(Scheduler):
         self._check_gap()
         if batch is not None:
             self._check_batch(batch, num_running)
+            self._check_yields(batch)
             for row in batch.rows:
                 self._starts.setdefault(row.id, deque()).append(row.start)
         elif self.requests:
@@ -124,6 +133,7 @@ class CheckedScheduler(Scheduler):
 
     def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
         generated = [(self.requests[row.id], self.requests[row.id].num_generated) for row in batch.rows]
+        ended = {row.id for row in batch.rows if self.requests[row.id].finish_reason is not None}
         outputs = super().update(batch, result, now)
         check(self)
         if self.gap is not None:
@@ -141,8 +151,13 @@ class CheckedScheduler(Scheduler):
                 require(published <= starts[0], "nobody publishes what a batch in flight writes")
         for output in outputs:
             request = self.requests.get(output.id)
-            gone = request is None or (request.finish_reason == "error" and request.num_in_flight > 0)
-            require(gone == (output.finish_reason is not None) or self.policy.request_level, "who has ended is gone")
+            in_flight = request is not None and request.num_in_flight > 0
+            has_ended = request is None or (request.finish_reason is not None and in_flight)
+            told = output.finish_reason is not None
+            require(has_ended == told or self.policy.request_level, "who has ended is gone, or in flight")
+            is_late = in_flight and told and output.finish_reason != "error"
+            require(not is_late or (request is not None and request.ahead_below > 0), "only who is ahead ends too late")
+            require(output.id not in ended or self.policy.request_level, "who has ended says nothing more")
         return outputs
 
     def add(self, new: NewRequest, now: float = 0.0, waited: float = 0.0) -> None:
@@ -173,6 +188,8 @@ class CheckedScheduler(Scheduler):
     def _preempt(self, request: Request, now: float) -> None:
         require(not request.num_in_flight, "who is in flight is not preempted")
         free = [other for other in self.running if not other.num_in_flight]
+        if self.config.overlap:  # who is in flight is waited for
+            free = [other for other in self.running if other.finish_reason is None]
         require(self.order.moved or request is max(free, key=self._place), "the last in order is preempted")
         super()._preempt(request, now)
         self._owes = True
@@ -185,7 +202,7 @@ class CheckedScheduler(Scheduler):
     def _check_batch(self, batch: Batch, num_running: int) -> None:
         rows = batch.rows
         require(len({row.id for row in rows}) == len(rows), "a request has one row in a batch")
-        own = sum(self.requests[row.id].num_in_flight == 1 for row in rows)
+        own = sum(self.config.overlap or self.requests[row.id].num_in_flight == 1 for row in rows)
         require(len(rows) > 0 and own <= self.config.max_batch_size, "a batch has 1 … max_batch_size rows of its own")
         if self.policy.chunked:
             require(batch.num_tokens <= self.config.max_batch_tokens, "a batch keeps to its token budget")
@@ -197,13 +214,46 @@ class CheckedScheduler(Scheduler):
         written: set[int] = set()
         for row in rows:
             self._check_row(row.id, row.start, row.num_tokens, written)
-            samples = row.start + row.num_tokens == self.requests[row.id].num_tokens
+            samples = row.start + row.num_tokens >= self.requests[row.id].num_tokens
             require(row.samples <= samples, "only who has caught up samples")
+            if row.start == self.requests[row.id].num_tokens:
+                self._check_ahead(row)
+
+    def _check_ahead(self, row: ScheduledRequest) -> None:
+        request = self.requests[row.id]
+        params = request.new.params
+        require(self.config.overlap, "nobody goes ahead without overlap")
+        require(row.num_tokens == 1 and row.samples, "one goes ahead by one token, which samples")
+        require(request.num_in_flight == 2, "who goes ahead is in the batch before, and in no other")
+        require(request.num_generated + 1 < request.new.max_tokens, "who is certain to end does not go ahead")
+        plain = SamplingParams(
+            temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p
+        )
+        needs_no_host = msgspec.structs.replace(
+            params, max_tokens=None, seed=None, n=1, stop=(), stop_token_ids=(), ignore_eos=False
+        )
+        require(needs_no_host == plain, "who goes ahead draws plainly")
+
+    def _check_yields(self, batch: Batch) -> None:
+        """Else who is first would wait for memory as long as those after it run."""
+        open = [request for request in self.running if request.finish_reason is None]
+        if not self.config.overlap or self.policy.alike or self.order.moved or not open:
+            return
+        first, last = min(open, key=self._place), max(open, key=self._place)
+        makes_way = self.order.preempts and self.waiting and self._place(self.waiting.first) < self._place(first)
+        taking_part = {row.id for row in batch.rows}
+        lacks_memory = first.due == 1 and first.id not in taking_part and not makes_way
+        require(not lacks_memory or last.id not in taking_part, "the last in order yields to the first")
+
+    def _check_publish(self, request: Request, num_tokens: int) -> None:
+        require(request.finish_reason is None, "nothing is published of who has ended")
+        self._publish(request, num_tokens)
 
     def _check_row(self, id: int, start: int, num_tokens: int, written: set[int]) -> None:
         request: Request = self.requests[id]
         require(num_tokens > 0, "every row computes something")
         ended = request.finish_reason is not None
+        require(not ended or self.policy.request_level, "who has ended takes no part")
         require(request.num_in_flight > 0, "a row's request is in flight")
         require(start + num_tokens == request.num_computed or ended, "a row goes on where the request stands")
         for i in range(start // self.kv.block_size, (start + num_tokens - 1) // self.kv.block_size + 1):

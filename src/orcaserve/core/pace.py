@@ -1,7 +1,8 @@
 """`Pace`: learns what iterations take, and says how much of the prompts one may read while streams run.
 
 The time between two tokens of a stream is a turn of the pipe: from the return of a batch that carries it to the return
-of the next one that does. With one batch in flight that is one iteration; with `depth` of them it is as many.
+of the next one that does. With one stage that is one iteration; with several, and as many batches in flight, it is as
+many.
 
 Only what the scheduler is told decides, in plain arithmetic: the same calls at the same times learn the same.
 """
@@ -165,12 +166,12 @@ class Pace:
     SMALLEST_CHUNK tokens and trusts itself with GROWTH times the longest one that it has seen.
     """
 
-    def __init__(self, max_itl: float, depth: int) -> None:
+    def __init__(self, max_itl: float, stages: int) -> None:
         if not 0 < max_itl < float("inf"):
             raise ValueError(f"max_itl is a number of seconds above 0, not {max_itl}")
         self.cost = IterationCost()
-        self._seconds = max_itl / depth  # batches in flight are to be equally long
-        self._depth = depth
+        self._seconds = max_itl / stages  # batches in flight are to be equally long
+        self._stages = stages
         self._longest = 0.0  # tokens of prompts in a batch whose time is known
         self._flying: deque[_Flight] = deque()
         self._returned = NOTHING
@@ -208,8 +209,11 @@ class Pace:
         load, since, before = self._flying.popleft()
         self._returned = Load(*[a + b for a, b in zip(self._returned, load, strict=True)])
         turn = [a - b for a, b in zip(self._returned, before, strict=True)]
-        seconds = (now - since) / self._depth
+        seconds = (now - since) / self._stages
         self._last = now
+        if len(self._flying) >= self._stages:  # it was submitted ahead: its turn begins only now
+            at = self._stages - 1
+            self._flying[at] = self._flying[at]._replace(since=now, before=self._returned)
         if seconds > 0:
             self.cost.learn([value / turn[1] for value in turn], seconds)
             self._longest = max(self._longest, load.tokens)

@@ -52,6 +52,25 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     grammar: str | None = None
     pooling: Pooling | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all that is wanted is tokens, drawn by nothing but temperature, top_k, top_p, min_p and the seed.
+
+        Then a draw needs nothing that the host must know, and the next position can be scheduled while the token before
+        it is still on the device.
+        """
+        return (
+            self.grammar is None
+            and self.logprobs is None
+            and self.prompt_logprobs is None
+            and self.pooling is None
+            and not self.logit_bias
+            and not self.min_tokens
+            and self.presence_penalty == 0.0
+            and self.frequency_penalty == 0.0
+            and self.repetition_penalty == 1.0
+        )
+
 
 class NewRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One choice of one request, described once: from the pool to the scheduler, and from there to the workers.
@@ -126,6 +145,7 @@ class Request:
     """
 
     __slots__ = (
+        "ahead_below",
         "arrival",
         "arrived",
         "block_keys",
@@ -157,6 +177,7 @@ class Request:
         self.key = 0.0
         self.token_ids: list[int] = list(new.token_ids)
         self.num_computed = 0  # tokens whose K and V are stored (batches in flight included)
+        self.ahead_below = 0  # with fewer known tokens it may be scheduled before it has the next one: the scheduler's
         self.block_table: list[int] = []
         self.swap_slots: list[int] = []  # where the blocks of its computed tokens are, while it is swapped out
         self.block_keys: list[bytes] = []  # prefix-cache keys of the full blocks, as far as they have been needed
@@ -166,7 +187,7 @@ class Request:
         self.num_expected = 0  # tokens of prompt and output that admission counts on; 0: nothing is known
         self.num_published = 0  # full blocks that the prefix cache knows
         self.num_served = 0  # tokens computed, or found in the cache, for the first time: a recomputed one counts once
-        self.num_in_flight = 0  # batches in flight that carry it: several only while its prompt is read in chunks
+        self.num_in_flight = 0  # batches in flight that carry it: several only in chunks of a prompt, or ahead
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if new.params.prompt_logprobs is not None else None
 
@@ -194,8 +215,17 @@ class Request:
 
     @property
     def lag(self) -> int:
-        """Tokens that exist but whose K and V are not stored: 1 while decoding, more while prefilling."""
+        """Tokens that exist but whose K and V are not stored: 1 while decoding, more while prefilling.
+
+        Less than 0 while the token that it is ahead of is not known.
+        """
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def due(self) -> int:
+        """Tokens of it that a batch can compute now: those that lag, or else the one that is still on the device."""
+        known = len(self.token_ids)
+        return (known - self.num_computed) or int(known < self.ahead_below)
 
     def describe(self) -> NewRequest:
         """The request as workers need it: with the tokens generated so far, if it has run before."""

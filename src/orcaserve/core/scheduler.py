@@ -30,6 +30,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
         so that every running request can decode.
     num_blocks, block_size: the KV cache; their product is the paper's n_slots.
     depth: most batches in flight (the paper's n_workers).
+    overlap: the second of two batches in flight is scheduled ahead, while the first runs on the one device. So depth is
+        2, and rows are not dealt out. Not for policies that are request_level.
     max_itl: seconds between two tokens of a stream, which chunks of prompts beside it are cut to; None: they are not.
     swap: where the KV of preempted requests may be moved to; None: it is computed again.
     """
@@ -40,6 +42,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int
     depth: int = 1
+    overlap: bool = False
     max_itl: float | None = None
     swap: SwapSpace | None = None
 
@@ -56,6 +59,10 @@ class Scheduler:
     each, and every stage meets them in order. `schedule` makes a batch, `update` takes its results in; batches come
     back in the order in which they were made.
 
+    With `overlap` a request may be in the next batch, too, if its draws are plain: one position ahead of what is known
+    of it. Whose end by max_tokens is certain does not go ahead. Who ends otherwise has computed one position too many,
+    which is dropped when it is back.
+
     now: seconds of the caller's clock, real, virtual or recorded; it never goes back. The same calls at the same times
     give the same batches.
     """
@@ -66,6 +73,10 @@ class Scheduler:
         size, tokens = config.max_batch_size, config.max_batch_tokens
         if config.policy.chunked and tokens < size:
             raise ValueError(f"max_batch_tokens ({tokens}) must be at least max_batch_size ({size})")
+        if config.overlap and config.depth != 2:
+            raise ValueError(f"overlap is for one device: depth must be 2, not {config.depth}")
+        if config.overlap and config.policy.request_level:
+            raise ValueError(f"overlap needs a policy that schedules iterations, not {config.policy.name!r}")
         if config.max_itl is not None and not (config.policy.chunked and config.policy.decodes_first):
             raise ValueError(f"max_itl needs a policy that cuts prompts; {config.policy.name!r} takes them whole")
         self.config = config
@@ -74,7 +85,8 @@ class Scheduler:
         self.headroom = Headroom(config.policy.risk, config.block_size)
         self.order = config.policy.make_order()
         self.requests: dict[int, Request] = {}
-        self.pace = None if config.max_itl is None else Pace(config.max_itl, config.depth)
+        self._lanes = 1 if config.overlap else config.depth  # batches in flight that do not share a request
+        self.pace = None if config.max_itl is None else Pace(config.max_itl, self._lanes)
         self.waiting = Waiting(self.order)
         self.running: list[Request] = []  # in order, unless that has moved since the last schedule()
         self.num_preemptions = 0
@@ -84,6 +96,7 @@ class Scheduler:
         self._freed: list[int] = []  # what the next batch tells the workers to forget
         self._tokens_in_flight = 0
         self._held: list[Output] = []  # what a request-level batch returns at its end
+        self._yielding: list[Request] = []  # who does not go ahead now, to be in no batch when the next one is made
 
     def listen(self) -> Decisions:
         """Where it says from now on who is left out of an iteration, and why. It decides the same as before."""
@@ -109,6 +122,8 @@ class Scheduler:
                 f"prompt and output may reach {request.max_total} tokens, but the KV cache holds {self.kv.num_slots}"
             )
         self._num_arrivals += 1
+        if self.config.overlap and new.params.is_plain:
+            request.ahead_below = request.max_total - 1
         request.lane = self.order.lane(request)
         self.order.arrived(request, self.waiting)
         self.requests[new.id] = request
@@ -126,6 +141,7 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> Batch | None:
         """The next iteration, or None if nothing can run now: nothing is ready, or memory waits for a batch's end."""
         self._put_in_order()
+        self._yielding.clear()
         if self.order.preempts:
             self._make_way(now)
             self._put_in_order()
@@ -135,16 +151,18 @@ class Scheduler:
         closed = has_begun
         num_preemptions = self.num_preemptions
         row_limit = self._row_limit()
-        num_own = 0  # rows of requests that no other batch carries: only they count, since chunks even batches out
+        # Rows of requests that no other batch carries: only they count on several stages, as chunks even batches out.
+        num_own = 0
+        is_ahead = self.config.overlap
         alike, block_size = self.policy.alike, self.kv.block_size
         ready = self._ready()
         for request in ready:
             if tokens_left == 0:
                 break
-            is_own = not request.num_in_flight
+            is_own = is_ahead or not request.num_in_flight
             if is_own and num_own == row_limit:
                 continue
-            if not request.block_table:  # preempted for an older one, a moment ago
+            if not request.block_table or request in self._yielding:  # for an older one, a moment ago
                 continue
             row = self._row(request, tokens_left)
             if alike and not self._joins(rows, row):
@@ -202,15 +220,20 @@ class Scheduler:
     # -- deciding ------------------------------------------------------------------------------------------------
 
     def _ready(self) -> list[Request]:
-        """Running requests with something to compute that awaits no result, in the order in which they may choose."""
+        """Running requests with something to compute that the host need not know, in the order in which they choose."""
         if self.policy.request_level:
             return self._ready_together()
         ready: list[Request] = []
         after = [] if self.policy.decodes_first else ready  # the policy's order remains inside each half
         for request in self.running:
-            lag = len(request.token_ids) - request.num_computed
-            if lag and request.finish_reason is None:
-                (ready if lag == 1 else after).append(request)
+            known = len(request.token_ids)
+            lag = known - request.num_computed
+            if request.finish_reason is not None:
+                continue
+            if lag == 1 or (not lag and known < request.ahead_below):
+                ready.append(request)
+            elif lag > 1:
+                after.append(request)
         return ready if after is ready else ready + after
 
     def _ready_together(self) -> list[Request]:
@@ -225,25 +248,25 @@ class Scheduler:
 
     def _row_limit(self) -> int:
         """Rows for running requests. Dealt out over the depth, or the first batch takes all and the pipe runs empty."""
-        most, depth = self.config.max_batch_size, self.config.depth
-        if not self.policy.deal or depth == 1:
+        most, lanes = self.config.max_batch_size, self._lanes
+        if not self.policy.deal or lanes == 1:
             return most
-        return min(most, -(-len(self.running) // depth))
+        return min(most, -(-len(self.running) // lanes))
 
     def _token_limit(self) -> int:
         """Tokens of a batch. Dealt out over the depth, too: stages wait for each other where batches are unequal."""
         if not self.policy.chunked:
             return sys.maxsize
         most = self.config.max_batch_tokens
-        if not self.policy.deal or self.config.depth == 1:
+        lanes = self._lanes
+        if not self.policy.deal or lanes == 1:
             return self._in_time(most)
-        depth = self.config.depth
         work = self._tokens_in_flight + sum(request.lag for request in self.running)
-        for request in islice(self.waiting, max(0, depth * self.config.max_batch_size - len(self.running))):
-            if work >= most * depth:
+        for request in islice(self.waiting, max(0, lanes * self.config.max_batch_size - len(self.running))):
+            if work >= most * lanes:
                 break
             work += request.num_tokens
-        return self._in_time(min(most, max(SMALLEST_CHUNK, -(-work // depth))))
+        return self._in_time(min(most, max(SMALLEST_CHUNK, -(-work // lanes))))
 
     def _in_time(self, most: int) -> int:
         """Of so many tokens of a batch, as many as streams that run may wait for; all of them where none runs."""
@@ -251,12 +274,11 @@ class Scheduler:
             return most
         decodes = context = streams = 0
         for request in self.running:
-            known = len(request.token_ids)
-            lag = known - request.num_computed
-            if lag <= 1:
+            due = request.due
+            if due <= 1:
                 streams += 1
-                decodes += lag
-                context += lag * known
+                decodes += due
+                context += due * (request.num_computed + 1)
         if not streams or (streams == len(self.running) and not self.waiting):
             return most
         if decodes > (limit := self._row_limit()):
@@ -277,7 +299,7 @@ class Scheduler:
             return Row(request, request.num_computed - 1, 1)
         start = request.num_computed
         lag = len(request.token_ids) - start
-        return Row(request, start, 1 if lag == 1 else self.policy.grant(lag, tokens_left))
+        return Row(request, start, 1 if lag <= 1 else self.policy.grant(lag, tokens_left))
 
     def _first_row(self, request: Request, tokens_left: int) -> Row:
         """The row that a waiting request would get if it were admitted now."""
@@ -289,16 +311,38 @@ class Scheduler:
         return self.policy.joins(first, (row.start, row.num_tokens))
 
     def _make_room(self, row: Row, now: float) -> bool:
-        """Grows a running request's KV, preempting the last in order that may be until it fits."""
+        """Grows a running request's KV, preempting the last in order that may be until it fits.
+
+        With overlap that is the last of all: if it is in flight, it yields, and makes room when the next batch is made.
+        """
         while not self.kv.grow(row.request, row.start + row.num_tokens):
-            victim = next((request for request in reversed(self.running) if not request.num_in_flight), None)
-            if victim is None or self._place(victim) <= self._place(row.request):
-                if self.decisions is not None:
-                    missing = self.kv.blocks_for(row.start + row.num_tokens) - len(row.request.block_table)
-                    self.decisions.lacks(row.request.id, missing - self.kv.pool.num_free)
-                return False
-            self._preempt_for(row.request, victim, now)
+            victim = next((request for request in reversed(self.running) if self._may_give(request)), None)
+            if victim is not None and self._place(victim) <= self._place(row.request):
+                victim = None
+            if victim is not None and not victim.num_in_flight:
+                self._preempt_for(row.request, victim, now)
+                continue
+            if victim is not None:
+                self._yield(victim, row.request)
+            if self.decisions is not None:
+                missing = self.kv.blocks_for(row.start + row.num_tokens) - len(row.request.block_table)
+                self.decisions.lacks(row.request.id, missing - self.kv.pool.num_free)
+            return False
         return True
+
+    def _may_give(self, request: Request) -> bool:
+        """Whether a running request can be preempted: now, or, with overlap, when it is in no batch if it is not ahead.
+
+        Else one would be preempted that comes before those in flight, who go on for ever if nobody stops them.
+        """
+        return request.finish_reason is None if self.config.overlap else not request.num_in_flight
+
+    def _yield(self, victim: Request, request: Request) -> None:
+        if victim in self._yielding:
+            return
+        self._yielding.append(victim)
+        if self.decisions is not None:
+            self.decisions.waits(Waits(id=victim.id, why="yields", runs=True, by=request.id))
 
     def _preempt_for(self, request: Request, victim: Request, now: float) -> None:
         num_computed = victim.num_computed
@@ -323,25 +367,30 @@ class Scheduler:
     def _make_way(self, now: float) -> None:
         """Lets who waits go before those that run and come after it, in their place if need be; not if that is in vain.
 
-        This is done before rows are chosen, so that no decision is taken back. Who is in flight stays.
+        This is done before rows are chosen, so that no decision is taken back. Who is in flight stays; with overlap all
+        who are to go yield first, so that none is in flight when the next batch is made.
         """
         while self.waiting and self.running:
             request = self.waiting.first
             place = self._place(request)
             if self._place(self.running[-1]) < place:
                 return
-            free = [other for other in self.running if not other.num_in_flight]
-            after = [other for other in reversed(free) if self._place(other) > place]
-            own = min(sum(other.lag > 0 for other in free), self._row_limit())
+            others = [other for other in self.running if self._may_give(other)]
+            after = [other for other in reversed(others) if self._place(other) > place]
+            own = min(sum(other.due > 0 for other in others), self._row_limit())
             rows = max(0, own + 1 - self.config.max_batch_size)
             spare = self.headroom.spare(self.running, request)
             left = [self.headroom.left_for(other) for other in after]
             victims = self.kv.who_gives(request, self.policy.room(request), spare, after, left, rows)
             if victims is None:
                 return
-            ahead = sum(other.lag for other in free if other.lag == 1 or self._place(other) < place)
-            if ahead - sum(victim.lag == 1 for victim in victims) >= self._token_limit():
+            before = sum(other.due for other in others if other.due == 1 or self._place(other) < place)
+            if before - sum(victim.due == 1 for victim in victims) >= self._token_limit():
                 return  # it would get no token now
+            if any(victim.num_in_flight for victim in victims):
+                for victim in victims:
+                    self._yield(victim, request)
+                return
             for victim in victims:
                 self._preempt_for(request, victim, now)
             if not self._admit(request, now):
@@ -385,9 +434,9 @@ class Scheduler:
         self, decisions: Decisions, rows: list[Row], ready: list[Request], tokens_left: int, has_begun: bool
     ) -> None:
         """For who listens. has_begun: a request-level batch was under way."""
-        num_own = sum(not row.request.num_in_flight for row in rows)
+        num_own = len(rows) if self.config.overlap else sum(not row.request.num_in_flight for row in rows)
         is_full = num_own >= self.config.max_batch_size
-        if self.config.depth == 1:  # else who is left out of one batch goes with the next in flight
+        if self._lanes == 1:  # else who is left out of one batch goes with the next in flight
             taking_part = {row.request.id for row in rows}
             why: Reason = "rows" if is_full else "shape" if tokens_left else "tokens"
             for request in ready:
@@ -445,7 +494,7 @@ class Scheduler:
             if num_blocks > request.num_known_blocks:
                 blocks = tuple(request.block_table[request.num_known_blocks :])
                 request.num_known_blocks = num_blocks
-            samples = end == known and request.new.max_tokens > 0
+            samples = end >= known and request.new.max_tokens > 0
             scheduled.append(ScheduledRequest(request.new.id, start, num_tokens, blocks, unsaid, samples))
             request.num_described = known
             if end > request.num_computed:

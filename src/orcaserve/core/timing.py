@@ -14,7 +14,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
         they are all its time.
     preemptions: how often its KV was taken away. recomputed_tokens: that were computed once more.
     cached_tokens: of its prompt, which the prefix cache spared when it first ran.
-    iterations: that it took part in. mates: the others in them, added up. most_mates: others in one of them.
+    iterations: that it took part in, one ahead of its end included. mates: the others in them, added up.
+    most_mates: others in one of them.
     """
 
     ids: tuple[int, ...] = ()

@@ -2,8 +2,8 @@
 
 An entry depends on its token and on the entry before it, as a key or value does on its context. The ledger writes each
 scheduled token's entry at its slot, reads the whole context back through the block table and hashes it. Any slip in
-block tables, prefix reuse, preemption, swapping, chunking or pipelining changes the answer; `ledger_answer` is the
-sequential loop that says what it must be.
+block tables, prefix reuse, preemption, swapping, chunking, pipelining or overlap changes the answer; `ledger_answer` is
+the sequential loop that says what it must be.
 """
 
 from __future__ import annotations
@@ -62,8 +62,20 @@ class _Known:
     def __init__(self, new: NewRequest) -> None:
         self.new = new
         self.token_ids = list(new.token_ids)
+        self.drawn: list[int] = []  # tokens after those, which it sampled itself and was not told yet
         self.block_table: list[int] = []
         self.chain = 0  # over the entries that were computed since it was described: a mean, half done
+
+    def told(self, token_ids: Sequence[int]) -> None:
+        """The host tells what was sampled. ValueError if that is not what comes next here."""
+        if list(token_ids) != self.drawn[: len(token_ids)]:
+            raise ValueError(f"request {self.new.id} is told {token_ids}, but sampled {self.drawn}")
+        del self.drawn[: len(token_ids)]
+        self.token_ids.extend(token_ids)
+
+    def token(self, position: int) -> int:
+        ahead = position - len(self.token_ids)
+        return self.token_ids[position] if ahead < 0 else self.drawn[ahead]
 
 
 class LedgerPending:
@@ -124,10 +136,10 @@ class LedgerExecutor:
     def _write(self, row: ScheduledRequest) -> None:
         known = self.known[row.id]
         known.block_table.extend(row.new_blocks)
-        known.token_ids.extend(row.token_ids)
+        known.told(row.token_ids)
         for position in range(row.start, row.start + row.num_tokens):
             before = self._slots[self._slot(known, position - 1)] if position else 0
-            self._slots[self._slot(known, position)] = _hash(before, known.token_ids[position])
+            self._slots[self._slot(known, position)] = _hash(before, known.token(position))
 
     def _read(self, row: ScheduledRequest) -> RowResult:
         known = self.known[row.id]
@@ -141,6 +153,7 @@ class LedgerExecutor:
         if not row.samples:
             return RowResult(id=row.id, prompt_logprobs=prompt_logprobs, pooled=pooled)
         token_id = ledger_token(entries, known.new.seed, known.new.choice, self._vocab_size)
+        known.drawn.append(token_id)
         logprobs = None if known.new.params.logprobs is None else ledger_logprobs(entries, token_id)
         return RowResult(id=row.id, token_id=token_id, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 

@@ -24,7 +24,7 @@ from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.engine.messages import Abort, Command, Submit
 from orcaserve.sim.shape import ModelShape
 
-VERSION = 2  # of 1 nobody knows why who waited, or what it was called
+VERSION = 3  # 2 has no overlap; of 1 nobody knows why who waited, or what it was called
 _NAME_BITS = 52  # a name is a whole number that every reader of JSON keeps exact
 
 Row = tuple[int, int, int, bool]  # request, start, tokens, samples
@@ -47,8 +47,8 @@ class Arrived(msgspec.Struct, frozen=True, kw_only=True, tag="arrival", omit_def
     """The loop took a request in. at: seconds since the log began, as everywhere.
 
     prompt, max_tokens: in tokens. done: tokens that it had generated before (it comes back from a crash).
-    scores: it wants the prompt's log-probabilities; pools: the prompt as one vector, and how. blocks: names of the full
-        blocks of its tokens.
+    scores: it wants the prompt's log-probabilities; pools: the prompt as one vector, and how. plain: as SamplingParams
+        has it. blocks: names of the full blocks of its tokens.
     tenant, priority, deadline, name: as in NewRequest. waited: seconds that it lay in the loop's inbox before that.
     """
 
@@ -59,6 +59,7 @@ class Arrived(msgspec.Struct, frozen=True, kw_only=True, tag="arrival", omit_def
     done: int = 0
     scores: bool = False
     pools: Pooling | None = None
+    plain: bool = True
     blocks: tuple[int, ...] = ()
     tenant: str = ""
     priority: int = 0
@@ -210,7 +211,7 @@ class StepLog:
         blocks: list[tuple[int, int]] = []
         for row, got in zip(batch.rows, result.rows, strict=True):
             known = self._open.get(row.id)
-            if known is None:  # aborted, or a member of a static batch that has ended
+            if known is None:  # aborted, or it has ended and was ahead, or in a static batch
                 continue
             if got.error is not None or (row.samples and got.token_id is None):
                 failed.append(row.id)
@@ -250,6 +251,7 @@ class StepLog:
                 done=len(new.token_ids) - new.num_prompt,
                 scores=new.params.prompt_logprobs is not None,
                 pools=new.params.pooling,
+                plain=new.params.is_plain,
                 blocks=names,
                 tenant=new.tenant,
                 priority=new.priority,

@@ -51,6 +51,8 @@ def because(why: Cause, config: SchedulerConfig) -> str:
             return "because it could not be stacked with those that ran"
         case "prefix":
             return "because another was computing the beginning of its prompt"
+        case "yields":
+            return "to make way for an older request as soon as its newest token was there"
         case "iteration":
             return "until the next iteration was put together"
         case "unknown":

@@ -129,7 +129,11 @@ class _Tape:
             token_ids=tokens_of(self._names[event.id], event.id, self._block_size, event.prompt + event.done),
             num_prompt=event.prompt,
             max_tokens=event.max_tokens,
-            params=SamplingParams(prompt_logprobs=0 if event.scores else None, pooling=event.pools),
+            params=SamplingParams(
+                logprobs=None if event.plain else 0,
+                prompt_logprobs=0 if event.scores else None,
+                pooling=event.pools,
+            ),
             end_token_ids=(_END,),
             tenant=event.tenant,
             priority=event.priority,

@@ -41,7 +41,8 @@ def prepare(
     count = staged.ids.shape[0]
     _resolve[(triton.cdiv(count, _TILE),)](
         staged.ids, staged.seats, staged.starts, last_tokens, tables, tables.stride(0), token_ids, positions, slots,
-        count, BLOCK_SIZE=block_size, TILE=_TILE,
+        count,
+        BLOCK_SIZE=block_size, TILE=_TILE,
     )  # fmt: skip
 
 
