@@ -47,7 +47,10 @@ def prepare(
 
 
 def commit(tokens: Tensor, row_seats: Tensor, last_tokens: Tensor) -> None:
-    """Keeps int32 tokens [R] in int32 last_tokens [S]; a failed row (-1) leaves 0. row_seats: int32 [R], -1 if padding."""
+    """Keeps int32 tokens [R] in int32 last_tokens [S]; a failed row (-1) leaves 0.
+
+    row_seats: int32 [R], -1 is padding.
+    """
     count = tokens.shape[0]
     _commit[(triton.cdiv(count, _TILE),)](tokens, row_seats, last_tokens, count, TILE=_TILE)
 
