@@ -44,7 +44,7 @@ class DeviceExecutor:
 
     @property
     def caches(self) -> Sequence[KVCache]:
-        """Of the layers, for those who want to see or fill them themselves."""
+        """The KV tensors of each layer."""
         return self._worker.caches
 
     def submit(self, batch: Batch) -> DevicePending:

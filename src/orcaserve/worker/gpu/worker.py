@@ -134,7 +134,7 @@ class DeviceWorker:
 
     @property
     def caches(self) -> Sequence[KVCache]:
-        """Of the layers."""
+        """Of each layer."""
         return self._kv
 
     def forget_all(self) -> None:
