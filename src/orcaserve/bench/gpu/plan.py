@@ -27,7 +27,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     shared_…: requests at once, their prompts and outputs, and most of them running.
     promised: requests, prompts, outputs. trace: requests of Orca's trace. sessions: chats of the ladder, whose requests
         have paper_longest tokens at most.
-    peer_seconds: what another engine may take. check_requests: whose first tokens are compared with the CPU's.
+    peer_seconds: what another engine may take. check_…: requests whose first tokens are compared with the CPU's.
     """
 
     memory: int
@@ -66,6 +66,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     paper_longest: int
     check_models: tuple[str, ...]
     check_requests: int
+    check_prompts: tuple[int, int]
     checked: int
 
 
@@ -112,6 +113,7 @@ FULL = Plan(
     paper_longest=LONGEST,
     check_models=SMALL,
     check_requests=4,
+    check_prompts=(3, 70),
     checked=64,
 )
 TINY = Plan(
@@ -121,20 +123,20 @@ TINY = Plan(
     samples=1,
     head_dim=16,
     linear=Shape("tiny", 64, 96, 4, 2, 16, 300),
-    rows=(1, 5),
+    rows=(1, 3),
     decodes=(Decode(2, 40, 4, 2), Decode(1, 300, 4, 2)),
-    prompt=64,
-    sampled=(1, 2),
+    prompt=8,
+    sampled=(2,),
     step_models=("toy",),
     batches=(2,),
     context=40,
     warm=1,
     timed=1,
-    prefill=16,
+    prefill=4,
     prompts=2,
     shared_models=("toy",),
     shared_requests=2,
-    shared_prompts=(5, 9),
+    shared_prompts=(2, 4),
     shared_outputs=(2, 3),
     shared_rows=2,
     batch_tokens=64,
@@ -143,7 +145,7 @@ TINY = Plan(
     peer_seconds=60.0,
     promise_model="toy",
     promised=2,
-    promise_prompts=(4, 9),
+    promise_prompts=(2, 4),
     promise_outputs=(2, 2),
     paper_model="toy",
     trace="burst:n=2,in=3-8,out=1-2",
@@ -151,5 +153,6 @@ TINY = Plan(
     paper_longest=64,
     check_models=("toy",),
     check_requests=2,
+    check_prompts=(2, 4),
     checked=2,
 )

@@ -24,7 +24,6 @@ from orcaserve.ops.torch_kernels import TorchKernels
 from orcaserve.parallel.group import Alone
 from orcaserve.worker.worker import Worker
 
-PROMPTS = (3, 70)
 CHUNK = 32  # tokens of an iteration, so that prompts are cut
 LONGEST = 256  # tokens of a request
 HOST = torch.device("cpu")
@@ -34,7 +33,9 @@ def check(lab: Lab) -> Iterator[Line]:
     count, length = lab.plan.check_requests, lab.plan.checked
     for model in lab.plan.check_models:
         config = config_of(model)
-        requests = draw_requests(count, PROMPTS, (length, length), config.vocab_size, temperatures=(0.0,), seed=2)
+        requests = draw_requests(
+            count, lab.plan.check_prompts, (length, length), config.vocab_size, temperatures=(0.0,), seed=2
+        )
         found, expected = _on_device(lab, model, config, requests), _on_host(config, requests)
         equal = sum(found[id] == tokens for id, tokens in expected.items())
         yield Line(

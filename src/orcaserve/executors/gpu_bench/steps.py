@@ -19,7 +19,7 @@ from orcaserve.sim.cost import size_of
 from orcaserve.sim.shape import ModelShape
 
 READS = 3  # iterations that read prompts, of which the first only warms up
-HOLD = 5e-3  # seconds that the device is held, in which the host submits an iteration
+HOLD, LONG_HOLD = 5e-3, 30e-3  # seconds that the device is held, in which the host submits decodes, or prompts
 
 
 def steps(lab: Lab) -> Iterator[Line]:
@@ -88,7 +88,7 @@ class _Iterations:
         ]
         spans = []
         for step in range(self._warm + self._timed):
-            seconds, results = self._run(batch, () if step else new)
+            seconds, results = self._run(batch, () if step else new, HOLD)
             spans.append(seconds)
             batch = [
                 ScheduledRequest(row.id, context + step, 1, (), (row.token_id or 0,), samples=True) for row in results
@@ -104,7 +104,7 @@ class _Iterations:
             rows = [
                 ScheduledRequest(one.id, 0, length, table, samples=True) for one, table in zip(new, tables, strict=True)
             ]
-            spans.append(self._run(rows, new)[0])
+            spans.append(self._run(rows, new, LONG_HOLD)[0])
             self._engine.device.forget_all()
         return statistics.median(spans[1:])
 
@@ -129,10 +129,12 @@ class _Iterations:
         self._rng.shuffle(blocks)
         return [tuple(blocks[i * each : (i + 1) * each]) for i in range(count)]
 
-    def _run(self, rows: Sequence[ScheduledRequest], new: Sequence[NewRequest]) -> tuple[float, tuple[RowResult, ...]]:
+    def _run(
+        self, rows: Sequence[ScheduledRequest], new: Sequence[NewRequest], hold: float
+    ) -> tuple[float, tuple[RowResult, ...]]:
         batch = Batch(step=self._num_steps, rows=tuple(rows), new=tuple(new))
         self._num_steps += 1
-        self._watch.hold(HOLD)
+        self._watch.hold(hold)
         first = self._watch.mark()
         pending = self._engine.device.submit(batch)
         second = self._watch.mark()

@@ -121,11 +121,12 @@ class Benchmark:
     def lines(self) -> Iterator[Line]:
         """Everything in turn. What raises is said in a line of its own, and the others are measured all the same."""
         for what, measure in self._works():
-            with torch.inference_mode():
-                try:
-                    yield measure(what)
-                except Exception as error:
-                    yield Line(what=what, note=f"{type(error).__name__}: {error}"[:300], wrong=True)
+            try:
+                with torch.inference_mode():
+                    line = measure(what)
+            except Exception as error:
+                line = Line(what=what, note=f"{type(error).__name__}: {error}"[:300], wrong=True)
+            yield line
 
     def _works(self) -> Iterator[tuple[str, Callable[[str], Line]]]:
         plan, shape = self.plan, self.plan.linear
@@ -162,7 +163,7 @@ class Benchmark:
 
     def _copies(self, size: int) -> int:
         """Of something of `size` bytes."""
-        return max(1, min(16, -(-self.plan.rotated // size)))
+        return max(1, min(64, -(-self.plan.rotated // size)))
 
     def _cache(self, num_blocks: int, kv_heads: int) -> KVCache:
         cache = self.kernels.kv_cache(num_blocks, BLOCK, kv_heads, self.plan.head_dim, DTYPE)
