@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
+from orcaserve.ops.gpu.overlap import begin as let_next_begin
+from orcaserve.ops.gpu.overlap import overlaps, wait
 from orcaserve.ops.gpu.spans import answer, attend, empty_state, merge, read_cache, read_pages, score
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -94,6 +96,8 @@ def attention(
     # the kernels count in powers of two
     cap = None if softcap is None else softcap * LOG2_E.value
     scale = scale * LOG2_E.value if softcap is None else scale * 2 * LOG2_E.value / softcap
+    overlap = overlaps(q.device)
+    runs = {"OVERLAP": overlap, "launch_pdl": overlap, "enable_fp_fusion": False}
     numbers = {"scale": scale, "cap": cap, "slopes": slopes, "WINDOW": window}
     shape = {
         "KV_HEADS": kv_heads,
@@ -108,20 +112,21 @@ def attention(
     if layout.num_decodes:
         states = (scratch.gathered, scratch.peaks, scratch.masses)
         rows = _rows(q.dtype, 64)
-        _decode_kernel[(scratch.processors * tuning.decode_programs,)](
+        # an odd number of programs, or a head's spans, some of them short, would always meet the same ones
+        _decode_kernel[(scratch.processors * tuning.decode_programs - 1,)](
             q, k, v, *states, layout.positions, layout.seats, tables, layout.items, layout.first_items,
             num_decodes=layout.num_decodes, ROWS=rows, **numbers, **shape, **strides,
-            num_warps=4, num_stages=tuning.decode_stages, enable_fp_fusion=False,
+            num_warps=4, num_stages=tuning.decode_stages, **runs,
         )  # fmt: skip
         _combine_kernel[(layout.num_decodes * heads,)](
             *states, out, layout.first_items, HEADS=heads, D=d, BLOCK_D=shape["BLOCK_D"],
-            num_warps=1, enable_fp_fusion=False,
+            num_warps=1, **runs,
         )  # fmt: skip
     if layout.tiles.shape[0]:
         rows = _rows(q.dtype, tuning.prefill_rows)
         _prefill_kernel[(layout.tiles.shape[0] * kv_heads,)](
             q, k, v, out, layout.positions, tables, layout.tiles, ROWS=rows, **numbers, **shape, **strides,
-            num_warps=max(4, rows // 16), num_stages=tuning.prefill_stages, enable_fp_fusion=False,
+            num_warps=max(4, rows // 16), num_stages=tuning.prefill_stages, **runs,
         )  # fmt: skip
     return out
 
@@ -171,8 +176,11 @@ def _decode_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The states of all items, one kv head of an item at a time."""
+    let_next_begin(OVERLAP)
+    wait(OVERLAP)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     units = tl.load(first_items + num_decodes) * KV_HEADS
@@ -226,8 +234,11 @@ def _combine_kernel(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One head of a decode from the states of its spans."""
+    let_next_begin(OVERLAP)
+    wait(OVERLAP)
     token = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     column = tl.arange(0, BLOCK_D)[None, :]
@@ -268,8 +279,11 @@ def _prefill_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One kv head of a tile."""
+    let_next_begin(OVERLAP)
+    wait(OVERLAP)
     # a chunk's last tiles have the most to do: they begin
     tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) // KV_HEADS * 3
     head = tl.program_id(0) % KV_HEADS
