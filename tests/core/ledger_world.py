@@ -251,7 +251,9 @@ def press(world: World, rng: random.Random) -> None:
     for _ in range(rng.randint(2, 12)):
         for _ in range(rng.randint(0, 3)):
             stem = random.Random(rng.randint(0, 1)).choices(range(VOCAB), k=rng.randint(1, min(slots - 1, 9)))
-            scores = SamplingParams(logprobs=rng.choice([None, None, 0]), prompt_logprobs=rng.choice([None, None, None, 0]))
+            scores = SamplingParams(
+                logprobs=rng.choice([None, None, 0]), prompt_logprobs=rng.choice([None, None, None, 0])
+            )
             world.submit(tuple(stem), rng.randint(1, slots - len(stem)), params=scores, choice=rng.randint(0, 1))
         if world.requests and rng.random() < 0.2:
             world.abort(rng.choice(sorted(world.requests)))

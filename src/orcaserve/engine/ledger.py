@@ -2,8 +2,8 @@
 
 An entry depends on its token and on the entry before it, as a key or value does on its context. The ledger writes each
 scheduled token's entry at its slot, reads the whole context back through the block table and hashes it. Any slip in
-block tables, prefix reuse, preemption, swapping, chunking, pipelining or overlap changes the answer; `ledger_answer` is the
-sequential loop that says what it must be.
+block tables, prefix reuse, preemption, swapping, chunking, pipelining or overlap changes the answer; `ledger_answer` is
+the sequential loop that says what it must be.
 """
 
 from __future__ import annotations
