@@ -93,10 +93,22 @@ def engine_options(command: Any) -> Any:
             show_default=True,
             help="mixed sends batches along with the activations, to see what that costs.",
         ),
-        click.option(
-            "--kernels", default="auto", show_default=True, help="auto, torch, or an instruction set: avx2, portable, …"
-        ),
+        click.option("--kernels", default="auto", show_default=True, help="Of the CPU: auto, torch, avx2, portable, …"),
         click.option("--backend", type=click.Choice(["auto", "native", "transformers"]), default="auto"),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+            help="auto is the GPU, if there is one and nothing else asked for needs the CPU.",
+        ),
+        click.option(
+            "--numerics",
+            type=click.Choice(["invariant", "fast"]),
+            default="invariant",
+            show_default=True,
+            help="On a GPU: fast takes the vendor's matrix products, whose bits depend on the load.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from orcaserve.bench.gpu import SECTIONS
 from orcaserve.bench.paper import PARTS
 from orcaserve.bench.workloads.spec import explained
 from orcaserve.cli_policy import PolicyName
@@ -192,6 +193,51 @@ def kernels(
     kernel_report.show(found, Console())
     if out is not None:
         kernel_report.save(found, out)
+
+
+@bench.command("gpu")
+@click.option("--only", metavar="SECTION[,…]", help=f"Of {', '.join(SECTIONS)}; default: all.")
+@click.option("--tiny", is_flag=True, help="A small run, also without a GPU: to see that it works.")
+@click.option("--draw", "drawn", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="GPU.JSON")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for gpu.md and gpu.json.")
+def bench_gpu(only: str | None, tiny: bool, drawn: Path | None, out: Path | None) -> None:
+    """Measure what a GPU can do, and how near our kernels and the whole engine come to it.
+
+    Models are made on the spot, with random weights. Takes minutes, and the GPU to itself. What is measured is printed
+    and written at once, so that a run may be cut short. --draw measures nothing: it draws the figure of such a file,
+    and puts it on the page beside it.
+    """
+    from orcaserve.bench.gpu import report
+    from orcaserve.bench.gpu.run import run
+
+    if drawn is not None:
+        try:
+            from orcaserve.bench.gpu.draw import draw
+        except ImportError:
+            raise click.ClickException("the figure needs matplotlib: pip install 'orcaserve[plots]'") from None
+        try:
+            found = report.read(drawn)
+            draw(found, drawn.with_name(report.FIGURE))
+        except ValueError as error:
+            raise click.ClickException(f"{drawn} cannot be drawn: {error}") from None
+        report.write(found, drawn.parent)
+        return
+    wanted = only.split(",") if only else list(SECTIONS)
+    if unknown := [name for name in wanted if name not in SECTIONS]:
+        raise click.UsageError(f"there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    try:
+        from orcaserve.executors.gpu_bench.sections import sections
+    except ImportError as error:
+        raise click.ClickException(f"the GPU's kernels need Triton: pip install 'orcaserve[gpu]' ({error})") from None
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        found, measures = sections([name for name in SECTIONS if name in wanted], tiny)
+    except ModelError as error:
+        raise click.ClickException(str(error)) from None
+    run(found, measures, out, lambda line: click.echo(line))  # click flushes
+    if any(section.error for section in found.sections) or report.warnings(found)[tiny:]:
+        raise click.ClickException("not all went well; the lines above say where")
 
 
 @bench.command("paper")

@@ -11,6 +11,8 @@ Quantization = Literal["none", "int8", "int4"]
 KVDtype = Literal["auto", "int8"]
 StageSplit = Literal["balanced", "equal"]
 ControlPlane = Literal["separate", "mixed"]
+Device = Literal["auto", "cpu", "cuda"]
+Numerics = Literal["invariant", "fast"]
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +25,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     swap_space: bytes of each rank to which KV may be moved when the cache is full; 0: what is preempted is recomputed.
     swap_dir: folder of a file for them; None: they are memory.
     max_model_len: longest prompt + output in tokens; None: what the model and the KV cache allow.
+    block_size: tokens of a KV block; kernels that need a multiple of something take the next one.
     tensor_parallel: ranks that share every layer; pipeline_parallel: stages that share out the layers.
     stage_split: stages that take equally long ("balanced"), or have equally many layers, as in the paper ("equal").
     control_plane: batches travel beside the activations ("separate", the paper's), or with them ("mixed", for
@@ -38,6 +41,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     kernels: "auto" (the best native kernels that the machine runs), "torch" (operators of torch), or the name of an
         instruction set.
     kv_dtype: what keys and values are kept in: "auto" (the dtype), or "int8" (with a scale for every token and head).
+    device: what computes: "auto" is the GPU if there is one that our kernels run on, else the CPU.
+    numerics: on a GPU, "invariant" keeps the promise, "fast" leaves products to the vendor's library.
     check: verify the scheduler's invariants after every step.
     step_log: file to which every iteration is written down, for `orcaserve simulate`.
     """
@@ -67,6 +72,8 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Quantization = "none"
     kernels: str = "auto"
     kv_dtype: KVDtype = "auto"
+    device: Device = "auto"
+    numerics: Numerics = "invariant"
     check: bool = False
     step_log: str | None = None
 
@@ -97,6 +104,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     profile: hash of everything that decides bits: weights' dtype and quantisation, residual and KV dtype,
         instruction-set path, kernel version. Streams resume only on an equal profile.
     deterministic: whether the promise (a response is a pure function of model, profile and request) holds.
+    overlap: the next iteration can be scheduled while one runs (see SchedulerConfig).
     swap: room for KV outside of the cache, if there is any.
     budget: the memory table; timings: how long each part of the start took, in seconds.
     """
@@ -109,6 +117,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     profile: str
     deterministic: bool = True
+    overlap: bool = False
     swap: SwapSpace | None = None
     threads: int = 1
     budget: tuple[BudgetLine, ...] = ()

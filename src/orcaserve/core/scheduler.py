@@ -151,7 +151,7 @@ class Scheduler:
         closed = has_begun
         num_preemptions = self.num_preemptions
         row_limit = self._row_limit()
-        # Rows of requests that no other batch carries: only they count on several stages, since chunks even batches out.
+        # Rows of requests that no other batch carries: only they count on several stages, as chunks even batches out.
         num_own = 0
         is_ahead = self.config.overlap
         alike, block_size = self.policy.alike, self.kv.block_size

@@ -5,15 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.executors.distributed import DistributedExecutor, start_workers
 from orcaserve.executors.loading import check_files, load_part, policy_of
 from orcaserve.executors.local import LocalExecutor
 from orcaserve.executors.measure import measure
+from orcaserve.executors.placement import find_device
 from orcaserve.worker.grammars import Grammars
 from orcaserve.worker.machine import available_memory, usable_cpus
 from orcaserve.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from orcaserve.executors.device import DeviceExecutor
 
 Progress = Callable[[str, int, int], None]
 Lost = Callable[[str], None]
@@ -21,7 +26,7 @@ Lost = Callable[[str], None]
 
 def build(
     options: EngineOptions, progress: Progress | None = None, on_lost: Lost | None = None
-) -> tuple[LocalExecutor | DistributedExecutor, EngineInfo]:
+) -> tuple[LocalExecutor | DistributedExecutor | DeviceExecutor, EngineInfo]:
     """Loads the model and makes the KV cache, in this process or in a worker process for each rank.
 
     Sets torch's number of threads. progress: called with (what is being done, bytes done, bytes in all).
@@ -29,6 +34,11 @@ def build(
     Raises ModelError, in one line, if the model cannot be served.
     """
     policy_of(options)
+    device = find_device(options)
+    if device.type == "cuda":
+        from orcaserve.executors.device import build_device  # Triton comes with it, an extra
+
+        return build_device(options, device, progress)
     available = available_memory(most=options.memory)
     if options.nnodes == 1:
         check_files(Path(options.model), available)

@@ -40,7 +40,7 @@ def engine_for(
     """Loads a model into this process. Raises ModelError, in one line, if it cannot be served here."""
     options = _options(folder, threads=threads, swap_space=swap_space, swap_dir=swap_dir)
     executor, info = build(options)
-    return _engine(name, executor, info)
+    return engine_of(name, executor, info)
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def engine_of_ranks(
     )
     executor, info = start_workers(options, None, None)
     try:
-        yield _engine(name, executor, info), lambda: executor.busy_seconds
+        yield engine_of(name, executor, info), lambda: executor.busy_seconds
     finally:
         executor.close()
 
@@ -77,7 +77,8 @@ def _options(folder: Path, **others: Any) -> EngineOptions:
     )
 
 
-def _engine(name: str, device: Device, info: EngineInfo) -> Engine:
+def engine_of(name: str, device: Device, info: EngineInfo) -> Engine:
+    """What an experiment is given, from what an executor says of itself."""
     size = {line.name: line.num_bytes for line in info.budget}
     return Engine(
         device=device,

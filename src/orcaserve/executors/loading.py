@@ -68,14 +68,11 @@ def load_part(
         model = Decoder.load(config, options.model, dtype, *layers, progress, kernels, group)
 
     whole = model.config
-    step_tokens = max(options.max_batch_tokens, options.max_batch_size)
-    if not policy.chunked:
-        step_tokens = max(step_tokens, min(_WHOLE_PROMPT, whole.max_positions))
     budget = make_budget(
         available=available,
         weights=model.weight_bytes,
         activations=activation_bytes(
-            step_tokens,
+            step_tokens(options, policy, whole.max_positions),
             whole.hidden_size,
             whole.intermediate_size,
             whole.num_heads * whole.head_dim,
@@ -93,6 +90,12 @@ def load_part(
     )
     dtype_name = str(model.dtype).removeprefix("torch.")
     return Part(model, budget, numerics_profile(model.kernels.name, dtype_name, type(model).__name__), dtype_name)
+
+
+def step_tokens(options: EngineOptions, policy: Policy, max_positions: int) -> int:
+    """Tokens of an iteration that the activations' budget allows for."""
+    tokens = max(options.max_batch_tokens, options.max_batch_size)
+    return tokens if policy.chunked else max(tokens, min(_WHOLE_PROMPT, max_positions))
 
 
 def policy_of(options: EngineOptions) -> Policy:

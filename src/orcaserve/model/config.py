@@ -92,19 +92,23 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 def read_config(folder: str | Path) -> ModelConfig:
     """Reads the folder of a Hugging Face checkpoint. Raises ModelError, in one line, if it is not ours to serve."""
     folder = Path(folder)
-    raw = read_raw_config(folder)
+    return make_config(read_raw_config(folder), folder.name, read_generation(folder))
+
+
+def make_config(raw: Mapping[str, Any], name: str, generation: Generation) -> ModelConfig:
+    """From what a config.json holds. name: of the model, for messages. Raises ModelError as `read_config` does."""
     row = find_row(raw)
     if row is None:
         raise ModelError(
-            f"{folder.name}: {_name(raw)} is not among the architectures of OrcaServe ({', '.join(ARCHITECTURES)}); "
+            f"{name}: {_name(raw)} is not among the architectures of OrcaServe ({', '.join(ARCHITECTURES)}); "
             "with the extra 'transformers' (pip install 'orcaserve[transformers]') it serves other decoders too"
         )
     try:
-        return _model_config(_flat(raw, row), row, read_generation(folder))
+        return _model_config(_flat(raw, row), row, generation)
     except KeyError as error:
-        raise ModelError(f"{folder.name}/config.json lacks {error.args[0]}") from error
+        raise ModelError(f"{name}/config.json lacks {error.args[0]}") from error
     except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
-        raise ModelError(f"{folder.name}/config.json: {error}") from error
+        raise ModelError(f"{name}/config.json: {error}") from error
 
 
 def read_raw_config(folder: Path) -> dict[str, Any]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from orcaserve.core.config import Dtype, ModelError
 from orcaserve.model.config import ModelConfig
 from orcaserve.model.layers import Experts, Layer, Part
-from orcaserve.model.plan import plan, shared
+from orcaserve.model.plan import TensorSpec, plan, shared
+from orcaserve.model.random_weights import RandomWeights
 from orcaserve.model.rope import Rope
 from orcaserve.model.weights import Progress, Weights
 from orcaserve.ops.activation import ACTIVATIONS
@@ -24,6 +26,24 @@ from orcaserve.parallel.group import Alone, Group
 from orcaserve.parallel.parts import Join, SharedAttention, SharedEmbedding, SharedHead, SharedMLP
 
 Tensor = torch.Tensor
+
+
+class UnknownActivation(ModelError):
+    """A model computes something that we do not."""
+
+
+class Source(Protocol):
+    """Where weights come from, by the keys of a plan."""
+
+    def __contains__(self, key: str) -> bool: ...
+
+    def take(self, key: str) -> Tensor:
+        """The tensor of a key, on the device of the kernels that it is for; called once for each."""
+        ...
+
+    def take_optional(self, key: str) -> Tensor | None:
+        """The same, or None if the plan has no such key."""
+        ...
 
 
 def compute_dtype(config: ModelConfig, wish: Dtype) -> torch.dtype:
@@ -88,8 +108,6 @@ class Decoder:
     weight_bytes: memory that this rank's weights take. deterministic: a row's bits depend on its request alone.
     """
 
-    deterministic = True
-
     def __init__(
         self,
         config: ModelConfig,
@@ -109,6 +127,7 @@ class Decoder:
         self.head_dim = config.head_dim
         self.weight_bytes = weight_bytes
         self.kernels = kernels
+        self.deterministic = kernels.deterministic
         self._embed = embed
         self._layers = tuple(layers)
         self._head = head
@@ -132,23 +151,52 @@ class Decoder:
         the group cannot share it.
         """
         last = config.num_layers if last is None else last
-        if config.activation not in ACTIVATIONS:
-            raise ModelError(f"{Path(folder).name}: the activation {config.activation} is not supported")
         kernels = TorchKernels() if kernels is None else kernels
         group = Alone() if group is None else group
-        own = shared(config, group.split)
         needed = plan(config, first, last, group.split)
+        with Weights(folder, needed, dtype, progress, kernels.device) as weights:
+            try:
+                return cls.build(config, weights, needed, dtype, first, last, kernels, group)
+            except UnknownActivation as error:
+                raise ModelError(f"{Path(folder).name}: {error}") from None
+
+    @classmethod
+    def random(cls, config: ModelConfig, dtype: torch.dtype, kernels: Kernels, seed: int = 0) -> Decoder:
+        """A whole model with random weights made on the kernels' device: something to measure without any file."""
+        needed = plan(config, 0, config.num_layers)
+        weights = RandomWeights(needed, dtype, kernels.device, seed)
+        return cls.build(config, weights, needed, dtype, 0, config.num_layers, kernels, Alone())
+
+    @classmethod
+    @torch.inference_mode()
+    def build(
+        cls,
+        config: ModelConfig,
+        weights: Source,
+        needed: Mapping[str, TensorSpec],
+        dtype: torch.dtype,
+        first: int,
+        last: int,
+        kernels: Kernels,
+        group: Group,
+    ) -> Decoder:
+        """The stage of layers [first, last) from weights that it takes one by one.
+
+        needed: the plan that they follow. Raises ModelError if the group cannot share it.
+        """
+        if config.activation not in ACTIVATIONS:
+            raise UnknownActivation(f"the activation {config.activation} is not supported")
+        own = shared(config, group.split)
         matrix_bytes = kernels.matrix_bytes
-        with torch.inference_mode(), Weights(folder, needed, dtype, progress) as weights:
-            parts = _Parts(own, dtype, kernels, weights, group)
-            tokens = weights.take_optional("embed.weight")
-            is_last = last == config.num_layers
-            # A tied embedding has the values of the output matrix, even where that is quantised in another stage.
-            matrix = parts.matrix(tokens) if is_last or (config.tied and kernels.is_quantised and first == 0) else None
-            head = parts.head(matrix) if is_last and matrix is not None else None
-            embed = parts.embed(tokens, matrix) if first == 0 and tokens is not None else None
-            del tokens
-            layers = [parts.layer(i) for i in range(first, last)]
+        parts = _Parts(own, dtype, kernels, weights, group)
+        tokens = weights.take_optional("embed.weight")
+        is_last = last == config.num_layers
+        # A tied embedding has the values of the output matrix, even where that is quantised in another stage.
+        matrix = parts.matrix(tokens) if is_last or (config.tied and kernels.is_quantised and first == 0) else None
+        head = parts.head(matrix) if is_last and matrix is not None else None
+        embed = parts.embed(tokens, matrix) if first == 0 and tokens is not None else None
+        del tokens
+        layers = [parts.layer(i) for i in range(first, last)]
         looked_up = ("positions.weight", *(() if config.tied and matrix is not None else ("embed.weight",)))
         others = sum(spec.num_values for key, spec in needed.items() if len(spec.shape) != 2 or key in looked_up)
         weight_bytes = kernels.matrix_bytes - matrix_bytes + others * dtype.itemsize
@@ -195,7 +243,7 @@ class _Parts:
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, kernels: Kernels, weights: Weights, group: Group
+        self, config: ModelConfig, dtype: torch.dtype, kernels: Kernels, weights: Source, group: Group
     ) -> None:
         self._config = config
         self._dtype = dtype
@@ -203,7 +251,9 @@ class _Parts:
         self._weights = weights
         self._group = group
         self._is_shared = group.split.size > 1
-        self._slopes = None if config.alibi is None else torch.tensor(config.alibi, dtype=torch.float32)
+        self._slopes = (
+            None if config.alibi is None else torch.tensor(config.alibi, dtype=torch.float32, device=kernels.device)
+        )
         self._ropes: dict[Rope, Rotary] = {}  # one table of sines for all layers that rotate alike
 
     def embed(self, tokens: Tensor, matrix: Linear | None) -> Embedding:

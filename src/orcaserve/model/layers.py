@@ -42,9 +42,10 @@ class Experts:
             if e in self.experts:
                 rows, place = torch.where(chosen == e)
                 own[rows, place] = self.experts[e](x[rows])
-        rows, owner = torch.arange(x.shape[0]), torch.tensor(self.owner)[chosen]
+        rows = torch.arange(x.shape[0], device=x.device)
+        owner = torch.tensor(self.owner, device=x.device)[chosen]
         every = self.group.all_gather(own)
-        mixed = torch.zeros(x.shape, dtype=torch.float32)
+        mixed = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for place in chosen.argsort(dim=1).unbind(1):
             mixed += shares[rows, place, None] * every[owner[rows, place], rows, place].float()
         return (mixed if residual is None else mixed + residual).to(x.dtype)

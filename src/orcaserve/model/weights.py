@@ -18,6 +18,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PAGE = 4096
+_CPU = torch.device("cpu")
 
 Progress = Callable[[int, int], None]
 
@@ -29,16 +30,22 @@ class Weights:
     or a dtype that does not fit. A tensor that has the wanted dtype in the file stays a mapping of the file (its pages
     are the kernel's cache, shared by all processes and no second copy); any other is converted as it is taken.
 
-    folder: of the checkpoint. plan: key -> tensor. dtype: of all tensors given.
+    folder: of the checkpoint. plan: key -> tensor. dtype, device: of all tensors given.
     progress: called with (bytes taken, bytes in all), as the files count them, after each tensor.
     """
 
     def __init__(
-        self, folder: str | Path, plan: Mapping[str, TensorSpec], dtype: torch.dtype, progress: Progress | None = None
+        self,
+        folder: str | Path,
+        plan: Mapping[str, TensorSpec],
+        dtype: torch.dtype,
+        progress: Progress | None = None,
+        device: torch.device = _CPU,
     ) -> None:
         self._folder = Path(folder)
         self._plan = plan
         self._dtype = dtype
+        self._device = device
         self._progress = progress
         self._files: dict[str, Any] = {}
         self._found: dict[str, tuple[Any, str]] = {}
@@ -64,7 +71,9 @@ class Weights:
         file, name = self._found[key]
         stored = _read(file, name, spec)
         size = stored.numel() * stored.element_size()
-        if stored.dtype == self._dtype:
+        if self._device.type != "cpu":
+            stored = stored.to(self._device).to(self._dtype)
+        elif stored.dtype == self._dtype:
             # One read per page brings the file in now, while a progress bar is looking, not under the first request.
             stored.view(-1).view(torch.uint8)[::_PAGE].sum()
         else:

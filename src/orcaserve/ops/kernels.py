@@ -2,6 +2,7 @@
 
 Whatever a method builds gives a row bits that depend on that row alone, and attention's on the row's own request.
 Activations are [M, H], all tokens of an iteration below each other, contiguous, in the dtype of the weights.
+A layout is what the kernels' worker makes: `Layout`, or `DeviceLayout` on a GPU.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Kernels(Protocol):
     matrix_bytes: memory of the weights of all linear maps built so far.
     kv_dtype: what its caches keep; "auto": the dtype of the activations.
     is_quantised: whether `Linear.rows` gives other values than the weight had.
+    device: where tensors live, those that it is given included.
+    deterministic: whether it keeps what the first lines here say.
     """
 
     @property
@@ -86,6 +89,10 @@ class Kernels(Protocol):
     def kv_dtype(self) -> KVDtype: ...
     @property
     def is_quantised(self) -> bool: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def deterministic(self) -> bool: ...
 
     def linear(
         self,

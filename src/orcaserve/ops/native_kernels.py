@@ -309,6 +309,8 @@ class NativeKernels:
     """
 
     block_multiple = 16
+    device = torch.device("cpu")
+    deterministic = True
 
     def __init__(
         self, threads: int, isa: str | None = None, *, quantization: Quantization = "none", kv_dtype: KVDtype = "auto"

@@ -20,7 +20,7 @@ from orcaserve.ops.kernels import Kernels
 from orcaserve.ops.noise import noise_key
 from orcaserve.ops.vocabulary import Logprobs
 
-_COLDEST = 1e-30  # a positive temperature that float32 would round to 0 is taken as this one
+COLDEST = 1e-30  # a positive temperature that float32 would round to 0 is taken as this one
 
 NOT_A_NUMBER = "the model produced NaN or infinite logits for this request"
 NOTHING_LEFT = "the sampling parameters leave no token to choose from"
@@ -113,7 +113,7 @@ def _draw(row: int, logits: Tensor, state: SamplingState) -> Draw | None:
         is_plain = ids.shape[0] == 0 and state.allowed is None
         return None if is_plain else Draw(row, 0, 0.0, ids=ids, scores=scores)
     return Draw(
-        row, noise_key(state.seed, state.choice, len(state.token_ids)), max(params.temperature, _COLDEST),
+        row, noise_key(state.seed, state.choice, len(state.token_ids)), max(params.temperature, COLDEST),
         params.top_k, params.top_p, params.min_p, ids, scores,
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from orcaserve.ops.layout import Layout
 from orcaserve.ops.linear import TileLinear, embedding
 from orcaserve.ops.norm import layer_norm, rms_norm
 from orcaserve.ops.rotary import Rotary
+from orcaserve.ops.tree import join
 from orcaserve.ops.vocabulary import Logprobs, logprobs, peaks
 
 
@@ -80,6 +81,8 @@ class TorchKernels:
 
     block_multiple = 1
     is_quantised = False
+    device = torch.device("cpu")
+    deterministic = True
 
     def __init__(self, *, kv_dtype: KVDtype = "auto") -> None:
         self.matrix_bytes = 0
@@ -103,11 +106,7 @@ class TorchKernels:
         raise ValueError("torch's operators sum K in one piece, which cannot be cut; this needs the native kernels")
 
     def join(self, parts: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-        sums = list(parts)
-        while len(sums) > 1:
-            sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
-        out = sums[0] if bias is None else sums[0] + bias
-        return (out if residual is None else out + residual).to(dtype)
+        return join(parts, bias, residual, dtype)
 
     def gated(
         self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str

@@ -233,13 +233,15 @@ def _scheduler_config(options: EngineOptions, info: EngineInfo) -> SchedulerConf
         policy = parse_policy(options.policy)
     except OrderError as error:
         raise ModelError(str(error)) from None
+    overlap = info.overlap and not policy.request_level
     return SchedulerConfig(
         policy=policy,
         max_batch_size=options.max_batch_size,
         max_batch_tokens=max(options.max_batch_tokens, options.max_batch_size),  # room for everyone's next token
         num_blocks=info.num_blocks,
         block_size=info.block_size,
-        depth=max(options.depth, options.pipeline_parallel),
+        depth=2 if overlap else max(options.depth, options.pipeline_parallel),
+        overlap=overlap,
         max_itl=options.max_itl,
         swap=info.swap,
     )

@@ -45,13 +45,15 @@ def make_budget(
     kv_memory: int | None = None,
     swap_space: int = 0,
     swap_dir: str | None = None,
+    share: float | None = None,
 ) -> Budget:
     """The KV pool for a machine with `available` bytes before the weights were loaded. All sizes in bytes or tokens.
 
     model_len: the longest context of the model; wished_len: the operator's limit, which must then fit.
     kv_memory: the operator's size of the pool; None: half of what is free, but no more than max_batch_size requests of
     the longest context could ever use. swap_space: bytes for KV outside of the pool, of memory unless there is a
-    swap_dir. Raises ModelError where it cannot be.
+    swap_dir. share: of what is free that the pool takes where nobody said how much, on a device that is ours alone;
+    None: half, as above. Raises ModelError where it cannot be.
     """
     if wished_len is not None and wished_len > model_len:
         raise ModelError(f"a context of {wished_len} tokens is asked for, but the model's longest is {model_len}")
@@ -64,7 +66,7 @@ def make_budget(
     free = available - weights - activations - _HEAD_ROOM - swap_memory
     if kv_memory is None:
         useful = max_batch_size * (-(-longest // block_size) + 1) * block_bytes
-        pool = min(int(free * _SHARE), useful)
+        pool = min(int(free * (_SHARE if share is None else share)), useful)
         needed = (-(-(wished_len or 1) // block_size)) * block_bytes
         if pool < needed:
             raise ModelError(

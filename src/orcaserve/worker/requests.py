@@ -22,9 +22,11 @@ class Requests:
     """Owner of the tokens and the block table of every request that has been described and not been freed.
 
     Token ids lie in [0, vocab_size), blocks of block_size tokens in [0, num_blocks).
+    ahead: 1 if a row may begin behind all tokens that are known: the worker itself has the one there.
     """
 
-    def __init__(self, vocab_size: int, num_blocks: int, block_size: int) -> None:
+    def __init__(self, vocab_size: int, num_blocks: int, block_size: int, ahead: int = 0) -> None:
+        self._ahead = ahead
         self._limits = _Limits(vocab_size, num_blocks)
         self._block_size = block_size
         self._requests: dict[int, _Request] = {}
@@ -52,6 +54,8 @@ class Requests:
             return None
         request.take(row.token_ids, row.new_blocks)
         end, known = row.start + row.num_tokens, len(request.token_ids)
+        if self._ahead and row.num_tokens == 1 and end == known + 1:
+            known = end
         if not 0 <= row.start < end <= known or (row.samples and end != known):
             _log.error("row %s of a request with %d tokens", row, known)
             return None

@@ -36,12 +36,13 @@ class Swapper:
     def run(self, swaps: Sequence[Swap]) -> None:
         """Makes the copies in their order. IndexError for a block or slot that there is not."""
         for swap in swaps:
-            blocks, slots = torch.tensor(swap.blocks), torch.tensor(swap.slots)
+            slots = torch.tensor(swap.slots)
             for inside, outside in self._parts:
+                blocks = torch.tensor(swap.blocks, device=inside.device)
                 if swap.out:
-                    outside.index_copy_(0, slots, inside.index_select(0, blocks))
+                    outside.index_copy_(0, slots, inside.index_select(0, blocks).to(outside.device))
                 else:
-                    inside.index_copy_(0, blocks, outside.index_select(0, slots))
+                    inside.index_copy_(0, blocks, outside.index_select(0, slots).to(inside.device))
 
 
 def _memory(num_slots: int, size: int) -> Tensor:

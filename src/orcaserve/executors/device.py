@@ -1,0 +1,154 @@
+"""`build_device`: a model on a GPU, loaded, its KV cache made and its iterations recorded, as an executor.
+
+Without a GPU the same runs under Triton's interpreter, on the CPU, for tests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from orcaserve.core.batch import Batch
+from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
+from orcaserve.executors.loading import numerics_profile, policy_of, step_tokens
+from orcaserve.executors.measure import measure
+from orcaserve.model.config import read_config
+from orcaserve.model.decoder import Decoder, compute_dtype
+from orcaserve.ops.gpu.kernels import TritonKernels
+from orcaserve.worker.gpu.stream import CudaStream, HostStream, Stream
+from orcaserve.worker.gpu.worker import DevicePending, DeviceWorker, graph_sizes, scratch_bytes
+from orcaserve.worker.grammars import Grammars
+from orcaserve.worker.machine import available_memory
+from orcaserve.worker.memory import activation_bytes, make_budget
+
+_SHARE = 0.92  # of what is free, for the KV cache: nobody else uses this memory
+
+Progress = Callable[[str, int, int], None]
+
+
+class DeviceExecutor:
+    """Owner of one DeviceWorker."""
+
+    def __init__(self, worker: DeviceWorker) -> None:
+        self._worker = worker
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of the device, in the iterations that are over."""
+        return self._worker.busy_seconds
+
+    def submit(self, batch: Batch) -> DevicePending:
+        return self._worker.submit(batch)
+
+    def forget_all(self) -> None:
+        """Makes ready for a new scheduler over the same model and KV tensors."""
+        self._worker.forget_all()
+
+
+def build_device(
+    options: EngineOptions, device: torch.device, progress: Progress | None = None
+) -> tuple[DeviceExecutor, EngineInfo]:
+    """Loads a checkpoint onto a device. Raises ModelError, in one line, if it cannot be served there."""
+    config = read_config(options.model)
+    if config.num_experts:
+        raise ModelError("mixtures of experts run on the CPU only, as yet: --device cpu")
+    kernels = TritonKernels(device, options.numerics, max_positions=options.max_model_len or config.max_positions)
+    began = time.monotonic()
+    model = Decoder.load(
+        config,
+        options.model,
+        compute_dtype(config, options.dtype),
+        progress=None if progress is None else lambda done, total: progress("weights", done, total),
+        kernels=kernels,
+    )
+    loaded = time.monotonic() - began
+    return start_device(model, kernels, options, progress, Path(options.model), (("load weights", loaded),))
+
+
+def start_device(
+    model: Decoder,
+    kernels: TritonKernels,
+    options: EngineOptions,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+    timings: tuple[tuple[str, float], ...] = (),
+) -> tuple[DeviceExecutor, EngineInfo]:
+    """The same for a model that is there. folder: of its tokenizer, without which no grammar can be followed."""
+    config, device = model.config, kernels.device
+    stream: Stream = CudaStream(device) if device.type == "cuda" else HostStream()
+    block_size = -(-options.block_size // kernels.block_multiple) * kernels.block_multiple
+    longest = options.max_model_len or config.max_positions
+    tokens = step_tokens(options, policy_of(options), config.max_positions)
+    activations = activation_bytes(
+        tokens, config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim, 0
+    ) + scratch_bytes(options.max_batch_size, longest, config.num_heads, config.head_dim, config.vocab_size)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory(most=options.memory)
+    budget = make_budget(
+        available=free + model.weight_bytes,
+        weights=model.weight_bytes,
+        activations=activations,
+        bytes_per_token=model.num_layers * kernels.kv_bytes_per_token(model.num_kv_heads, model.head_dim, model.dtype),
+        block_size=block_size,
+        max_batch_size=options.max_batch_size,
+        model_len=config.max_positions,
+        wished_len=options.max_model_len,
+        kv_memory=options.kv_memory,
+        swap_space=options.swap_space,
+        swap_dir=options.swap_dir,
+        share=_SHARE if device.type == "cuda" else None,
+    )
+    began = time.monotonic()
+    worker = DeviceWorker(
+        model,
+        kernels,
+        stream,
+        num_heads=config.num_heads,
+        num_blocks=budget.num_blocks,
+        block_size=block_size,
+        max_batch_size=options.max_batch_size,
+        max_model_len=budget.max_model_len,
+        num_slots=budget.num_slots,
+        swap_dir=options.swap_dir,
+        grammars=None if folder is None else Grammars(folder, config.vocab_size),
+    )
+    cached = time.monotonic()
+    # The largest first: what it takes of the graphs' memory the others fit into.
+    sizes = sorted(graph_sizes(options.max_batch_size), reverse=True) if device.type == "cuda" else []
+    for done, size in enumerate(sizes, 1):
+        worker.record(size)
+        if progress is not None:
+            progress("graphs", done, len(sizes))
+    executor = DeviceExecutor(worker)
+    info = EngineInfo(
+        architecture=config.architecture,
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=config.vocab_size,
+        max_model_len=budget.max_model_len,
+        block_size=block_size,
+        num_blocks=budget.num_blocks,
+        profile=profile_of(kernels, model),
+        deterministic=model.deterministic,
+        overlap=True,
+        swap=measure(
+            executor,
+            num_slots=budget.num_slots,
+            num_blocks=budget.num_blocks,
+            block_size=block_size,
+            max_model_len=budget.max_model_len,
+        ),
+        budget=budget.lines,
+        timings=(*timings, ("make KV cache", cached - began), ("record graphs", time.monotonic() - cached)),
+    )
+    return executor, info
+
+
+def profile_of(kernels: TritonKernels, model: Decoder) -> str:
+    """As `numerics_profile`, of a device."""
+    device = kernels.device
+    card = "" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    name = f"{kernels.name}-{version('triton')}-{card}-{torch.version.cuda}"
+    return numerics_profile(name, str(model.dtype).removeprefix("torch."), type(model).__name__)

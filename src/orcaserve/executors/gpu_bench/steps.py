@@ -1,0 +1,143 @@
+"""`steps`: what one iteration takes on the device: decodes at several batch sizes, and prompts, invariant and fast."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+
+from orcaserve.bench.client import BenchError
+from orcaserve.bench.gpu.report import Line
+from orcaserve.bench.gpu.roofline import least_seconds, multiplied
+from orcaserve.bench.paper.engine import Engine
+from orcaserve.core.batch import Batch, RowResult, ScheduledRequest
+from orcaserve.core.config import Numerics
+from orcaserve.core.request import NewRequest, SamplingParams
+from orcaserve.executors.gpu_bench.lab import BLOCK, Lab, sizes_of
+from orcaserve.ops.gpu.benchmark import fill
+from orcaserve.ops.gpu.stopwatch import Stopwatch
+from orcaserve.sim.cost import size_of
+from orcaserve.sim.shape import ModelShape
+
+WARM, TIMED = 3, 12  # decodes of each size
+READS = 3  # iterations that read prompts, of which the first only warms up
+PROMPTS = 8  # of one such iteration
+HOLD = 5e-3  # seconds that the device is held, in which the host submits an iteration
+
+
+def steps(lab: Lab) -> Iterator[Line]:
+    """Of every model, once with each numerics."""
+    for model in lab.plan.step_models:
+        for numerics in ("invariant", "fast"):
+            yield from _steps(lab, model, numerics)
+
+
+def _steps(lab: Lab, model: str, numerics: Numerics) -> Iterator[Line]:
+    plan = lab.plan
+    longest = max(plan.context + WARM + TIMED, plan.prefill // PROMPTS) + 1
+    engine = lab.engine(
+        model,
+        numerics=numerics,
+        rows=max(plan.batches),
+        batch_tokens=plan.prefill,
+        longest=longest,
+        tokens=max(max(plan.batches) * (longest + BLOCK), plan.prefill),
+    )
+    for cache in engine.device.caches:
+        fill(cache)
+    iterations, sizes, name = _Iterations(engine, lab.watch), sizes_of(model), f"{model}, {numerics}"
+    for batch in plan.batches:
+        yield _decoded(lab, sizes, name, batch, iterations.decode(batch, plan.context))
+    yield _read(lab, sizes, name, iterations.read(plan.prefill))
+
+
+def _decoded(lab: Lab, sizes: ModelShape, name: str, batch: int, seconds: float) -> Line:
+    context = lab.plan.context
+    least = least_seconds(lab.card, sizes, size_of([(context - 1, 1, True)] * batch))
+    what = f"{name}: decode of {batch} at {context}"
+    return Line(what=what, seconds=seconds, rate=batch / seconds, unit="tokens/s", limit=batch / least)
+
+
+def _read(lab: Lab, sizes: ModelShape, name: str, seconds: float) -> Line:
+    size = size_of([(0, lab.plan.prefill // PROMPTS, True)] * PROMPTS)
+    what = f"{name}: {PROMPTS} prompts of {lab.plan.prefill // PROMPTS}"
+    rate, limit = multiplied(sizes, size) / seconds / 1e12, lab.card.flops / 1e12
+    return Line(
+        what=what, seconds=seconds, rate=rate, unit="TFLOP/s", limit=limit, note=f"{size.tokens / seconds:.0f} tokens/s"
+    )
+
+
+class _Iterations:
+    """Batches made by hand, each with the tokens that the one before gave. Owner of the requests' ids and blocks."""
+
+    def __init__(self, engine: Engine, watch: Stopwatch) -> None:
+        self._engine = engine
+        self._watch = watch
+        self._rng = random.Random(0)  # noqa: S311
+        self._num_steps = 0
+
+    def decode(self, rows: int, context: int) -> float:
+        """Median seconds. What the cache holds anyway is taken for what the requests have said."""
+        new = self._requests(rows, context)
+        tables = self._tables(rows, context + WARM + TIMED)
+        batch = [
+            ScheduledRequest(one.id, context - 1, 1, table, samples=True)
+            for one, table in zip(new, tables, strict=True)
+        ]
+        spans = []
+        for step in range(WARM + TIMED):
+            seconds, results = self._run(batch, () if step else new)
+            spans.append(seconds)
+            batch = [
+                ScheduledRequest(row.id, context + step, 1, (), (row.token_id or 0,), samples=True) for row in results
+            ]
+        self._engine.device.forget_all()
+        return statistics.median(spans[WARM:])
+
+    def read(self, tokens: int) -> float:
+        """Median seconds of an iteration that reads prompts of so many tokens together, and samples after each."""
+        spans = []
+        for _ in range(READS):
+            new = self._requests(PROMPTS, tokens // PROMPTS)
+            tables = self._tables(PROMPTS, tokens // PROMPTS)
+            rows = [
+                ScheduledRequest(one.id, 0, len(one.token_ids), table, samples=True)
+                for one, table in zip(new, tables, strict=True)
+            ]
+            spans.append(self._run(rows, new)[0])
+            self._engine.device.forget_all()
+        return statistics.median(spans[1:])
+
+    def _requests(self, count: int, length: int) -> list[NewRequest]:
+        vocab, params = self._engine.vocab_size, SamplingParams(temperature=0.6, ignore_eos=True)
+        return [
+            NewRequest(
+                id=id,
+                token_ids=tuple(self._rng.choices(range(vocab), k=length)),
+                num_prompt=length,
+                max_tokens=WARM + TIMED + 1,
+                params=params,
+                seed=id,
+            )
+            for id in range(count)
+        ]
+
+    def _tables(self, count: int, length: int) -> list[tuple[int, ...]]:
+        """Blocks in no order, as they are after an hour of serving."""
+        each = -(-length // BLOCK)
+        blocks = list(range(count * each))
+        self._rng.shuffle(blocks)
+        return [tuple(blocks[i * each : (i + 1) * each]) for i in range(count)]
+
+    def _run(self, rows: Sequence[ScheduledRequest], new: Sequence[NewRequest]) -> tuple[float, tuple[RowResult, ...]]:
+        batch = Batch(step=self._num_steps, rows=tuple(rows), new=tuple(new))
+        self._num_steps += 1
+        self._watch.hold(HOLD)
+        first = self._watch.mark()
+        pending = self._engine.device.submit(batch)
+        second = self._watch.mark()
+        results = pending.result().rows
+        self._watch.wait()
+        if wrong := next((row.error for row in results if row.error is not None), None):
+            raise BenchError(wrong)
+        return self._watch.seconds(first, second), results

@@ -1,0 +1,30 @@
+"""`find_device`: where a model runs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from orcaserve.core.config import EngineOptions, ModelError
+
+
+def find_device(options: EngineOptions) -> torch.device:
+    """Where a model runs. Raises ModelError for a GPU that is not there, or an option that it has no kernels for."""
+    there = torch.cuda.is_available() and find_spec("triton") is not None
+    others = (
+        options.tensor_parallel * options.pipeline_parallel * options.nnodes > 1 or options.backend == "transformers"
+    )
+    reduced = options.quantization != "none" or options.kv_dtype != "auto"
+    chosen = options.kernels != "auto"
+    if options.device == "cpu" or (options.device == "auto" and (not there or others or reduced or chosen)):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ModelError("there is no GPU that torch can use; leave out --device")
+    if not there:
+        raise ModelError("a GPU needs Triton: pip install 'orcaserve[gpu]'")
+    if others:
+        raise ModelError("on a GPU a model runs on one device, by our own decoder: leave out what shares it out")
+    if reduced or chosen:
+        raise ModelError("on a GPU weights and KV stay in the model's dtype, and kernels are Triton's")
+    return torch.device("cuda", torch.cuda.current_device())

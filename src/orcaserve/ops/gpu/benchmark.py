@@ -1,0 +1,251 @@
+"""Measures a GPU's limits, and its kernels one by one against them.
+
+What a real run reads from memory is read from memory here: weights, keys and values come in so many copies, used in
+turn, that no cache still holds one when its turn comes. Data are random: zeros would be multiplied faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+from orcaserve.bench.gpu.plan import Decode, Plan
+from orcaserve.bench.gpu.report import Line
+from orcaserve.bench.gpu.roofline import Card
+from orcaserve.bench.kernels import Kernel, Shape, kernels, work
+from orcaserve.ops.gpu.attention import Tuning, tile_tokens
+from orcaserve.ops.gpu.kernels import TritonKernels
+from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
+from orcaserve.ops.gpu.pieces import chunk_tiles, decode_items
+from orcaserve.ops.gpu.stopwatch import Call, Stopwatch
+from orcaserve.ops.kernels import KVCache
+from orcaserve.ops.rotary import Rotary
+
+BLOCK = 64  # tokens of a block of the KV cache
+DTYPE = torch.bfloat16
+_EPS = 1e-6
+_READ = 8192  # int32 values of a program that only reads
+
+
+@triton.jit
+def _read_kernel(source, greatest, BLOCK: tl.constexpr):
+    """The greatest of each BLOCK int32 values: reads all, writes next to nothing."""
+    block = tl.program_id(0)
+    values = tl.load(source + block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK))
+    tl.store(greatest + block, tl.max(values, 0))
+
+
+def measure_card(device: torch.device, watch: Stopwatch, plan: Plan) -> tuple[Card, list[Line]]:
+    """What the card can do: bytes copied and read a second, and products."""
+    source = torch.empty(plan.memory // 2, dtype=DTYPE, device=device).normal_()
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / watch.call_seconds([partial(target.copy_, source)], plan.samples)
+    words = source.view(torch.int32)
+    programs = (words.shape[0] // _READ,)
+    ours = partial(_read_kernel[programs], words, target.view(torch.int32), BLOCK=_READ, num_warps=8)
+    floats = target.view(torch.float32).normal_()
+    reads = {
+        "read of {}": source.nbytes / watch.call_seconds([ours], plan.samples),
+        "read of {} by torch's sum": source.nbytes / watch.call_seconds([partial(torch.sum, floats)], plan.samples),
+    }
+    del source, target, words, floats, ours
+    side = plan.side
+    a, b = (torch.empty(side, side, dtype=DTYPE, device=device).normal_() for _ in range(2))
+    seconds = watch.call_seconds([partial(torch.matmul, a, b)], plan.samples)
+    flops = 2 * side**3 / seconds
+    size = f"{plan.memory / 2**30:.3g} GiB"
+    return Card(copy, max(reads.values()), flops), [
+        Line(what=f"copy of {size}, read and written", rate=copy / 1e9, unit="GB/s"),
+        *(Line(what=what.format(size), rate=rate / 1e9, unit="GB/s") for what, rate in reads.items()),
+        Line(what=f"torch's product {side}×{side}×{side}", seconds=seconds, rate=flops / 1e12, unit="TFLOP/s"),
+    ]
+
+
+def device_layout(
+    parts: Sequence[tuple[int, int, Sequence[int]]],
+    block_size: int,
+    heads_per_kv: int,
+    head_dim: int,
+    device: torch.device,
+) -> DeviceLayout:
+    """From (start, number of tokens, block table) of each request: first those of one token, then the others."""
+    num_decodes = sum(count == 1 for _, count, _ in parts)
+    counts = np.array([count for _, count, _ in parts])
+    firsts = np.cumsum(counts) - counts
+    seats = np.repeat(np.arange(len(parts)), counts)
+    positions = np.concatenate([np.arange(start, start + count) for start, count, _ in parts])
+    tables = np.zeros((len(parts), max(len(table) for _, _, table in parts)), np.int32)
+    for seat, (_, _, table) in enumerate(parts):
+        tables[seat, : len(table)] = table
+    slots = tables[seats, positions // block_size] * block_size + positions % block_size
+    items, first_items = decode_items(positions[:num_decodes])
+    rest = slice(num_decodes, None)
+    tokens = tile_tokens(heads_per_kv, DTYPE, Tuning.of(head_dim))
+    tiles = chunk_tiles(firsts[rest], counts[rest], np.arange(len(parts))[rest], tokens)
+
+    def on_device(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, np.int32)).to(device)
+
+    return DeviceLayout(
+        *map(on_device, (positions, slots, seats, tables)),
+        block_size,
+        num_decodes,
+        *map(on_device, (items, first_items, tiles)),
+    )
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Kernels and what they are measured against. make_layout: `device_layout` but for its last three arguments."""
+
+    kernels: TritonKernels
+    watch: Stopwatch
+    plan: Plan
+    card: Card
+    make_layout: Callable[..., DeviceLayout] = field(default=device_layout)
+
+    def lines(self) -> Iterator[Line]:
+        """Everything in turn. What raises is said in a line of its own, and the others are measured all the same."""
+        for what, measure in self._works():
+            with torch.inference_mode():
+                try:
+                    yield measure(what)
+                except Exception as error:
+                    yield Line(what=what, note=f"{type(error).__name__}: {error}"[:300], wrong=True)
+
+    def _works(self) -> Iterator[tuple[str, Callable[[str], Line]]]:
+        plan, shape = self.plan, self.plan.linear
+        for decode in plan.decodes:
+            heads = f"{decode.heads}/{decode.kv_heads} heads"
+            yield f"decode of {decode.batch} at {decode.context}, {heads}", partial(self._decode, decode)
+        heads = f"{shape.heads}/{shape.kv_heads} heads"
+        yield f"prefill of {plan.prompt}, {heads}", self._prefill
+        products = {kernel.kind + kernel.name: kernel for kernel in kernels(shape)}.values()
+        for kernel in (one for one in products if one.kind in ("linear", "gated", "output")):
+            for m in plan.rows:
+                if kernel.kind != "output" or m <= max(plan.sampled):
+                    yield f"{kernel.name}, {m} rows", partial(self._product, kernel, m)
+        for m in (1, max(plan.sampled), max(plan.rows)):
+            yield f"rms_norm with residual, {m} rows of {shape.hidden}", partial(self._rms_norm, m)
+            yield f"heads (norm, rotate, store), {m} rows", partial(self._heads, m)
+        for rows in plan.sampled:
+            yield f"greatest of {shape.vocab} logits, {rows} rows", partial(self._peaks, rows)
+
+    def _line(
+        self, what: str, calls: Sequence[Call], moved: float, flops: float, others: dict[str, Sequence[Call]]
+    ) -> Line:
+        seconds = self.watch.call_seconds(calls, self.plan.samples)
+        beside = {name: self.watch.call_seconds(theirs, self.plan.samples) for name, theirs in others.items()}
+        if flops / self.card.flops > moved / self.card.bandwidth:
+            rate, limit, unit = flops / seconds / 1e12, self.card.flops / 1e12, "TFLOP/s"
+        else:
+            rate, limit, unit = moved / seconds / 1e9, self.card.bandwidth / 1e9, "GB/s"
+        return Line(what=what, seconds=seconds, rate=rate, unit=unit, limit=limit, beside=beside)
+
+    def _draw(self, *size: int) -> Tensor:
+        return torch.randn(size, dtype=DTYPE, device=self.kernels.device)
+
+    def _copies(self, size: int) -> int:
+        """Of something of `size` bytes."""
+        return max(1, min(16, -(-self.plan.rotated // size)))
+
+    def _cache(self, num_blocks: int, kv_heads: int) -> KVCache:
+        cache = self.kernels.kv_cache(num_blocks, BLOCK, kv_heads, self.plan.head_dim, DTYPE)
+        fill(cache)
+        return cache
+
+    def _decode(self, of: Decode, what: str) -> Line:
+        d = self.plan.head_dim
+        shape = Shape("", 0, 0, of.heads, of.kv_heads, d, 0)
+        moved = work(shape, Kernel("decode", "", (of.context,)), of.batch, DTYPE.itemsize)
+        self.kernels.reserve(of.batch * -(-of.context // SPAN), of.heads, d)
+        blocks = -(-of.context // BLOCK)
+        copies = self._copies(moved.bytes)
+        cache = self._cache(copies * of.batch * blocks, of.kv_heads)
+        # in no order, as blocks are after an hour of serving
+        tables = torch.randperm(copies * of.batch * blocks).view(copies, of.batch, blocks).tolist()
+        q = self._draw(of.batch, of.heads * d)
+        calls: list[Call] = []
+        for some in tables:
+            parts = [(of.context - 1, 1, table) for table in some]
+            layout = self.make_layout(parts, BLOCK, of.heads // of.kv_heads, d, self.kernels.device)
+            calls.append(partial(self.kernels.attention, q, cache, layout, scale=d**-0.5))
+        return self._line(what, calls, moved.bytes, moved.flops, {})
+
+    def _prefill(self, what: str) -> Line:
+        shape, m, d = self.plan.linear, self.plan.prompt, self.plan.head_dim
+        of = work(shape, Kernel("prefill", ""), m, DTYPE.itemsize)
+        blocks = -(-m // BLOCK)
+        cache = self._cache(blocks, shape.kv_heads)
+        layout = self.make_layout([(0, m, range(blocks))], BLOCK, shape.heads // shape.kv_heads, d, self.kernels.device)
+        self.kernels.reserve(1, shape.heads, d)
+        q = self._draw(m, shape.heads * d)
+        call = partial(self.kernels.attention, q, cache, layout, scale=d**-0.5)
+        by_head = q.view(1, m, shape.heads, d).transpose(1, 2).contiguous()
+        k, v = (self._draw(1, shape.kv_heads, m, d) for _ in range(2))
+        attend = partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+        return self._line(what, [call], of.bytes, of.flops, {"torch": [partial(attend, by_head, k, v)]})
+
+    def _product(self, kernel: Kernel, m: int, what: str) -> Line:
+        k, n = kernel.size
+        matrices = 2 if kernel.kind == "gated" else 1
+        of = work(self.plan.linear, kernel, m, DTYPE.itemsize)
+        weights = [self._draw(matrices * n, k).mul_(k**-0.5) for _ in range(self._copies(of.weights))]
+        x = self._draw(m, k)
+        if kernel.kind == "gated":
+            pairs = [weight.chunk(2) for weight in weights]
+            ours = [self.kernels.gated(gate, up, None, None, "silu") for gate, up in pairs]
+            torchs: list[Call] = [partial(_gated, x, weight) for weight in weights]
+        else:
+            ours = [self.kernels.linear([w], [None], wide=kernel.kind == "output") for w in weights]
+            torchs = [partial(functional.linear, x, weight) for weight in weights]
+        return self._line(what, [partial(one, x) for one in ours], of.bytes, of.flops, {"torch": torchs})
+
+    def _rms_norm(self, m: int, what: str) -> Line:
+        hidden = self.plan.linear.hidden
+        weight = self._draw(hidden)
+        norm = self.kernels.rms_norm(weight, _EPS, plus_one=False)
+        x, residual = self._draw(m, hidden), self._draw(m, hidden)
+
+        def plain() -> Tensor:
+            return residual + functional.rms_norm(x, weight.shape, weight, _EPS)
+
+        moved = 3 * m * hidden * DTYPE.itemsize
+        return self._line(what, [partial(norm, x, residual)], moved, 0, {"torch": [plain]})
+
+    def _heads(self, m: int, what: str) -> Line:
+        """Queries and keys are normed and rotated; of a prompt, but for a single row."""
+        shape, d = self.plan.linear, self.plan.head_dim
+        weight = torch.ones(d, dtype=DTYPE, device=self.kernels.device)
+        rotary = Rotary(1e6 ** -(torch.arange(0, d, 2) / d))
+        heads = self.kernels.heads(shape.heads, shape.kv_heads, d, weight, weight, _EPS, False, rotary)
+        blocks = -(-m // BLOCK)
+        cache = self._cache(blocks, shape.kv_heads)
+        layout = self.make_layout([(0, m, range(blocks))], BLOCK, shape.heads // shape.kv_heads, d, self.kernels.device)
+        qkv = self._draw(m, shape.qkv)
+        return self._line(what, [partial(heads, qkv, layout, cache)], 2 * qkv.nbytes, 0, {})
+
+    def _peaks(self, rows: int, what: str) -> Line:
+        logits = torch.randn(rows, self.plan.linear.vocab, device=self.kernels.device)
+        copies = [logits.clone() for _ in range(self._copies(logits.nbytes))]
+        ours: list[Call] = [partial(self.kernels.peaks, one) for one in copies]
+        return self._line(what, ours, logits.nbytes, 0, {"torch": [partial(torch.max, one, 1) for one in copies]})
+
+
+def fill(cache: KVCache) -> None:
+    """Random values everywhere in a cache of bfloat16 or float32 that nobody has written to."""
+    for part in cache.block_bytes():
+        part.view(DTYPE).normal_()
+
+
+def _gated(x: Tensor, weight: Tensor) -> Tensor:
+    gate, up = functional.linear(x, weight).chunk(2, dim=1)
+    return functional.silu(gate) * up

@@ -1,0 +1,168 @@
+"""A QKV product becomes heads, in one launch: queries and keys are normed and rotated, keys and values are stored."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orcaserve.ops.gpu.layout import DeviceLayout
+from orcaserve.ops.gpu.overlap import begin, overlaps, wait
+
+_HEADS = 8  # heads that one program takes, of one token, and all of them queries, or keys, or values
+
+
+@triton.jit
+def _scaled(x, weight, column, inside, scale, OFFSET: tl.constexpr):
+    return x * scale * (tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + OFFSET)
+
+
+@triton.jit
+def _placed(
+    source,
+    head_at,
+    present,
+    column,
+    weight,
+    eps,
+    angles,
+    D: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Heads at `source` + `head_at`, float32: normed where there is a weight, rotated where there are angles."""
+    inside = column < D
+    x = tl.load(source + head_at + column, mask=present & inside, other=0.0).to(tl.float32)
+    if weight is not None:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x = _scaled(x, weight, column, inside, scale, OFFSET)
+    if angles is not None:
+        # each dimension takes a share of the one that it is paired with
+        HALF: tl.constexpr = ROTARY_DIM // 2
+        if INTERLEAVED:
+            first = column % 2 == 0
+            pair = tl.where(first, column + 1, column - 1)
+            angle = column // 2
+        else:
+            first = column < HALF
+            pair = tl.where(first, column + HALF, column - HALF)
+            angle = tl.where(first, column, column - HALF)
+        turns = column < ROTARY_DIM
+        other = tl.load(source + head_at + pair, mask=present & turns, other=0.0).to(tl.float32)
+        if weight is not None:
+            other = _scaled(other, weight, pair, turns, scale, OFFSET)
+        cos = tl.load(angles + angle, mask=turns, other=1.0)
+        sin = tl.load(angles + HALF + angle, mask=turns, other=0.0)
+        x = x * cos + other * tl.where(first, -sin, sin)
+    return x
+
+
+@triton.jit
+def _heads_kernel(
+    qkv,
+    q,
+    k_cache,
+    v_cache,
+    positions,
+    slots,
+    q_norm,
+    k_norm,
+    table,
+    eps,
+    block_size,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    Q_PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
+    KV_PARTS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
+    begin(OVERLAP)
+    wait(OVERLAP)
+    token = tl.program_id(0)
+    part = tl.program_id(1)
+    column = tl.arange(0, D_PADDED)[None, :]
+    source = qkv + token.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * D)
+    angles = None
+    if table is not None:
+        angles = table + tl.load(positions + token).to(tl.int64) * ROTARY_DIM
+    if part < Q_PARTS:
+        head = part * HEADS + tl.arange(0, HEADS)[:, None]
+        present = head < NUM_HEADS
+        x = _placed(source, head * D, present, column, q_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED)
+        tl.store(q + token.to(tl.int64) * (NUM_HEADS * D) + head * D + column, x, mask=present & (column < D))
+    else:
+        slot = tl.load(slots + token)
+        if slot >= 0:
+            is_value = part >= Q_PARTS + KV_PARTS
+            head = (part - Q_PARTS - is_value.to(tl.int32) * KV_PARTS) * HEADS + tl.arange(0, HEADS)[:, None]
+            present = head < NUM_KV_HEADS
+            place = (slot // block_size).to(tl.int64) * NUM_KV_HEADS + head
+            at = (place * block_size + slot % block_size) * D + column
+            if is_value:
+                value = tl.load(source + (NUM_HEADS + NUM_KV_HEADS + head) * D + column, mask=present & (column < D))
+                tl.store(v_cache + at, value, mask=present & (column < D))
+            else:
+                head_at = (NUM_HEADS + head) * D
+                key = _placed(source, head_at, present, column, k_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED)
+                tl.store(k_cache + at, key, mask=present & (column < D))
+
+
+def heads(
+    qkv: Tensor,
+    layout: DeviceLayout,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    plus_one: bool,
+    table: Tensor | None,
+    interleaved: bool,
+    rotary_dim: int,
+) -> Tensor:
+    """qkv [M, (heads + 2 * kv heads) * d] -> queries [M, heads * d]; keys and values go to the layout's slots.
+
+    k_cache, v_cache: [num_blocks, kv heads, block_size, d], in the dtype of qkv. q_norm, k_norm: weights [d] of an RMS
+    norm over each head. table: float32 [positions, 2, rotary_dim / 2], cosines and sines; None: nothing is rotated.
+    interleaved: as in `ops.rotary.Rotary`; dimensions past rotary_dim pass.
+    """
+    m = layout.num_tokens
+    q = torch.empty((m, num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
+    parts = triton.cdiv(num_heads, _HEADS) + 2 * triton.cdiv(num_kv_heads, _HEADS)
+    _heads_kernel[(m, parts)](
+        qkv,
+        q,
+        k_cache,
+        v_cache,
+        layout.positions,
+        layout.slots,
+        q_norm,
+        k_norm,
+        table,
+        eps,
+        layout.block_size,
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        D=head_dim,
+        D_PADDED=triton.next_power_of_2(head_dim),
+        OFFSET=1.0 if plus_one else 0.0,
+        ROTARY_DIM=rotary_dim,
+        INTERLEAVED=interleaved,
+        OVERLAP=overlaps(qkv.device),
+        HEADS=_HEADS,
+        num_warps=4,
+        launch_pdl=overlaps(qkv.device),
+    )
+    return q

@@ -1,0 +1,276 @@
+"""`TritonKernels`: what a model is computed with on a GPU: our kernels in Triton, and matrix products of either kind.
+
+numerics: "invariant": products of our own, in one order of K; a row's bits depend on that row alone. "fast": products
+of torch's library (cuBLAS), which chooses its order by the shape: outside the promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from orcaserve.core.config import KVDtype, Numerics
+from orcaserve.ops.activation import ACTIVATIONS
+from orcaserve.ops.draw import Draw, draw
+from orcaserve.ops.gpu.activation import act_mul
+from orcaserve.ops.gpu.attention import Scratch, attention
+from orcaserve.ops.gpu.heads import heads
+from orcaserve.ops.gpu.layout import DeviceLayout
+from orcaserve.ops.gpu.matmul import MatmulScratch, gated, matmul
+from orcaserve.ops.gpu.norm import layer_norm, rms_norm
+from orcaserve.ops.halves import ComposedAttention, ComposedMLP
+from orcaserve.ops.kernels import Heads, Linear, Norm, Part
+from orcaserve.ops.linear import embedding
+from orcaserve.ops.rotary import Rotary
+from orcaserve.ops.tree import join
+from orcaserve.ops.vocabulary import Logprobs, logprobs, peaks
+
+VERSION = 1  # changes whenever bits may
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PagedCache:
+    """k, v: [num_blocks, kv heads, block_size, d]: a block of one head lies in one piece."""
+
+    k: Tensor
+    v: Tensor
+
+    def block_bytes(self) -> list[Tensor]:
+        return [tensor.flatten(1).view(torch.uint8) for tensor in (self.k, self.v)]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class InvariantLinear:
+    weight: Tensor
+    bias: Tensor | None
+    activation: str | None
+    wide: bool
+    scratch: MatmulScratch
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        how = {"scratch": self.scratch, "activation": self.activation, "wide": self.wide}
+        return matmul(x, self.weight, self.bias, residual, **how)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.weight)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class FastLinear:
+    weight: Tensor
+    bias: Tensor | None
+    activation: str | None
+    wide: bool
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.wide:
+            return _wide(x, self.weight, self.bias)
+        if residual is not None and self.bias is None and self.activation is None:
+            return torch.addmm(residual, x, self.weight.t())
+        out = functional.linear(x, self.weight, self.bias)
+        if self.activation is not None:
+            out = ACTIVATIONS[self.activation](out)
+        return out if residual is None else out + residual
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return embedding(ids, self.weight)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DeviceHeads:
+    """table: float32 [positions, 2, rotary_dim / 2] of cosines and sines."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    plus_one: bool
+    table: Tensor | None
+    rotary: Rotary | None
+
+    def __call__(self, qkv: Tensor, layout: DeviceLayout, cache: PagedCache) -> Tensor:
+        return heads(
+            qkv,
+            layout,
+            cache.k,
+            cache.v,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=self.eps,
+            plus_one=self.plus_one,
+            table=self.table,
+            interleaved=self.rotary is not None and self.rotary.interleaved,
+            rotary_dim=0 if self.rotary is None else self.rotary.rotary_dim,
+        )
+
+
+class TritonKernels:
+    """`Kernels` of one device: a GPU, or the CPU under Triton's interpreter.
+
+    Owner of the memory that its kernels work in, one iteration at a time; `reserve` makes room for attention.
+    max_positions: longest context in tokens.
+    """
+
+    block_multiple = 64
+    is_quantised = False
+    kv_dtype: KVDtype = "auto"
+
+    def __init__(self, device: torch.device, numerics: Numerics = "invariant", *, max_positions: int) -> None:
+        self.device = device
+        self.numerics = numerics
+        self.deterministic = numerics == "invariant"
+        self.matrix_bytes = 0
+        self.name = f"triton-{VERSION}-{numerics}"
+        self._max_positions = max_positions
+        self._products = MatmulScratch(device)
+        self._partials: Scratch | None = None
+        self._tables: dict[Rotary, Tensor] = {}
+
+    def reserve(self, max_items: int, num_heads: int, head_dim: int) -> None:
+        """Makes room for so many items of a layout (spans of decodes)."""
+        self._partials = Scratch.empty(max_items, num_heads, head_dim, self.device)
+
+    def linear(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        *,
+        activation: str | None = None,
+        cut: bool = False,
+        wide: bool = False,
+        exact: bool = False,
+    ) -> Linear:
+        weight, bias = self._stack(weights), _stack_biases(weights, biases)
+        self.matrix_bytes += weight.numel() * weight.itemsize
+        if self.numerics == "fast":
+            return FastLinear(weight, bias, activation, wide)
+        return InvariantLinear(weight, bias, activation, wide, self._products)
+
+    def partial(self, weight: Tensor, part_of: int) -> Linear:
+        raise ValueError("the GPU's kernels run on one device yet")
+
+    def join(self, parts: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return join(parts, bias, residual, dtype)
+
+    def gated(
+        self, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
+    ) -> Part:
+        if self.numerics == "fast":
+            both = self.linear([gate, up], [gate_bias, up_bias])
+            return lambda x: act_mul(both(x), activation)
+        gate, up = self._stack([gate]), self._stack([up])
+        self.matrix_bytes += 2 * gate.numel() * gate.itemsize
+        return lambda x: gated(x, gate, up, gate_bias, up_bias, activation, scratch=self._products)
+
+    def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Norm:
+        return lambda x, residual=None: rms_norm(x, weight, eps, plus_one=plus_one, residual=residual)
+
+    def layer_norm(self, weight: Tensor, bias: Tensor | None, eps: float) -> Norm:
+        return lambda x, residual=None: layer_norm(x, weight, bias, eps, residual=residual)
+
+    def heads(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        plus_one: bool,
+        rotary: Rotary | None,
+    ) -> Heads:
+        table = None if rotary is None else self._table(rotary)
+        return DeviceHeads(num_heads, num_kv_heads, head_dim, q_norm, k_norm, eps, plus_one, table, rotary)
+
+    def attention(
+        self,
+        q: Tensor,
+        cache: PagedCache,
+        layout: DeviceLayout,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        slopes: Tensor | None = None,
+    ) -> Tensor:
+        if self._partials is None:
+            raise ValueError("reserve() has not been called")
+        return attention(
+            q, cache.k, cache.v, layout, self._partials, scale=scale, window=window, softcap=softcap, slopes=slopes
+        )
+
+    def attention_half(
+        self,
+        norm: Part | None,
+        qkv: Linear,
+        heads: Heads,
+        out: Linear,
+        out_norm: Norm | None,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        slopes: Tensor | None = None,
+    ) -> ComposedAttention:
+        return ComposedAttention(self, norm, qkv, heads, out, out_norm, scale, window, softcap, slopes)
+
+    def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Norm | None) -> ComposedMLP:
+        return ComposedMLP(norm, inner, down, out_norm)
+
+    def kv_cache(
+        self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> PagedCache:
+        if block_size % self.block_multiple:
+            raise ValueError(f"blocks of {block_size} tokens are not multiples of {self.block_multiple}")
+        shape = (num_blocks, num_kv_heads, block_size, head_dim)
+        # Zeros: kernels read whole blocks, and what a mask hides must still be a number.
+        k, v = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
+        return PagedCache(k, v)
+
+    def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return 2 * num_kv_heads * head_dim * dtype.itemsize
+
+    # What plain sampling does not do is done on the host, with logits that are there.
+
+    def peaks(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return peaks(logits)
+
+    def draw(self, logits: Tensor, draws: Sequence[Draw]) -> Sequence[int | None]:
+        return draw(logits, draws)
+
+    def logprobs(self, logits: Tensor, peaks: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> Logprobs:
+        return logprobs(logits, peaks, rows, tokens, top)
+
+    def _stack(self, weights: Sequence[Tensor]) -> Tensor:
+        return weights[0].contiguous() if len(weights) == 1 else torch.cat(list(weights))
+
+    def _table(self, rotary: Rotary) -> Tensor:
+        """Shared by all layers that rotate alike."""
+        if rotary not in self._tables:
+            self._tables[rotary] = rotary.angles(self._max_positions - 1)[: self._max_positions].to(self.device)
+        return self._tables[rotary]
+
+
+def _stack_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(weights, biases, strict=True)
+    return torch.cat([weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in pairs])
+
+
+def _wide(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Float32 [M, N], never rounded to the dtype of the weights."""
+    if x.is_cuda and x.dtype != torch.float32:
+        out = torch.mm(x, weight.t(), out_dtype=torch.float32)
+    else:
+        out = functional.linear(x.float(), weight.float())
+    return out if bias is None else out + bias

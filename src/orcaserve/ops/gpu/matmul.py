@@ -1,0 +1,286 @@
+"""Matrix products whose rows have the same bits however many rows travel together.
+
+A product is computed transposed, weight · xᵀ, so that the tensor cores' 64 rows are outputs and their narrow side, from
+16 columns on, is tokens. Every output sums K in steps of one instruction, in order, whatever the tile. Where N is too
+small to occupy the device, K is cut into segments; their number depends on N and K alone. Each is summed from zero, and
+the sums are added in order: for few tokens by the last of the programs that share a tile, for many by one program that
+walks through them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from orcaserve.ops.gpu.activation import KINDS, activate
+from orcaserve.ops.gpu.overlap import begin, overlaps, prefetch, wait
+
+_UNIT = 128  # a segment's length is a multiple of it, so that any BLOCK_K up to it meets the same boundaries
+_LONG = 256  # a segment is at least so long, but for the last
+_PROGRAMS = 192  # what N's tiles of 64 times the segments should come to: one or two for each of the 132 processors
+_MOST = 8
+_SPLIT_ROWS = 256  # tokens up to which segments may be summed by different programs
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program computes: block_n outputs of block_m tokens, K in steps of block_k, `stages` of them in flight.
+
+    split: the segments of K belong to different programs.
+    """
+
+    block_n: int
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+    split: bool = False
+
+
+def segments(n: int, k: int) -> int:
+    """Into how many pieces of equal length (the last may be shorter) the sum over K is cut, for N outputs."""
+    count = 1
+    while triton.cdiv(n, 64) * count < _PROGRAMS and count < _MOST and 2 * count * _LONG <= k:
+        count *= 2
+    return triton.cdiv(k, _segment_length(k, count))
+
+
+def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
+    """The tile for M tokens. Any would give the same bits; `gated` computes two times block_n outputs at once."""
+    if dtype == torch.float32:
+        return Tile(32, 32, 32, 4, 2)
+    if gated:
+        if m <= 64:
+            return Tile(64, 16 if m <= 16 else 32 if m <= 32 else 64, 128, 4, 3)
+        return Tile(64, 128, 64, 4, 4) if m <= 128 else Tile(128, 128, 64, 8, 4)
+    cut = segments(n, k) > 1
+    if m <= 32:
+        return Tile(64, 16 if m <= 16 else 32, 128, 4, 5, cut)
+    if m <= 64:
+        return Tile(128 if cut else 64, 64, 128, 4, 4, cut)
+    if m <= 128:
+        return Tile(64, 128, 64, 4, 4, cut)
+    if m <= 256:
+        return Tile(128, 128, 64, 8, 4, cut)
+    return Tile(128, 128, 64, 8, 4) if cut else Tile(128, 256, 64, 8, 4)
+
+
+class MatmulScratch:
+    """Memory in which programs that share a tile meet. Products of one stream share it; each leaves it clean."""
+
+    __slots__ = ("counters", "overlap", "partials")
+
+    def __init__(self, device: torch.device) -> None:
+        self.overlap = overlaps(device)
+        # segments() stops as soon as tiles times segments reach _PROGRAMS, so they stay below twice that
+        widest = 64 * 2 * _PROGRAMS
+        self.partials = torch.empty(_SPLIT_ROWS * widest, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(_PROGRAMS * _SPLIT_ROWS // 16, dtype=torch.int32, device=device)
+
+
+@triton.jit
+def _block(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DESCRIBED: tl.constexpr):
+    """A block of a matrix [rows, columns], with zeros past its edges. source: a descriptor, or a pointer."""
+    if DESCRIBED:
+        block = source.load([row, column])
+    else:
+        r = row + tl.arange(0, ROWS)[:, None]
+        c = column + tl.arange(0, COLUMNS)[None, :]
+        block = tl.load(source + r.to(tl.int64) * columns + c, mask=(r < rows) & (c < columns), other=0.0)
+    return block
+
+
+@triton.jit
+def _fetch_ahead(matrix, first_n, first_k, n, k, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr):
+    # a line of cache is 64 elements of two bytes; past an edge the last element stands in
+    rows = tl.minimum(first_n + tl.arange(0, BLOCK_N), n - 1)[:, None]
+    columns = tl.minimum(first_k + tl.minimum(tl.arange(0, 8) * 64, DEPTH - 1), k - 1)[None, :]
+    prefetch(matrix + rows.to(tl.int64) * k + columns)
+
+
+@triton.jit(do_not_specialize=["m"])
+def _matmul_kernel(
+    x,
+    weight,
+    up,
+    weight_at,
+    up_at,
+    bias,
+    up_bias,
+    residual,
+    out,
+    partials,
+    counters,
+    m,
+    n,
+    k,
+    ACTIVATION: tl.constexpr,
+    STEPS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    BAND: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    begin(OVERLAP)
+    # Tiles are taken in bands of BAND tiles of tokens, so that those computed at one time share what they read.
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    tile = tl.program_id(0)
+    band = tile // (BAND * tiles_n)
+    height = tl.minimum(tiles_m - band * BAND, BAND)
+    place = tile - band * BAND * tiles_n
+    first_m = (band * BAND + place % height) * BLOCK_M
+    first_n = place // height * BLOCK_N
+
+    first_k = tl.program_id(1) * STEPS * BLOCK_K
+    if OVERLAP and BLOCK_M <= 64:
+        # weights bound the time, and nothing writes them: the first are under way while the kernel before ends
+        _fetch_ahead(weight_at, first_n, first_k, n, k, BLOCK_N, STEPS * BLOCK_K)
+        if up is not None:
+            _fetch_ahead(up_at, first_n, first_k, n, k, BLOCK_N, STEPS * BLOCK_K)
+    wait(OVERLAP)
+    part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    total = part
+    up_part = part
+    for step in range(STEPS if SPLIT else STEPS * SEGMENTS):
+        column = first_k + step * BLOCK_K
+        across = _block(x, first_m, column, m, k, BLOCK_M, BLOCK_K, DESCRIBED).T
+        down = _block(weight, first_n, column, n, k, BLOCK_N, BLOCK_K, DESCRIBED)
+        part = tl.dot(down, across, part, input_precision="ieee")
+        if up is not None:
+            down = _block(up, first_n, column, n, k, BLOCK_N, BLOCK_K, DESCRIBED)
+            up_part = tl.dot(down, across, up_part, input_precision="ieee")
+        if SEGMENTS > 1 and not SPLIT and (step + 1) % STEPS == 0:
+            total += part
+            part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+
+    rows = first_m + tl.arange(0, BLOCK_M)[None, :]
+    columns = first_n + tl.arange(0, BLOCK_N)[:, None]
+    inside = (rows < m) & (columns < n)
+    at = rows.to(tl.int64) * n + columns
+    last = True
+    if SPLIT:
+        size = m.to(tl.int64) * n
+        tl.store(partials + tl.program_id(1) * size + at, part, mask=inside)
+        tl.debug_barrier()
+        last = tl.atomic_add(counters + tile, 1, sem="acq_rel", scope="gpu") == SEGMENTS - 1
+        tl.debug_barrier()
+    if last:
+        if SPLIT:
+            tl.store(counters + tile, 0)
+            total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            for segment in tl.static_range(SEGMENTS):
+                # other processors wrote them: not from this one's own cache
+                total += tl.load(partials + segment * size + at, mask=inside, other=0.0, cache_modifier=".cg")
+        elif SEGMENTS == 1:
+            total = part
+        if bias is not None:
+            total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)
+        total = activate(total, ACTIVATION)
+        if up is not None:
+            if up_bias is not None:
+                up_part += tl.load(up_bias + columns, mask=columns < n, other=0.0).to(tl.float32)
+            total *= up_part
+        if residual is not None:
+            total += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at, total, mask=inside)
+
+
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    scratch: MatmulScratch,
+    activation: str | None = None,
+    wide: bool = False,
+    tile: Tile | None = None,
+) -> Tensor:
+    """activation(x [M, K] · weight [N, K]ᵀ + bias [N]) + residual [M, N] -> [M, N], rounded once; wide: to float32."""
+    return _launch(x, weight, None, bias, None, residual, scratch, activation, wide, tile)
+
+
+def gated(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+    *,
+    scratch: MatmulScratch,
+    tile: Tile | None = None,
+) -> Tensor:
+    """activation(x [M, K] · gate [N, K]ᵀ + gate_bias) * (x · up [N, K]ᵀ + up_bias) -> [M, N], rounded once."""
+    return _launch(x, gate, up, gate_bias, up_bias, None, scratch, activation, False, tile)
+
+
+def _segment_length(k: int, count: int) -> int:
+    return triton.cdiv(triton.cdiv(k, count), _UNIT) * _UNIT
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    scratch: MatmulScratch,
+    activation: str | None,
+    wide: bool,
+    tile: Tile | None,
+) -> Tensor:
+    (m, k), n = x.shape, weight.shape[0]
+    if tile is None:
+        tile = tiles(m, n, k, gated=up is not None, dtype=x.dtype)
+    count = segments(n, k) if up is None else 1
+    out = torch.empty((m, n), dtype=torch.float32 if wide else x.dtype, device=x.device)
+    matrices = [(x, tile.block_m), (weight, tile.block_n), *([] if up is None else [(up, tile.block_n)])]
+    described = all(matrix.data_ptr() % 16 == 0 and k * matrix.itemsize % 16 == 0 for matrix, _ in matrices)
+    sources = [TensorDescriptor.from_tensor(a, [rows, tile.block_k]) if described else a for a, rows in matrices]
+    split = tile.split and count > 1
+    if split and m > _SPLIT_ROWS:
+        raise ValueError(f"segments meet in memory for {_SPLIT_ROWS} rows, not for {m}")
+    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), count if split else 1)
+    _matmul_kernel[grid](
+        *sources,
+        *([None] if up is None else []),
+        weight,
+        up,
+        bias,
+        up_bias,
+        residual,
+        out,
+        scratch.partials if split else None,
+        scratch.counters if split else None,
+        m,
+        n,
+        k,
+        ACTIVATION=None if activation is None else KINDS[activation],
+        STEPS=triton.cdiv(_segment_length(k, count), tile.block_k),
+        SEGMENTS=count,
+        SPLIT=split,
+        DESCRIBED=described,
+        OVERLAP=scratch.overlap,
+        BAND=8,
+        BLOCK_N=tile.block_n,
+        BLOCK_M=tile.block_m,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        # a multiplication and an addition are rounded apart: whether they are joined must not hang on the tile
+        enable_fp_fusion=False,
+        launch_pdl=scratch.overlap,
+    )
+    return out

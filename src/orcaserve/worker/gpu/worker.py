@@ -1,0 +1,348 @@
+"""`DeviceWorker`: puts iterations on a device's stream, and tells what each gave once it is wanted.
+
+An iteration in which everybody decodes is one recorded graph, padded to one of a few sizes: from the tokens that the
+device itself drew before to those that it draws now. Others are put on the stream kernel by kernel. Requests whose
+draws need what only the host knows (penalties, grammars, log-probabilities) are sampled there, which waits for the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orcaserve.core.batch import Batch, RowResult, StepResult
+from orcaserve.ops.gpu.attention import Tuning, tile_tokens
+from orcaserve.ops.gpu.kernels import TritonKernels
+from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
+from orcaserve.ops.gpu.pieces import chunk_tiles, decode_items
+from orcaserve.ops.gpu.prepare import Staged, commit, prepare
+from orcaserve.ops.gpu.sampling import Scratch, Wishes, sample
+from orcaserve.ops.kernels import Kernels, KVCache
+from orcaserve.ops.layout import Row
+from orcaserve.ops.sampler import NOT_A_NUMBER
+from orcaserve.worker.answers import Model, answer
+from orcaserve.worker.gpu.seats import Seats
+from orcaserve.worker.gpu.staging import HostSections, Sections, Sizes
+from orcaserve.worker.gpu.stream import Event, Run, Stream
+from orcaserve.worker.grammars import Grammars
+from orcaserve.worker.requests import Job, Requests, under_grammar
+from orcaserve.worker.swap import Swapper
+from orcaserve.worker.worker import in_order, make_caches
+
+_SEATS_PER_ROW = 4  # requests may hold KV without a row in every iteration
+_UPDATES = 64  # entries of block tables that a graph takes, beside one for each row
+
+
+def graph_sizes(max_batch_size: int) -> list[int]:
+    """Rows of the iterations that are recorded: closely where iterations are short, less so where they are long."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1024, 32)]
+    return [size for size in sizes if size < max_batch_size] + [max_batch_size]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Graph:
+    """An iteration of `sizes`, all of which decode. staged: what the host tells it. tokens: int32 [D] that it draws."""
+
+    sizes: Sizes
+    staged: Tensor
+    tokens: Tensor
+    run: Run
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DevicePending:
+    """An iteration on its way. where: the place of each request's token among those drawn."""
+
+    batch: Batch
+    where: dict[int, int]
+    drawn: Tensor
+    known: dict[int, RowResult]
+    began: Event
+    ended: Event
+    on_end: Callable[[float], None]
+
+    def result(self) -> StepResult:
+        self.ended.wait()
+        self.on_end(self.ended.seconds_since(self.began))
+        tokens = self.drawn.tolist()
+        results = dict(self.known)
+        for id, place in self.where.items():
+            token = tokens[place]
+            results[id] = RowResult(id=id, token_id=token) if token >= 0 else RowResult(id=id, error=NOT_A_NUMBER)
+        return in_order(self.batch, results)
+
+
+def scratch_bytes(max_batch_size: int, max_model_len: int, num_heads: int, head_dim: int, vocab_size: int) -> int:
+    """What a worker takes beside weights, KV and activations: the logits of a batch, and parts of attention."""
+    partials = max_batch_size * -(-max_model_len // SPAN) * num_heads * (head_dim + 2)
+    return 4 * (partials + 2 * max_batch_size * vocab_size)
+
+
+class DeviceWorker:
+    """Owner of the device's KV tensors, block tables and last tokens, the swap space, and what is known of requests.
+
+    One thread calls it. At most `in_flight` iterations are submitted whose results have not been taken.
+    busy_seconds: of the device, in the iterations whose results have been taken.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kernels: TritonKernels,
+        stream: Stream,
+        *,
+        num_heads: int,
+        num_blocks: int,
+        block_size: int,
+        max_batch_size: int,
+        max_model_len: int,
+        in_flight: int = 2,
+        num_slots: int = 0,
+        swap_dir: str | None = None,
+        grammars: Grammars | None = None,
+    ) -> None:
+        """num_heads: of queries. num_slots: blocks that the swap space holds; ModelError if it cannot be made."""
+        self._model = model
+        self._stream = stream
+        self._grammars = grammars
+        self._block_size = block_size
+        self._max_batch_size = max_batch_size
+        self._requests = Requests(model.vocab_size, num_blocks, block_size, ahead=1)
+        self._kv: Sequence[KVCache] = make_caches(model, num_blocks, block_size)
+        self._swapper = Swapper(self._kv, num_slots, swap_dir) if num_slots else None
+        self._tile_tokens = tile_tokens(num_heads // model.num_kv_heads, model.dtype, Tuning.of(model.head_dim))
+        self._most_spans = -(-max_model_len // SPAN)
+        num_seats = _SEATS_PER_ROW * max_batch_size
+        self._seats = Seats(num_seats)
+        device = stream.device
+        self._tables = torch.zeros((num_seats, -(-max_model_len // block_size)), dtype=torch.int32, device=device)
+        self._last_tokens = torch.zeros(num_seats, dtype=torch.int32, device=device)
+        self._scratch = Scratch.make(2 * max_batch_size, model.vocab_size, device)
+        kernels.reserve(max_batch_size * self._most_spans, num_heads, model.head_dim)
+        # One for each iteration in flight, and one to fill meanwhile.
+        self._hosts = [stream.host_buffer(1 << 16) for _ in range(in_flight + 1)]
+        self._drawn = [stream.host_buffer(2 * max_batch_size) for _ in range(in_flight + 1)]
+        self._turn = 0
+        self._graphs: dict[int, _Graph] = {}
+        self.busy_seconds = 0.0
+
+    def forget_all(self) -> None:
+        """As if no request had ever been described; for a new scheduler, which knows of none."""
+        self._requests.forget_all()
+        self._seats.clear()
+
+    @torch.inference_mode()
+    def record(self, size: int) -> None:
+        """Records the iteration in which up to `size` requests decode."""
+        sizes = Sizes(size, size, size, 0, size + _UPDATES, size * self._most_spans)
+        device = self._stream.device
+        staged = torch.zeros(sizes.total, dtype=torch.int32, device=device)
+        told = Sections.of(staged, sizes)
+        told.seats.fill_(-1)
+        told.sample_seats.fill_(-1)
+        told.sample_rows.copy_(torch.arange(size, device=device))
+        tokens = torch.zeros(size, dtype=torch.int32, device=device)
+        self._graphs[size] = _Graph(
+            sizes, staged, tokens, self._stream.record(lambda: self._iterate(told, size, tokens, gather=False))
+        )
+
+    @torch.inference_mode()
+    def submit(self, batch: Batch) -> DevicePending:
+        """Starts one iteration; does not wait for it, unless some of its rows are sampled on the host.
+
+        What raises here raises: the device may be in any state.
+        """
+        if self._swapper is not None:
+            self._swapper.run(batch.swaps)
+        self._seats.leave(batch.freed)
+        for new in batch.new:
+            self._seats.take(new)
+        plan = _Plan.of(self._requests.take(batch), self._max_batch_size)
+        updates = self._updates(plan.jobs)
+        turn, self._turn = self._turn, (self._turn + 1) % len(self._hosts)
+        drawn = self._drawn[turn][: len(plan.drawing)]
+        known: dict[int, RowResult] = {}
+        began = self._stream.mark()
+        if (graph := self._graph(plan, updates)) is not None:
+            self._fill(turn, graph.sizes, graph.staged, plan, updates)
+            graph.run()
+            self._stream.copy(graph.tokens[: len(plan.drawing)], drawn)
+        elif plan.jobs:
+            hidden = self._compute(turn, plan, updates, drawn)
+            known = {job.row.id: RowResult(id=job.row.id) for job in plan.jobs} | self._answer(hidden, plan)
+        where = {plan.jobs[i].row.id: place for place, i in enumerate(plan.drawing)}
+        return DevicePending(batch, where, drawn, known, began, self._stream.mark(), self._add_busy)
+
+    def _add_busy(self, seconds: float) -> None:
+        self.busy_seconds += seconds
+
+    def _graph(self, plan: _Plan, updates: np.ndarray) -> _Graph | None:
+        """The least recorded iteration that has room for this one; None if none has, or it is not of that kind."""
+        if not plan.jobs or plan.num_decodes < len(plan.jobs) or len(plan.drawing) < len(plan.jobs):
+            return None
+        size = next((size for size in self._graphs if size >= plan.num_decodes), None)
+        return None if size is None or updates.shape[0] > size + _UPDATES else self._graphs[size]
+
+    def _updates(self, jobs: Sequence[Job]) -> np.ndarray:
+        """int32 [U, 3]: the blocks that the rows bring, (seat, place in its table, block)."""
+        found = [
+            (self._seats[job.row.id], place, block)
+            for job in jobs
+            if job.row.new_blocks
+            for place, block in enumerate(job.row.new_blocks, len(job.request.blocks) - len(job.row.new_blocks))
+        ]
+        return np.array(found, dtype=np.int32).reshape(-1, 3)
+
+    def _compute(self, turn: int, plan: _Plan, updates: np.ndarray, drawn: Tensor) -> Tensor:
+        """An iteration of any kind, kernel by kernel; the hidden values of its tokens [M, H]."""
+        device, n, chunks = self._stream.device, plan.num_decodes, plan.jobs[plan.num_decodes :]
+        tokens = n + sum(job.row.num_tokens for job in chunks)
+        tiles = sum(-(-job.row.num_tokens // self._tile_tokens) for job in chunks)
+        spans = sum(job.row.start // SPAN + 1 for job in plan.jobs[:n])
+        sizes = Sizes(tokens, n, len(plan.drawing), tiles, updates.shape[0], spans)
+        staged = torch.empty(sizes.total, dtype=torch.int32, device=device)
+        self._fill(turn, sizes, staged, plan, updates)
+        own = torch.empty(len(plan.drawing), dtype=torch.int32, device=device)
+        hidden = self._iterate(Sections.of(staged, sizes), n, own, gather=True)
+        self._stream.copy(own, drawn)
+        return hidden
+
+    def _iterate(self, told: Sections, num_decodes: int, tokens: Tensor, *, gather: bool) -> Tensor:
+        """All that the device does in an iteration; writes the tokens that it draws. gather: not every token draws.
+
+        Gives the hidden values [M, H].
+        """
+        num_tokens = told.ids.shape[0]
+        token_ids, positions, slots = torch.empty((3, num_tokens), dtype=torch.int32, device=self._stream.device)
+        staged = Staged(told.ids, told.seats, told.starts, told.updates, told.num_updates)
+        prepare(staged, self._last_tokens, self._tables, token_ids, positions, slots, block_size=self._block_size)
+        layout = DeviceLayout(
+            positions, slots, told.seats, self._tables, self._block_size, num_decodes,
+            told.items, told.first_items, told.tiles,
+        )  # fmt: skip
+        hidden = self._model.forward(token_ids, layout, self._kv)
+        if tokens.shape[0]:
+            logits = self._model.logits(hidden.index_select(0, told.sample_rows) if gather else hidden)
+            wishes = Wishes(told.bases, told.sample_positions, told.temperatures, told.top_k, told.top_p, told.min_p)
+            sample(logits, wishes, tokens, self._scratch, truncates=True)
+            commit(tokens, told.sample_seats, self._last_tokens)
+        return hidden
+
+    def _fill(self, turn: int, sizes: Sizes, staged: Tensor, plan: _Plan, updates: np.ndarray) -> None:
+        """Writes an iteration down on the host and sends it to `staged`, padded where `sizes` allow for more."""
+        if self._hosts[turn].shape[0] < sizes.total:
+            self._hosts[turn] = self._stream.host_buffer(2 * sizes.total)
+        flat = self._hosts[turn][: sizes.total]
+        told = Sections.of(flat, sizes).on_host()
+        n, seats = plan.num_decodes, [self._seats[job.row.id] for job in plan.jobs]
+        told.ids[:n] = [_newest(job) for job in plan.jobs[:n]]
+        told.seats[:n] = seats[:n]
+        told.seats[n:] = -1
+        told.starts[:n] = [job.row.start for job in plan.jobs[:n]]
+        if chunks := plan.jobs[n:]:
+            firsts, begins = np.array(plan.firsts[n:]), np.array([job.row.start for job in chunks])
+            counts, places = np.array([job.row.num_tokens for job in chunks]), np.array(seats[n:])
+            told.ids[n:] = [token for job in chunks for token in job.token_ids]
+            told.seats[n:] = np.repeat(places, counts)
+            told.starts[n:] = np.arange(n, sizes.tokens) + np.repeat(begins - firsts, counts)
+            told.tiles[:] = chunk_tiles(firsts, counts, places, self._tile_tokens)
+        positions = np.full(sizes.decodes, -1)
+        positions[:n] = told.starts[:n]
+        items, told.first_items[:] = decode_items(positions, None)
+        told.items[: items.shape[0]] = items
+        told.num_updates[0] = updates.shape[0]
+        told.updates[: updates.shape[0]] = updates
+        self._fill_samples(told, plan, seats)
+        used = sizes.total - sizes.items + items.shape[0]
+        self._stream.copy(flat[:used], staged[:used])
+
+    def _fill_samples(self, told: HostSections, plan: _Plan, seats: Sequence[int]) -> None:
+        r = len(plan.drawing)
+        mine = np.array([seats[i] for i in plan.drawing], dtype=np.int64)
+        told.sample_seats[:r], told.sample_seats[r:] = mine, -1
+        told.sample_rows[:r] = [plan.firsts[i] + plan.jobs[i].row.num_tokens - 1 for i in plan.drawing]
+        told.sample_positions[:r] = [plan.jobs[i].end for i in plan.drawing]
+        told.bases[:r] = self._seats.bases[mine]
+        told.temperatures[:r], told.temperatures[r:] = self._seats.temperatures[mine], 0.0
+        told.top_k[:r], told.top_k[r:] = self._seats.top_k[mine], 0
+        told.top_p[:r], told.top_p[r:] = self._seats.top_p[mine], 1.0
+        told.min_p[:r], told.min_p[r:] = self._seats.min_p[mine], 0.0
+
+    def _answer(self, hidden: Tensor, plan: _Plan) -> dict[int, RowResult]:
+        """What rows gave whose sampling, scores or vectors are the host's affair."""
+        jobs = [plan.jobs[i] for i in plan.on_host]
+        if not jobs:
+            return {}
+        if self._grammars is not None:
+            self._grammars.begin(under_grammar(jobs))
+        rows = [
+            Row(plan.firsts[i], job.row.num_tokens, job.row.start, job.request.blocks)
+            for i, job in zip(plan.on_host, jobs, strict=True)
+        ]
+        return {row.id: row for row in answer(_OnHost(self._model), hidden, _Rows(tuple(rows)), jobs)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Jobs in the order in which their tokens stand: those of one token first, then chunks.
+
+    firsts: where each one's tokens begin. drawing, on_host: places of those that get a token on the device, and of
+    those whose results the host finds.
+    """
+
+    jobs: Sequence[Job]
+    num_decodes: int
+    firsts: Sequence[int]
+    drawing: Sequence[int]
+    on_host: Sequence[int]
+
+    @classmethod
+    def of(cls, jobs: Sequence[Job], most_decodes: int) -> _Plan:
+        decodes = [job for job in jobs if job.row.num_tokens == 1][:most_decodes]
+        if len(decodes) < len(jobs):
+            others = {job.row.id for job in jobs} - {job.row.id for job in decodes}
+            chunks = [job for job in jobs if job.row.id in others]
+        else:
+            chunks = []
+        ordered = decodes + chunks
+        ends = list(accumulate((job.row.num_tokens for job in ordered), initial=0))
+        on_host = [i for i, job in enumerate(ordered) if not job.request.new.params.is_plain]
+        drawing = [i for i, job in enumerate(ordered) if job.row.samples and job.request.new.params.is_plain]
+        return cls(ordered, len(decodes), ends[:-1], drawing, on_host)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What `answer` reads of a layout."""
+
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _OnHost:
+    """A model whose logits come to the host."""
+
+    model: Model
+
+    @property
+    def kernels(self) -> Kernels:
+        return self.model.kernels
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        logits = self.model.logits(hidden)
+        return None if logits is None else logits.cpu()
+
+    def final(self, hidden: Tensor) -> Tensor:
+        return self.model.final(hidden)
+
+
+def _newest(job: Job) -> int:
+    """A decode's token, or -1 if only the device has it yet."""
+    tokens = job.request.token_ids
+    return tokens[job.row.start] if job.row.start < len(tokens) else -1

@@ -1,0 +1,264 @@
+"""Times the matrix products of two models on the GPU with every tile worth trying, and checks that all give equal bits.
+
+    python tools/tune_gpu.py
+
+Prints, for each matrix and number of tokens, what torch's product takes, what the tile in the table takes (in brackets:
+where each kernel begins only when the one before has ended), and the best: microseconds, and the share of a copy's
+bandwidth (few tokens) or of torch's rate (many). A tile reads
+outputs x tokens x K, w its warps, s its stages, /S the segments of K ("/S" where they are shared among programs,
+"+S" where one program walks through them). Segments other than the table's are timed too, for a few tokens.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from triton.runtime.errors import OutOfResources
+
+from orcaserve.ops.gpu import matmul as products
+from orcaserve.ops.gpu.matmul import MatmulScratch, Tile
+
+TOKENS = (1, 16, 64, 256, 2048)
+CHECKED = (1, 7, 64, 65, 130, 1024)
+CACHE_BYTES = 300 << 20  # so many bytes of weights take turns that no cache holds them
+
+
+@dataclass(frozen=True)
+class Matrix:
+    name: str
+    n: int
+    k: int
+    gated: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return self.n * self.k * 2 * (2 if self.gated else 1)
+
+    @property
+    def segments(self) -> int:
+        return 1 if self.gated else products.segments(self.n, self.k)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        shape = (self.n, self.k)
+        return tuple(torch.randn(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2 if self.gated else 1))
+
+
+@dataclass(frozen=True)
+class Way:
+    """A matrix, and how it is multiplied."""
+
+    matrix: Matrix
+    tile: Tile
+    segments: int
+
+    def __call__(self, x: Tensor, weights: Sequence[Tensor], scratch: MatmulScratch) -> Tensor:
+        with patch.object(products, "segments", lambda n, k: self.segments):
+            if self.matrix.gated:
+                gate, up = weights
+                return products.gated(x, gate, up, None, None, "silu", scratch=scratch, tile=self.tile)
+            return products.matmul(x, weights[0], scratch=scratch, tile=self.tile)
+
+    def __str__(self) -> str:
+        tile = self.tile
+        cut = "" if self.segments == 1 else f"{'/' if tile.split else '+'}{self.segments}"
+        return f"{tile.block_n}x{tile.block_m}x{tile.block_k}w{tile.warps}s{tile.stages}{cut}"
+
+
+MATRICES = (
+    Matrix("8B qkv", 6144, 4096),
+    Matrix("8B out", 4096, 4096),
+    Matrix("8B gate, up", 12288, 4096, gated=True),
+    Matrix("8B down", 4096, 12288),
+    Matrix("8B head", 151936, 4096),
+    Matrix("0.6B qkv", 4096, 1024),
+    Matrix("0.6B out", 1024, 2048),
+    Matrix("0.6B gate, up", 3072, 1024, gated=True),
+    Matrix("0.6B down", 1024, 3072),
+    Matrix("0.6B head", 151936, 1024),
+)
+
+
+def table_way(matrix: Matrix, m: int) -> Way:
+    tile = products.tiles(m, matrix.n, matrix.k, gated=matrix.gated, dtype=torch.bfloat16)
+    return Way(matrix, tile, matrix.segments)
+
+
+def ways(matrix: Matrix, m: int) -> list[Way]:
+    """The table's first."""
+    found = {table_way(matrix, m): None}
+    for shape in _gated_shapes(m) if matrix.gated else _shapes(m):
+        for split in (True, False) if matrix.segments > 1 and m <= 256 else (False,):
+            found[Way(matrix, Tile(*shape, split), matrix.segments)] = None
+    if not matrix.gated and m in (1, 64) and matrix.n < 8192:
+        tile = table_way(matrix, m).tile
+        for count in (1, 2, 4, 8):
+            found[Way(matrix, Tile(tile.block_n, tile.block_m, tile.block_k, tile.warps, tile.stages, True), count)] = (
+                None
+            )
+    return list(found)
+
+
+def _shapes(m: int) -> Iterator[tuple[int, int, int, int, int]]:
+    if m <= 16:
+        yield from ((64, 16, 128, 4, 4), (64, 16, 128, 4, 5), (64, 16, 64, 4, 8), (128, 16, 128, 4, 4))
+    elif m <= 64:
+        yield from ((64, 64, 128, 4, 3), (64, 64, 64, 4, 6), (128, 64, 64, 4, 4), (128, 64, 128, 4, 4))
+    elif m <= 256:
+        yield from ((64, 128, 64, 4, 4), (128, 64, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 5))
+    else:
+        yield from ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3))
+
+
+def _gated_shapes(m: int) -> Iterator[tuple[int, int, int, int, int]]:
+    if m <= 16:
+        yield from ((64, 16, 128, 4, 3), (64, 16, 64, 4, 5), (128, 16, 64, 4, 5))
+    elif m <= 64:
+        yield from ((64, 64, 128, 4, 3), (64, 64, 64, 4, 4), (128, 64, 64, 8, 4))
+    elif m <= 256:
+        yield from ((64, 128, 64, 4, 4), (128, 64, 64, 8, 4), (128, 128, 64, 8, 3))
+    else:
+        yield from ((128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4), (64, 256, 64, 8, 4))
+
+
+def compile_all(share: Sequence[Way]) -> None:
+    """In a process of its own: runs each way once, whereby its binary comes to the disk, for others to find."""
+    scratch, one_by_one = MatmulScratch(torch.device("cuda")), apart()
+    for way in share:
+        weights = [torch.empty((way.matrix.n, way.matrix.k), dtype=torch.bfloat16, device="cuda")] * 2
+        try:
+            way(weights[0][:1], weights, scratch)
+            if way.tile.block_m <= 64 and way == table_way(way.matrix, way.tile.block_m):
+                way(weights[0][:1], weights, one_by_one)
+        except OutOfResources as error:
+            print(f"{way} for {way.matrix.name}: {error}", flush=True)
+    torch.cuda.synchronize()
+
+
+def apart() -> MatmulScratch:
+    """With which kernels begin when the one before has ended."""
+    scratch = MatmulScratch(torch.device("cuda"))
+    scratch.overlap = False
+    return scratch
+
+
+def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:
+    """Of one of the calls, made one after the other in a graph: the best of a few rounds."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1000 / (2 * len(calls)))
+    return min(times)
+
+
+def torch_product(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    for weight in weights:
+        out = linear(x, weight)
+    return out
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (microseconds([lambda: target.copy_(source)]) * 1e-6)
+
+
+def time_matrix(matrix: Matrix, copies: list[tuple[Tensor, ...]], scratch: MatmulScratch, bandwidth: float) -> None:
+    one_by_one = apart()
+    for m in TOKENS:
+        x = torch.randn((m, matrix.k), dtype=torch.bfloat16, device="cuda")
+        turns = copies[: len(copies) if m <= 64 else 4]
+        theirs = microseconds([partial(torch_product, x, weights) for weights in turns])
+        results = []
+        for way in ways(matrix, m):
+            try:
+                results.append((microseconds([partial(way, x, weights, scratch) for weights in turns]), way))
+            except OutOfResources:
+                continue
+        floor = matrix.bytes / bandwidth * 1e6 if m <= 64 else theirs
+        flops = matrix.bytes * m  # two for each of the weight's elements, of two bytes
+        rate = f"{matrix.bytes / theirs / 1e6:.2f} TB/s" if m <= 64 else f"{flops / theirs / 1e6:.0f} TFLOP/s"
+        line = f"{matrix.name:13} M {m:4}  torch {theirs:7.1f} us {rate:12} table {results[0][0]:7.1f}"
+        if m <= 64:
+            line += f" ({microseconds([partial(results[0][1], x, weights, one_by_one) for weights in turns]):.1f})"
+        line += f" {floor / results[0][0]:4.0%}  "
+        best = sorted(results, key=lambda result: result[0])[:3]
+        print(line + "  ".join(f"{way} {took:.1f} {floor / took:.0%}" for took, way in best), flush=True)
+
+
+def check_matrix(matrix: Matrix, weights: tuple[Tensor, ...], scratch: MatmulScratch) -> tuple[int, list[str]]:
+    """The number of products compared, and those whose rows had other bits than in the greatest batch."""
+    x = torch.randn((max(CHECKED), matrix.k), dtype=torch.bfloat16, device="cuda")
+    whole = table_way(matrix, len(x))(x, weights, scratch)
+    wanted = linear(x[:64], weights[0])
+    if matrix.gated:
+        wanted = torch.nn.functional.silu(wanted) * linear(x[:64], weights[1])
+    error = (whole[:64].float() - wanted.float()).norm() / wanted.float().norm()
+    wrong = [] if error < 2e-2 else [f"{matrix.name}: error {error:.1e}"]
+    count = 0
+    for m in CHECKED:
+        tried = [table_way(matrix, m)]
+        for other in TOKENS:
+            tried += [
+                w for w in ways(matrix, other) if w.segments == matrix.segments and not (w.tile.split and m > 256)
+            ]
+        for first in {0, (len(x) - m) // 2, len(x) - m}:
+            for way in dict.fromkeys(tried):
+                try:
+                    got = way(x[first : first + m], weights, scratch)
+                except OutOfResources:
+                    continue
+                count += 1
+                if not torch.equal(got, whole[first : first + m]):
+                    wrong.append(f"{matrix.name} M {m} from {first}: {way}")
+    return count, wrong
+
+
+def main() -> None:
+    began = time.monotonic()
+    everything = list(dict.fromkeys(way for matrix in MATRICES for m in (*TOKENS, *CHECKED) for way in ways(matrix, m)))
+    workers = max(1, min(16, len(os.sched_getaffinity(0))))
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_all, [everything[first::workers] for first in range(workers)]))
+    bandwidth = copy_bandwidth()
+    print(
+        f"{torch.cuda.get_device_name()}, a copy moves {bandwidth / 1e12:.2f} TB/s;"
+        f" {len(everything)} products compiled in {time.monotonic() - began:.0f} s"
+    )
+    scratch = MatmulScratch(torch.device("cuda"))
+    torch.manual_seed(0)
+    compared, wrong = 0, []
+    for matrix in MATRICES:
+        copies = [matrix.weights() for _ in range(max(2, -(-CACHE_BYTES // matrix.bytes)))]
+        time_matrix(matrix, copies, scratch, bandwidth)
+        count, others = check_matrix(matrix, copies[0], scratch)
+        compared, wrong = compared + count, wrong + others
+    print(f"bits: {compared} products compared, {len(wrong)} differ; {time.monotonic() - began:.0f} s in all")
+    for line in wrong[:20]:
+        print(" ", line)
+
+
+if __name__ == "__main__":
+    main()
