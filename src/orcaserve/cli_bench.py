@@ -235,8 +235,8 @@ def bench_gpu(only: str | None, tiny: bool, drawn: Path | None, out: Path | None
         found, measures = sections([name for name in SECTIONS if name in wanted], tiny)
     except ModelError as error:
         raise click.ClickException(str(error)) from None
-    run(found, measures, out, lambda line: click.echo(line))  # click flushes
-    if any(section.error for section in found.sections) or report.warnings(found)[tiny:]:
+    run(found, measures, out, click.echo)
+    if report.problems(found):
         raise click.ClickException("not all went well; the lines above say where")
 
 

@@ -1,16 +1,14 @@
-"""A GPU's limits by hand and pencil, the page made of what was found, and the whole command in a tiny run."""
+"""A GPU's limits by hand and pencil, and the page made of what was found."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from orcaserve.bench.gpu import SECTIONS, report
+from orcaserve.bench.gpu import report
 from orcaserve.bench.gpu.models import MODELS, SMALL
 from orcaserve.bench.gpu.report import Found, Line, Report, duration, markdown, told, warnings
 from orcaserve.bench.gpu.roofline import Card, least_seconds, least_seconds_of, moved, multiplied
@@ -139,27 +137,3 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
 def test_a_section_that_is_not_there_is_refused() -> None:
     result = CliRunner().invoke(main, ["bench", "gpu", "--only", "steps,dreams"])
     assert result.exit_code == 2 and "dreams" in result.output
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="an extra")
-@pytest.mark.parametrize("section", [name for name in SECTIONS if name != "peer"])
-def test_a_tiny_run_of_every_section(section: str, tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["bench", "gpu", "--tiny", "--only", section, "--out", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    found = report.read(tmp_path / report.JSON)
-    assert [one.name for one in found.sections] == list(dict.fromkeys(["ceilings", section]))
-    assert all(one.lines and one.error is None for one in found.sections)
-    assert re.search(r"\| share \|", (tmp_path / report.PAGE).read_text()) or section in (
-        "ceilings",
-        "promise",
-        "check",
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="an extra")
-def test_a_tiny_run_of_the_peer(tmp_path: Path) -> None:
-    result = CliRunner().invoke(main, ["bench", "gpu", "--tiny", "--only", "peer", "--out", str(tmp_path)])
-    assert result.exit_code == 0, result.output
-    [_, peer] = report.read(tmp_path / report.JSON).sections
-    assert len(peer.lines) == 2 and all(line.rate for line in peer.lines)

@@ -1,7 +1,10 @@
 """GPU kernels are tested on the GPU that is there, else under Triton's interpreter (see the conftest above)."""
 
+import inspect
 from collections.abc import Iterator
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,15 +15,53 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def loops_over_loaded_bounds() -> Iterator[None]:
-    """Lets the interpreter's scalars, arrays of one element, bound a loop: from NumPy 2.4 on, int() refuses them."""
+def quick_interpreter() -> Iterator[None]:
+    """The interpreter puts its own functions into Triton's modules at every call within a kernel: once is enough."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    languages, patched = [interpreter.tl, interpreter.tl.core], set()
+
+    def patch_once(function):
+        seen = {value for value in function.__globals__.values() if inspect.ismodule(value) and value in languages}
+        if seen <= patched:
+            return SimpleNamespace(restore=lambda: None)
+        patched.update(seen)
+        return patch(function)
+
+    def launch_anew(*args, **kwargs):
+        patched.clear()
+        return launch(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_lang", patch_once)
+        context.setattr(interpreter.GridExecutor, "__call__", launch_anew)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_like_a_gpu() -> Iterator[None]:
+    """Lets the interpreter do what kernels rest on and a GPU does: see the three patches."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    language = pytest.importorskip("triton.language")
     patch = interpreter._patch_lang_tensor
 
+    def values(handle: object) -> np.ndarray:
+        """bfloat16 is held as whole numbers, which would be multiplied as such."""
+        if handle.dtype.scalar == language.bfloat16:
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return handle.data.astype(np.float32)
+
+    def dot(self: object, a: object, b: object, c: object, *precision: object) -> object:
+        """BLAS gives a row other bits at another place; this sum does not."""
+        product = np.einsum("ik,kj->ij", values(a), values(b))
+        return interpreter.TensorHandle(product + c.data, c.dtype.scalar)
+
     def patch_with_index(tensor: type, scope: object) -> None:
+        """Its scalars are arrays of one element, which bound no loop since NumPy 2.4."""
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     with pytest.MonkeyPatch.context() as context:
         context.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
+        context.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
         yield

@@ -6,7 +6,7 @@ Without a GPU the same runs under Triton's interpreter, on the CPU, for tests.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from orcaserve.executors.measure import measure
 from orcaserve.model.config import read_config
 from orcaserve.model.decoder import Decoder, compute_dtype
 from orcaserve.ops.gpu.kernels import TritonKernels
+from orcaserve.ops.kernels import KVCache
 from orcaserve.worker.gpu.stream import CudaStream, HostStream, Stream
 from orcaserve.worker.gpu.worker import DevicePending, DeviceWorker, graph_sizes, scratch_bytes
 from orcaserve.worker.grammars import Grammars
@@ -40,6 +41,11 @@ class DeviceExecutor:
     def busy_seconds(self) -> float:
         """Of the device, in the iterations that are over."""
         return self._worker.busy_seconds
+
+    @property
+    def caches(self) -> Sequence[KVCache]:
+        """The KV tensors of each layer."""
+        return self._worker.caches
 
     def submit(self, batch: Batch) -> DevicePending:
         return self._worker.submit(batch)

@@ -56,6 +56,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": _qwen3(28, 1024, 3072, 16, tied=True),
     "Qwen3-8B": _qwen3(36, 4096, 12288, 32, tied=False),
     "Llama-3.1-8B": _LLAMA_8B,
+    "toy": _qwen3(1, 32, 48, 2, tied=True)
+    | _SMALL
+    | {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 128}
+    | {"num_attention_heads": 2, "num_key_value_heads": 1},
     "tiny Qwen3": _qwen3(2, 64, 96, 4, tied=True) | _SMALL,
     "tiny Llama": _LLAMA_8B | _SMALL | {"rope_scaling": None},
     "tiny GPT-2": {

@@ -23,11 +23,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
     memory: bytes that are copied or read for the ceilings. rotated: bytes that the buffers of a kernel take together at
         least, so that no cache holds one until its turn comes. side: of the square product. samples: of each timing.
-    batches, context, prefill: of the iterations that are timed.
+    batches, context: of decodes that are timed, so many after some that warm up. prefill: of as many prompts.
     shared_…: requests at once, their prompts and outputs, and most of them running.
     promised: requests, prompts, outputs. trace: requests of Orca's trace. sessions: chats of the ladder, whose requests
         have paper_longest tokens at most.
-    peer_seconds: what another engine may take. checked: tokens that are compared with the CPU's.
+    peer_seconds: what another engine may take. check_…: requests whose first tokens are compared with the CPU's.
     """
 
     memory: int
@@ -43,7 +43,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     step_models: tuple[str, ...]
     batches: tuple[int, ...]
     context: int
+    warm: int
+    timed: int
     prefill: int
+    prompts: int
     shared_models: tuple[str, ...]
     shared_requests: int
     shared_prompts: tuple[int, int]
@@ -61,8 +64,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     trace: str
     sessions: int
     paper_longest: int
-    check_models: tuple[str, ...] = SMALL
-    checked: int = 64
+    check_models: tuple[str, ...]
+    check_requests: int
+    check_prompts: tuple[int, int]
+    checked: int
 
 
 FULL = Plan(
@@ -85,7 +90,10 @@ FULL = Plan(
     step_models=("Qwen3-0.6B", "Qwen3-8B", "Llama-3.1-8B"),
     batches=(256, 64, 16, 1),
     context=800,
+    warm=3,
+    timed=12,
     prefill=8192,
+    prompts=8,
     shared_models=("Qwen3-0.6B", "Qwen3-8B"),
     shared_requests=256,
     shared_prompts=(100, 1024),
@@ -103,38 +111,48 @@ FULL = Plan(
     trace="burst:n=32,in=32-512,out=1-128",
     sessions=12,
     paper_longest=LONGEST,
+    check_models=SMALL,
+    check_requests=4,
+    check_prompts=(3, 70),
+    checked=64,
 )
 TINY = Plan(
     memory=1 << 20,
-    rotated=1 << 16,
+    rotated=1,
     side=64,
-    samples=2,
+    samples=1,
     head_dim=16,
-    linear=Shape("tiny", 64, 96, 4, 2, 16, 1000),
-    rows=(1, 16),
-    decodes=(Decode(4, 40, 4, 2), Decode(1, 300, 4, 2)),
-    prompt=64,
-    sampled=(1, 4),
-    step_models=("tiny Qwen3",),
-    batches=(4, 1),
+    linear=Shape("tiny", 64, 96, 4, 2, 16, 300),
+    rows=(1, 3),
+    decodes=(Decode(2, 40, 4, 2), Decode(1, 300, 4, 2)),
+    prompt=8,
+    sampled=(2,),
+    step_models=("toy",),
+    batches=(2,),
     context=40,
-    prefill=64,
-    shared_models=("tiny Qwen3",),
-    shared_requests=6,
-    shared_prompts=(5, 40),
-    shared_outputs=(2, 8),
-    shared_rows=4,
+    warm=1,
+    timed=1,
+    prefill=4,
+    prompts=2,
+    shared_models=("toy",),
+    shared_requests=2,
+    shared_prompts=(2, 4),
+    shared_outputs=(2, 3),
+    shared_rows=2,
     batch_tokens=64,
-    alone=4,
-    peer_model="tiny Qwen3",
+    alone=2,
+    peer_model="toy",
     peer_seconds=60.0,
-    promise_model="tiny Qwen3",
-    promised=6,
-    promise_prompts=(4, 80),
-    promise_outputs=(2, 5),
-    paper_model="tiny Llama",
-    trace="burst:n=4,in=8-32,out=1-6",
-    sessions=2,
+    promise_model="toy",
+    promised=2,
+    promise_prompts=(2, 4),
+    promise_outputs=(2, 2),
+    paper_model="toy",
+    trace="burst:n=2,in=3-8,out=1-2",
+    sessions=1,
     paper_longest=64,
-    checked=8,
+    check_models=("toy",),
+    check_requests=2,
+    check_prompts=(2, 4),
+    checked=2,
 )

@@ -102,12 +102,17 @@ def duration(seconds: float) -> str:
     return f"{number(seconds * 1e6)} µs"
 
 
-def warnings(report: Report) -> list[str]:
-    """Why the figures should not be quoted, or what is missing."""
-    lines = ["A tiny run, to see that every part works: do not quote."] if report.is_tiny else []
-    lines += [f"“{found.title}” broke off: {found.error}" for found in report.sections if found.error]
+def problems(report: Report) -> list[str]:
+    """What is missing, and what is not as it has to be."""
+    broken = [f"“{found.title}” broke off: {found.error}" for found in report.sections if found.error]
     wrong = (line.what for found in report.sections for line in found.lines if line.wrong)
-    return lines + [f"Not as it has to be: {what}." for what in wrong]
+    return broken + [f"Not as it has to be: {what}." for what in wrong]
+
+
+def warnings(report: Report) -> list[str]:
+    """The problems, and why the figures should not be quoted."""
+    tiny = ["A tiny run, to see that every part works: do not quote."] if report.is_tiny else []
+    return tiny + problems(report)
 
 
 def _markdown(report: Report, figure: str | None) -> Iterator[str]:

@@ -24,45 +24,52 @@ from orcaserve.ops.torch_kernels import TorchKernels
 from orcaserve.parallel.group import Alone
 from orcaserve.worker.worker import Worker
 
-REQUESTS, PROMPTS = 4, (3, 70)
 CHUNK = 32  # tokens of an iteration, so that prompts are cut
-LONGEST = 256
-SIZES = {"rows": REQUESTS, "batch_tokens": CHUNK, "longest": LONGEST, "tokens": REQUESTS * LONGEST}
+LONGEST = 256  # tokens of a request
 HOST = torch.device("cpu")
 
 
 def check(lab: Lab) -> Iterator[Line]:
+    count, length = lab.plan.check_requests, lab.plan.checked
     for model in lab.plan.check_models:
-        config, count = config_of(model), lab.plan.checked
-        requests = draw_requests(REQUESTS, PROMPTS, (count, count), config.vocab_size, temperatures=(0.0,), seed=2)
-        kernels = lab.kernels("invariant", LONGEST)
-        there = start(model, _decoder(config, kernels), kernels, **SIZES)
-        found = crowd(there.device, scheduler(there, rows=REQUESTS, batch_tokens=CHUNK), lab.watch, requests).tokens
-        expected = _on_host(config, requests)
+        config = config_of(model)
+        requests = draw_requests(
+            count, lab.plan.check_prompts, (length, length), config.vocab_size, temperatures=(0.0,), seed=2
+        )
+        found, expected = _on_device(lab, model, config, requests), _on_host(config, requests)
         equal = sum(found[id] == tokens for id, tokens in expected.items())
         yield Line(
-            what=f"{model}: {REQUESTS} greedy answers of {count} tokens",
-            note=f"{equal} of {REQUESTS} are the same",
-            wrong=equal != REQUESTS,
+            what=f"{model}: {count} greedy answers of {length} tokens",
+            note=f"{equal} of {count} are the same",
+            wrong=equal != count,
         )
-        del there, kernels
-        lab.let_go()
+
+
+def _on_device(lab: Lab, model: str, config: ModelConfig, requests: Sequence[NewRequest]) -> dict[int, list[int]]:
+    lab.let_go()
+    kernels, rows = lab.kernels("invariant", LONGEST), len(requests)
+    engine = start(
+        model,
+        _decoder(config, kernels),
+        kernels,
+        rows=rows,
+        batch_tokens=CHUNK,
+        longest=LONGEST,
+        tokens=rows * LONGEST,
+    )
+    return crowd(engine.device, scheduler(engine, rows=rows, batch_tokens=CHUNK), lab.watch, requests).tokens
 
 
 def _on_host(config: ModelConfig, requests: Sequence[NewRequest]) -> dict[int, list[int]]:
     """What the slow twin of everything says."""
-    worker = Worker(_decoder(config, TorchKernels()), num_blocks=SIZES["tokens"] // BLOCK, block_size=BLOCK)
-    executor = LocalExecutor(worker)
+    rows, num_blocks = len(requests), len(requests) * LONGEST // BLOCK
+    worker = Worker(_decoder(config, TorchKernels()), num_blocks=num_blocks, block_size=BLOCK)
     decides = Scheduler(
         SchedulerConfig(
-            policy=DEFAULT,
-            max_batch_size=REQUESTS,
-            max_batch_tokens=CHUNK,
-            num_blocks=SIZES["tokens"] // BLOCK,
-            block_size=BLOCK,
+            policy=DEFAULT, max_batch_size=rows, max_batch_tokens=CHUNK, num_blocks=num_blocks, block_size=BLOCK
         )
     )
-    return crowd(executor, decides, stopwatch(HOST), requests).tokens
+    return crowd(LocalExecutor(worker), decides, stopwatch(HOST), requests).tokens
 
 
 def _decoder(config: ModelConfig, kernels: Kernels) -> Decoder:

@@ -48,7 +48,7 @@ def sections(names: Sequence[str], is_tiny: bool) -> tuple[Report, dict[str, Mea
         date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         machine=Machine.this(),
         device=torch.cuda.get_device_name(device) if has_gpu else "a CPU, under Triton's interpreter",
-        versions={"Python": platform.python_version(), "torch": str(torch.__version__), "Triton": version("triton")},
+        versions=_versions(),
         is_tiny=is_tiny,
         card=card,
         sections=[],
@@ -60,6 +60,11 @@ def sections(names: Sequence[str], is_tiny: bool) -> tuple[Report, dict[str, Mea
         elif name != "ceilings":
             measures[name] = partial(_MEASURES[name], lab)
     return report, measures
+
+
+def _versions() -> dict[str, str]:
+    found = {"Python": platform.python_version(), "torch": str(torch.__version__), "Triton": version("triton")}
+    return found if torch.version.cuda is None else found | {"CUDA": torch.version.cuda}
 
 
 def _kernels(lab: Lab) -> Iterator[Line]:

@@ -65,7 +65,7 @@ def _line(lab: Lab, model: str, requests: list[NewRequest], found: Outcome) -> L
         rate=found.num_tokens / found.seconds,
         unit="tokens/s",
         limit=tokens / least_seconds_of(lab.card, sizes_of(model), lengths, lab.plan.shared_rows),
-        note=f"{found.iterations} iterations; the GPU was at work {found.busy / found.seconds:.1%} of the time",
+        note=f"{found.iterations} iterations; the GPU was at work {found.busy / found.seconds:.1%} of it, at least",
         wrong=found.num_tokens != tokens,
     )
 

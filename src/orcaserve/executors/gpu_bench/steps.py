@@ -15,14 +15,11 @@ from orcaserve.core.config import Numerics
 from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.executors.gpu_bench.lab import BLOCK, Lab, sizes_of
 from orcaserve.ops.gpu.benchmark import fill
-from orcaserve.ops.gpu.stopwatch import Stopwatch
 from orcaserve.sim.cost import size_of
 from orcaserve.sim.shape import ModelShape
 
-WARM, TIMED = 3, 12  # decodes of each size
 READS = 3  # iterations that read prompts, of which the first only warms up
-PROMPTS = 8  # of one such iteration
-HOLD = 5e-3  # seconds that the device is held, in which the host submits an iteration
+HOLD, LONG_HOLD = 5e-3, 30e-3  # seconds that the device is held, in which the host submits decodes, or prompts
 
 
 def steps(lab: Lab) -> Iterator[Line]:
@@ -34,21 +31,21 @@ def steps(lab: Lab) -> Iterator[Line]:
 
 def _steps(lab: Lab, model: str, numerics: Numerics) -> Iterator[Line]:
     plan = lab.plan
-    longest = max(plan.context + WARM + TIMED, plan.prefill // PROMPTS) + 1
+    steps, prompt = plan.context + plan.warm + plan.timed, plan.prefill // plan.prompts
     engine = lab.engine(
         model,
         numerics=numerics,
-        rows=max(plan.batches),
+        rows=max(*plan.batches, plan.prompts),
         batch_tokens=plan.prefill,
-        longest=longest,
-        tokens=max(max(plan.batches) * (longest + BLOCK), plan.prefill),
+        longest=max(steps, prompt + 1),
+        tokens=max(max(plan.batches) * _blocks(steps), plan.prompts * _blocks(prompt)) * BLOCK,
     )
     for cache in engine.device.caches:
         fill(cache)
-    iterations, sizes, name = _Iterations(engine, lab.watch), sizes_of(model), f"{model}, {numerics}"
+    iterations, sizes, name = _Iterations(engine, lab), sizes_of(model), f"{model}, {numerics}"
     for batch in plan.batches:
         yield _decoded(lab, sizes, name, batch, iterations.decode(batch, plan.context))
-    yield _read(lab, sizes, name, iterations.read(plan.prefill))
+    yield _read(lab, sizes, name, iterations.read(plan.prompts, prompt))
 
 
 def _decoded(lab: Lab, sizes: ModelShape, name: str, batch: int, seconds: float) -> Line:
@@ -59,52 +56,55 @@ def _decoded(lab: Lab, sizes: ModelShape, name: str, batch: int, seconds: float)
 
 
 def _read(lab: Lab, sizes: ModelShape, name: str, seconds: float) -> Line:
-    size = size_of([(0, lab.plan.prefill // PROMPTS, True)] * PROMPTS)
-    what = f"{name}: {PROMPTS} prompts of {lab.plan.prefill // PROMPTS}"
-    rate, limit = multiplied(sizes, size) / seconds / 1e12, lab.card.flops / 1e12
+    count, length = lab.plan.prompts, lab.plan.prefill // lab.plan.prompts
+    size = size_of([(0, length, True)] * count)
     return Line(
-        what=what, seconds=seconds, rate=rate, unit="TFLOP/s", limit=limit, note=f"{size.tokens / seconds:.0f} tokens/s"
+        what=f"{name}: {count} prompts of {length}",
+        seconds=seconds,
+        rate=multiplied(sizes, size) / seconds / 1e12,
+        unit="TFLOP/s",
+        limit=lab.card.flops / 1e12,
+        note=f"{size.tokens / seconds:.0f} tokens/s",
     )
 
 
 class _Iterations:
     """Batches made by hand, each with the tokens that the one before gave. Owner of the requests' ids and blocks."""
 
-    def __init__(self, engine: Engine, watch: Stopwatch) -> None:
+    def __init__(self, engine: Engine, lab: Lab) -> None:
         self._engine = engine
-        self._watch = watch
+        self._watch = lab.watch
+        self._warm, self._timed = lab.plan.warm, lab.plan.timed
         self._rng = random.Random(0)  # noqa: S311
         self._num_steps = 0
 
     def decode(self, rows: int, context: int) -> float:
         """Median seconds. What the cache holds anyway is taken for what the requests have said."""
         new = self._requests(rows, context)
-        tables = self._tables(rows, context + WARM + TIMED)
+        tables = self._tables(rows, context + self._warm + self._timed)
         batch = [
             ScheduledRequest(one.id, context - 1, 1, table, samples=True)
             for one, table in zip(new, tables, strict=True)
         ]
         spans = []
-        for step in range(WARM + TIMED):
-            seconds, results = self._run(batch, () if step else new)
+        for step in range(self._warm + self._timed):
+            seconds, results = self._run(batch, () if step else new, HOLD)
             spans.append(seconds)
             batch = [
                 ScheduledRequest(row.id, context + step, 1, (), (row.token_id or 0,), samples=True) for row in results
             ]
         self._engine.device.forget_all()
-        return statistics.median(spans[WARM:])
+        return statistics.median(spans[self._warm :])
 
-    def read(self, tokens: int) -> float:
-        """Median seconds of an iteration that reads prompts of so many tokens together, and samples after each."""
+    def read(self, count: int, length: int) -> float:
+        """Median seconds of an iteration that reads so many prompts together, and samples after each."""
         spans = []
         for _ in range(READS):
-            new = self._requests(PROMPTS, tokens // PROMPTS)
-            tables = self._tables(PROMPTS, tokens // PROMPTS)
+            new, tables = self._requests(count, length), self._tables(count, length)
             rows = [
-                ScheduledRequest(one.id, 0, len(one.token_ids), table, samples=True)
-                for one, table in zip(new, tables, strict=True)
+                ScheduledRequest(one.id, 0, length, table, samples=True) for one, table in zip(new, tables, strict=True)
             ]
-            spans.append(self._run(rows, new)[0])
+            spans.append(self._run(rows, new, LONG_HOLD)[0])
             self._engine.device.forget_all()
         return statistics.median(spans[1:])
 
@@ -115,7 +115,7 @@ class _Iterations:
                 id=id,
                 token_ids=tuple(self._rng.choices(range(vocab), k=length)),
                 num_prompt=length,
-                max_tokens=WARM + TIMED + 1,
+                max_tokens=self._warm + self._timed + 1,
                 params=params,
                 seed=id,
             )
@@ -124,15 +124,17 @@ class _Iterations:
 
     def _tables(self, count: int, length: int) -> list[tuple[int, ...]]:
         """Blocks in no order, as they are after an hour of serving."""
-        each = -(-length // BLOCK)
+        each = _blocks(length)
         blocks = list(range(count * each))
         self._rng.shuffle(blocks)
         return [tuple(blocks[i * each : (i + 1) * each]) for i in range(count)]
 
-    def _run(self, rows: Sequence[ScheduledRequest], new: Sequence[NewRequest]) -> tuple[float, tuple[RowResult, ...]]:
+    def _run(
+        self, rows: Sequence[ScheduledRequest], new: Sequence[NewRequest], hold: float
+    ) -> tuple[float, tuple[RowResult, ...]]:
         batch = Batch(step=self._num_steps, rows=tuple(rows), new=tuple(new))
         self._num_steps += 1
-        self._watch.hold(HOLD)
+        self._watch.hold(hold)
         first = self._watch.mark()
         pending = self._engine.device.submit(batch)
         second = self._watch.mark()
@@ -141,3 +143,7 @@ class _Iterations:
         if wrong := next((row.error for row in results if row.error is not None), None):
             raise BenchError(wrong)
         return self._watch.seconds(first, second), results
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK)

@@ -101,7 +101,7 @@ def attention(
         "D": d,
         "SPAN": SPAN,
         "BLOCK_SIZE": block_size,
-        "BLOCK_N": 64 if q.element_size() == 2 else 32,
+        "BLOCK_N": 64,
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
     }
     tables, strides = layout.tables, {"q_stride": q.stride(0), "table_stride": layout.tables.stride(0)}
@@ -143,7 +143,7 @@ def _read_queries(
     return tl.load(place, mask=(row // GROUP < count)[:, None] & (column < D)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_decodes"])
 def _decode_kernel(
     q,
     k,

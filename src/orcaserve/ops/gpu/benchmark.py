@@ -25,6 +25,7 @@ from orcaserve.ops.gpu.attention import Tuning, tile_tokens
 from orcaserve.ops.gpu.kernels import TritonKernels
 from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
 from orcaserve.ops.gpu.pieces import chunk_tiles, decode_items
+from orcaserve.ops.gpu.sampling import Scratch, Wishes, sample
 from orcaserve.ops.gpu.stopwatch import Call, Stopwatch
 from orcaserve.ops.kernels import KVCache
 from orcaserve.ops.rotary import Rotary
@@ -32,6 +33,11 @@ from orcaserve.ops.rotary import Rotary
 BLOCK = 64  # tokens of a block of the KV cache
 DTYPE = torch.bfloat16
 _EPS = 1e-6
+_WISHES = {
+    "greatest": {"temperature": 0.0, "top_p": 1.0},
+    "draw": {"temperature": 0.6, "top_p": 1.0},
+    "draw with top_p": {"temperature": 0.6, "top_p": 0.95},
+}
 _READ = 8192  # int32 values of a program that only reads
 
 
@@ -115,11 +121,12 @@ class Benchmark:
     def lines(self) -> Iterator[Line]:
         """Everything in turn. What raises is said in a line of its own, and the others are measured all the same."""
         for what, measure in self._works():
-            with torch.inference_mode():
-                try:
-                    yield measure(what)
-                except Exception as error:
-                    yield Line(what=what, note=f"{type(error).__name__}: {error}"[:300], wrong=True)
+            try:
+                with torch.inference_mode():
+                    line = measure(what)
+            except Exception as error:
+                line = Line(what=what, note=f"{type(error).__name__}: {error}"[:300], wrong=True)
+            yield line
 
     def _works(self) -> Iterator[tuple[str, Callable[[str], Line]]]:
         plan, shape = self.plan, self.plan.linear
@@ -137,7 +144,8 @@ class Benchmark:
             yield f"rms_norm with residual, {m} rows of {shape.hidden}", partial(self._rms_norm, m)
             yield f"heads (norm, rotate, store), {m} rows", partial(self._heads, m)
         for rows in plan.sampled:
-            yield f"greatest of {shape.vocab} logits, {rows} rows", partial(self._peaks, rows)
+            for how, wish in _WISHES.items():
+                yield f"{how} of {shape.vocab}, {rows} rows", partial(self._sample, wish, rows)
 
     def _line(
         self, what: str, calls: Sequence[Call], moved: float, flops: float, others: dict[str, Sequence[Call]]
@@ -155,7 +163,7 @@ class Benchmark:
 
     def _copies(self, size: int) -> int:
         """Of something of `size` bytes."""
-        return max(1, min(16, -(-self.plan.rotated // size)))
+        return max(1, min(64, -(-self.plan.rotated // size)))
 
     def _cache(self, num_blocks: int, kv_heads: int) -> KVCache:
         cache = self.kernels.kv_cache(num_blocks, BLOCK, kv_heads, self.plan.head_dim, DTYPE)
@@ -233,11 +241,28 @@ class Benchmark:
         qkv = self._draw(m, shape.qkv)
         return self._line(what, [partial(heads, qkv, layout, cache)], 2 * qkv.nbytes, 0, {})
 
-    def _peaks(self, rows: int, what: str) -> Line:
-        logits = torch.randn(rows, self.plan.linear.vocab, device=self.kernels.device)
+    def _sample(self, wish: dict[str, float], rows: int, what: str) -> Line:
+        device, vocab = self.kernels.device, self.plan.linear.vocab
+
+        def every(value: float, dtype: torch.dtype) -> Tensor:
+            return torch.full((rows,), value, dtype=dtype, device=device)
+
+        wishes = Wishes(
+            bases=torch.arange(rows, device=device),
+            positions=every(800, torch.int32),
+            temperatures=every(wish["temperature"], torch.float32),
+            top_k=every(0, torch.int32),
+            top_p=every(wish["top_p"], torch.float32),
+            min_p=every(0.0, torch.float32),
+        )
+        scratch, tokens = Scratch.make(rows, vocab, device), torch.empty(rows, dtype=torch.int32, device=device)
+        logits = torch.randn(rows, vocab, device=device).mul_(4)
         copies = [logits.clone() for _ in range(self._copies(logits.nbytes))]
-        ours: list[Call] = [partial(self.kernels.peaks, one) for one in copies]
-        return self._line(what, ours, logits.nbytes, 0, {"torch": [partial(torch.max, one, 1) for one in copies]})
+        restricts = wish["top_p"] < 1
+        calls = [partial(sample, one, wishes, tokens, scratch, truncates=restricts) for one in copies]
+        plain = _greatest if wish["temperature"] == 0 else partial(_drawn, wish["temperature"])
+        others = {} if restricts else {"torch": [partial(plain, one) for one in copies]}
+        return self._line(what, calls, logits.nbytes, 0, others)
 
 
 def fill(cache: KVCache) -> None:
@@ -249,3 +274,13 @@ def fill(cache: KVCache) -> None:
 def _gated(x: Tensor, weight: Tensor) -> Tensor:
     gate, up = functional.linear(x, weight).chunk(2, dim=1)
     return functional.silu(gate) * up
+
+
+def _greatest(logits: Tensor) -> Tensor:
+    return logits.argmax(1)
+
+
+def _drawn(temperature: float, logits: Tensor) -> Tensor:
+    """As engines draw whose noise need not be the same again."""
+    shares = (logits / temperature).softmax(1)
+    return (shares / torch.empty_like(shares).exponential_()).argmax(1)

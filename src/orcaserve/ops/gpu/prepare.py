@@ -47,7 +47,10 @@ def prepare(
 
 
 def commit(tokens: Tensor, row_seats: Tensor, last_tokens: Tensor) -> None:
-    """Keeps int32 tokens [R] in int32 last_tokens [S]; a failed row (-1) leaves 0. row_seats: int32 [R], -1: padding."""
+    """Keeps int32 tokens [R] in int32 last_tokens [S]; a failed row (-1) leaves 0.
+
+    row_seats: int32 [R], -1 is padding.
+    """
     count = tokens.shape[0]
     _commit[(triton.cdiv(count, _TILE),)](tokens, row_seats, last_tokens, count, TILE=_TILE)
 
@@ -66,7 +69,7 @@ def _update_tables(updates, num_updates, tables, width, TILE: tl.constexpr):
         begin += tl.num_programs(0) * TILE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _resolve(
     ids, seats, starts, last_tokens, tables, width, token_ids, positions, slots, count,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
@@ -84,7 +87,7 @@ def _resolve(
     tl.store(slots + token, tl.where(is_seated, block * BLOCK_SIZE + position % BLOCK_SIZE, -1), mask=is_there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _commit(tokens, row_seats, last_tokens, count, TILE: tl.constexpr):
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     seat = tl.load(row_seats + row, mask=row < count, other=-1)

@@ -30,6 +30,7 @@ SPAN, BLOCK = 4096, 64  # tokens of one program; tokens that are represented by 
 _NO_ID = tl.constexpr(2**31 - 1)
 _ALL = tl.constexpr(2**31 - 1)
 _FARTHEST = tl.constexpr(0x7F800000)  # the gap of a logit of -inf, as an integer
+_COARSE = tl.constexpr(1 << 19)  # a sixteenth of a gap: how far the bound may be off
 _UNIT = tl.constexpr(2.0**44)  # the mass of a token at the peak: those of 2^18 tokens fit an int64
 _INF = tl.constexpr(float("inf"))
 
@@ -144,7 +145,7 @@ def _score_spans(
         else:
             key = noise_key(tl.load(bases + row), tl.load(positions + row))
             # a span of nothing but -inf has no peak to measure from
-            scaled = (values - tl.where(peak == -_INF, 0.0, peak)) * tl.div_rn(1.0, temperature)
+            scaled = (values - tl.where(tl.abs(peak) < _INF, peak, 0.0)) * tl.div_rn(1.0, temperature)
             noisy = scaled + gumbel(key, tokens)
             best = tl.max(noisy)
             tl.store(scores + slot, best)
@@ -165,14 +166,15 @@ def _choose_span(
     slots, is_there = row * NUM_SPANS + spans, spans < NUM_SPANS
     own_peaks = tl.load(peaks + slots, mask=is_there, other=-_INF)
     peak = tl.max(own_peaks)
+    is_sound = tl.abs(peak) < _INF
     if temperature == 0:
         totals = own_peaks
     else:
-        lacking = (own_peaks - peak) * tl.div_rn(1.0, temperature)
+        lacking = (own_peaks - tl.where(is_sound, peak, 0.0)) * tl.div_rn(1.0, temperature)
         totals = tl.load(scores + slots, mask=is_there, other=-_INF) + lacking
     best = tl.max(totals)
     token = tl.min(tl.where(totals == best, tl.load(ids + slots, mask=is_there, other=_NO_ID), _NO_ID))
-    tl.store(tokens + row, tl.where(tl.abs(peak) < _INF, token, -1))
+    tl.store(tokens + row, tl.where(is_sound, token, -1))
 
 
 @triton.jit
@@ -211,8 +213,9 @@ def _draw_restricted(
             own_masses = tl.load(masses + slots, mask=is_there, other=0).to(tl.float64)
             wanted = _share(top_p, tl.sum(own_masses * tl.exp(lacking)))
         bound, _ = _reach(
-            wanted, _FARTHEST, is_nucleus, maxima, blocks, NUM_BLOCKS, peak, temperature, NUM_BLOCKS, 1, WAYS, TILE
-        )
+            wanted, _FARTHEST, is_nucleus, maxima, blocks, NUM_BLOCKS, peak, temperature,
+            _COARSE, NUM_BLOCKS, 1, WAYS, TILE,
+        )  # fmt: skip
     num_listed = _list_blocks(maxima, blocks, bound, peak, temperature, NUM_BLOCKS, TILE)
     tl.debug_barrier()  # the list is read by others than wrote it
     size = num_listed * BLOCK
@@ -220,7 +223,7 @@ def _draw_restricted(
     cut, num_ties = bound, tl.cast(_ALL, tl.int32)  # the last gap left, and how many of those who have it
     if is_cut:
         cut, below = _reach(
-            wanted, bound, is_nucleus, logits, blocks, size, peak, temperature, VOCAB, BLOCK, WAYS, TILE
+            wanted, bound, is_nucleus, logits, blocks, size, peak, temperature, 1, VOCAB, BLOCK, WAYS, TILE
         )
         num_ties = _ties(wanted - below, cut, is_nucleus)
         if (top_k > 0) & (top_p < 1):
@@ -229,7 +232,7 @@ def _draw_restricted(
             )
             wanted = _share(top_p, (tl.max(inside) + num_ties * _mass(cut)).to(tl.float64))
             narrower, below = _reach(
-                wanted, cut, True, logits, blocks, size, peak, temperature, VOCAB, BLOCK, WAYS, TILE
+                wanted, cut, True, logits, blocks, size, peak, temperature, 1, VOCAB, BLOCK, WAYS, TILE
             )
             fewer = _ties(wanted - below, narrower, True)
             num_ties = tl.where(narrower == cut, tl.minimum(num_ties, fewer), fewer)
@@ -267,14 +270,15 @@ def _mass(gaps):
 
 @triton.jit
 def _share(top_p, total):
-    return tl.ceil(top_p.to(tl.float64) * total).to(tl.int64)
+    """int64: the mass to be reached; one token at least it takes."""
+    return tl.maximum(tl.ceil(top_p.to(tl.float64) * total).to(tl.int64), 1)
 
 
 @triton.jit
 def _ties(lacking, gap, by_mass):
-    """int32: how many of this gap it takes to reach what is lacking; one at least."""
+    """int32: how many of this gap it takes to reach what is lacking."""
     weight = tl.where(by_mass, tl.maximum(_mass(gap), 1), 1)
-    return tl.minimum(tl.maximum((lacking + weight - 1) // weight, 1), _ALL).to(tl.int32)
+    return tl.minimum((lacking + weight - 1) // weight, _ALL).to(tl.int32)
 
 
 @triton.jit
@@ -312,24 +316,26 @@ def _weigh(
 @triton.jit
 def _reach(
     wanted, highest, by_mass, values, blocks, size, peak, temperature,
-    LIMIT: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, TILE: tl.constexpr,
+    GRAIN: tl.constexpr, LIMIT: tl.constexpr, BLOCK: tl.constexpr, WAYS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The least gap up to which the weights reach `wanted`, `highest` if none below it; and the weight of lesser gaps.
+    """The least gap up to which the weights reach `wanted`, or `highest`; and the weight of the lesser gaps.
 
-    Each pass tries WAYS thresholds, which cut [low, high] into WAYS + 1 pieces, none longer than `step`.
+    Where the lesser gaps of some integer weigh just what is wanted, it is as good an answer: none of its own is needed.
+    With a GRAIN above 1 the answer may be too great by less than that. Each pass tries WAYS thresholds, which cut
+    [low, high] into WAYS + 1 pieces, none longer than `step`.
     """
     low, high, below = tl.cast(0, tl.int32), tl.cast(highest, tl.int32), tl.cast(0, tl.int64)
-    while low < high:
+    while high - low >= GRAIN:
         step = (high - low + WAYS + 1) // (WAYS + 1)
         thresholds = tl.minimum(low + step * (tl.arange(0, WAYS) + 1), high) - 1
         weights = _weigh(thresholds, by_mass, values, blocks, size, peak, temperature, LIMIT, BLOCK, WAYS, TILE)
         is_short = weights < wanted
-        below = tl.maximum(below, tl.max(tl.where(is_short, weights, 0)))
         num_short = tl.sum(is_short.to(tl.int32))
+        below = tl.maximum(below, tl.max(tl.where(weights <= wanted, weights, 0)))
         if num_short < WAYS:
-            high = tl.minimum(low + step * (num_short + 1), high) - 1
-        low = tl.minimum(low + step * num_short, high)
-    return low, below
+            high = tl.minimum(low + step * (num_short + 1), high) - (below < wanted).to(tl.int32)
+        low = tl.where(below < wanted, tl.minimum(low + step * num_short, high), high)
+    return high, below
 
 
 @triton.jit

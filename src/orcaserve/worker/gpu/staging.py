@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def _aligned(length: int) -> int:
+    """Kernels are compiled anew for pointers that are not on a boundary of 16 bytes: there are none."""
+    return -(-length // 4) * 4
+
+
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """tokens: of the iteration, `decodes` of which are rows of one token. samples: rows that get a token.
@@ -26,7 +31,7 @@ class Sizes:
     @property
     def total(self) -> int:
         """int32 values."""
-        return 2 * self.samples + sum(length for _, length in self.lengths())
+        return _aligned(2 * self.samples) + sum(_aligned(length) for _, length in self.lengths())
 
     def lengths(self) -> list[tuple[str, int]]:
         """The sections behind `bases`, in the order in which they lie; the one that may be cut short is the last."""
@@ -85,12 +90,12 @@ class Sections:
 
     @classmethod
     def of(cls, flat: Tensor, sizes: Sizes) -> Sections:
-        """flat: at least `sizes.total` values, on a boundary of 8 bytes."""
-        at = 2 * sizes.samples
-        parts = {"bases": flat[:at].view(torch.int64)}
+        """flat: at least `sizes.total` values, on a boundary of 16 bytes, as all parts are then."""
+        parts = {"bases": flat[: 2 * sizes.samples].view(torch.int64)}
+        at = _aligned(2 * sizes.samples)
         for name, length in sizes.lengths():
             parts[name] = flat[at : at + length]
-            at += length
+            at += _aligned(length)
         for name in ("temperatures", "top_p", "min_p"):
             parts[name] = parts[name].view(torch.float32)
         for name in ("tiles", "updates"):

@@ -132,6 +132,11 @@ class DeviceWorker:
         self._graphs: dict[int, _Graph] = {}
         self.busy_seconds = 0.0
 
+    @property
+    def caches(self) -> Sequence[KVCache]:
+        """Of each layer."""
+        return self._kv
+
     def forget_all(self) -> None:
         """As if no request had ever been described; for a new scheduler, which knows of none."""
         self._requests.forget_all()
@@ -219,7 +224,9 @@ class DeviceWorker:
         Gives the hidden values [M, H].
         """
         num_tokens = told.ids.shape[0]
-        token_ids, positions, slots = torch.empty((3, num_tokens), dtype=torch.int32, device=self._stream.device)
+        token_ids, positions, slots = (
+            torch.empty(num_tokens, dtype=torch.int32, device=self._stream.device) for _ in range(3)
+        )
         staged = Staged(told.ids, told.seats, told.starts, told.updates, told.num_updates)
         prepare(staged, self._last_tokens, self._tables, token_ids, positions, slots, block_size=self._block_size)
         layout = DeviceLayout(
@@ -259,7 +266,7 @@ class DeviceWorker:
         told.num_updates[0] = updates.shape[0]
         told.updates[: updates.shape[0]] = updates
         self._fill_samples(told, plan, seats)
-        used = sizes.total - sizes.items + items.shape[0]
+        used = sizes.total - max(0, sizes.items - items.shape[0])
         self._stream.copy(flat[:used], staged[:used])
 
     def _fill_samples(self, told: HostSections, plan: _Plan, seats: Sequence[int]) -> None:
