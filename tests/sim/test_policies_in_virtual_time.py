@@ -70,6 +70,22 @@ def test_chunked_prefill_keeps_running_streams_going() -> None:
     assert longest["default"] < 0.7
 
 
+@pytest.mark.parametrize(("host", "seconds"), [(0.02, 0.1), (0.15, 0.15)])
+def test_overlap_hides_the_host_behind_the_device(host: float, seconds: float) -> None:
+    """An iteration takes as long as the longer of the two, not both; with either way every token comes."""
+    config = SchedulerConfig(
+        policy=POLICIES["default"], max_batch_size=4, max_batch_tokens=64, num_blocks=99, block_size=4, depth=1
+    )
+    arrivals = [Arrival(0.0, 4, 41)] * 4
+    cost = LinearCost(per_iteration=0.1, per_token=0.0)
+    apace = {}
+    for one in (config, msgspec.structs.replace(config, depth=2, overlap=True)):
+        [record, *_], iterations = simulate(arrivals, one, cost, lambda batch: host)
+        assert len(record.token_times) == len(iterations) == 41
+        apace[one.overlap] = (record.token_times[-1] - record.token_times[0]) / 40
+    assert apace == {False: pytest.approx(0.1 + host), True: pytest.approx(seconds, rel=0.05)}
+
+
 def test_a_request_that_can_never_fit_is_named() -> None:
     with pytest.raises(ValueError, match="the KV cache holds 16"):
         run("default", [Arrival(0.0, 100, 1)], num_blocks=1)

@@ -7,6 +7,7 @@ from collections import deque
 import msgspec
 
 from orcaserve.core.batch import Batch, ScheduledRequest, StepResult
+from orcaserve.core.kv_cache import KVCacheManager
 from orcaserve.core.orders.fair import Fair
 from orcaserve.core.orders.gap import ServiceGap
 from orcaserve.core.request import NewRequest, Output, Request, SamplingParams
@@ -100,6 +101,12 @@ def _check_requests(scheduler: Scheduler) -> None:
         require(scheduler.num_preemptions == 0, "who has reserved is never preempted")
 
 
+class _CheckedKV(KVCacheManager):
+    def publish(self, request: Request, num_tokens: int) -> None:
+        require(request.finish_reason is None, "nothing is published of who has ended")
+        super().publish(request, num_tokens)
+
+
 class CheckedScheduler(Scheduler):
     """A Scheduler that verifies the whole specification around every call (`--check`, and every test).
 
@@ -109,8 +116,7 @@ class CheckedScheduler(Scheduler):
     def __init__(self, config: SchedulerConfig) -> None:
         super().__init__(config)
         self._starts: dict[int, deque[int]] = {}
-        self._publish = self.kv.publish
-        self.kv.publish = self._check_publish
+        self.kv = _CheckedKV(config.num_blocks, config.block_size, config.policy.prefix_cache, config.swap)
         self._owes = False  # somebody was preempted, and nobody was let in since
         self.gap: ServiceGap | None = None
         if isinstance(self.order, Fair):
@@ -244,10 +250,6 @@ class CheckedScheduler(Scheduler):
         taking_part = {row.id for row in batch.rows}
         lacks_memory = first.due == 1 and first.id not in taking_part and not makes_way
         require(not lacks_memory or last.id not in taking_part, "the last in order yields to the first")
-
-    def _check_publish(self, request: Request, num_tokens: int) -> None:
-        require(request.finish_reason is None, "nothing is published of who has ended")
-        self._publish(request, num_tokens)
 
     def _check_row(self, id: int, start: int, num_tokens: int, written: set[int]) -> None:
         request: Request = self.requests[id]

@@ -143,9 +143,12 @@ class KVCacheManager:
         full = num_tokens // self.block_size
         if full <= request.num_published:
             return
-        self._extend_keys(request, full)
+        keys = request.block_keys
         for i in range(request.num_published, full):
-            self.pool.publish(request.block_table[i], request.block_keys[i], self._block_tokens(request, i))
+            block = self._block_tokens(request, i)
+            if i == len(keys):  # as for blocks that decodes fill
+                keys.append(next_key(keys[-1] if keys else first_key(request.new.cache_salt), block))
+            self.pool.publish(request.block_table[i], keys[i], block)
         request.num_published = full
 
     def free(self, request: Request) -> None:

@@ -13,7 +13,7 @@ from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult
 from orcaserve.core.config import SwapSpace
 from orcaserve.core.decisions import Decisions, Reason, Waits
 from orcaserve.core.kv_cache import KVCacheManager
-from orcaserve.core.order import Waiting
+from orcaserve.core.order import Order, Waiting
 from orcaserve.core.pace import SMALLEST_CHUNK, Pace
 from orcaserve.core.policy import Policy
 from orcaserve.core.pressure import Headroom
@@ -84,8 +84,10 @@ class Scheduler:
         self.kv = KVCacheManager(config.num_blocks, config.block_size, config.policy.prefix_cache, config.swap)
         self.headroom = Headroom(config.policy.risk, config.block_size)
         self.order = config.policy.make_order()
+        self._hears_service = type(self.order).served is not Order.served
         self.requests: dict[int, Request] = {}
         self._lanes = 1 if config.overlap else config.depth  # batches in flight that do not share a request
+        self._deals = config.policy.deal and self._lanes > 1
         self.pace = None if config.max_itl is None else Pace(config.max_itl, self._lanes)
         self.waiting = Waiting(self.order)
         self.running: list[Request] = []  # in order, unless that has moved since the last schedule()
@@ -147,14 +149,15 @@ class Scheduler:
             self._put_in_order()
         rows: list[Row] = []
         tokens_left = self._token_limit()
-        has_begun = self.policy.request_level and bool(self.running)
+        request_level = self.policy.request_level
+        has_begun = request_level and bool(self.running)
         closed = has_begun
         num_preemptions = self.num_preemptions
         row_limit = self._row_limit()
         # Rows of requests that no other batch carries: only they count on several stages, as chunks even batches out.
         num_own = 0
         is_ahead = self.config.overlap
-        alike, block_size = self.policy.alike, self.kv.block_size
+        alike, block_size, yielding = self.policy.alike, self.kv.block_size, self._yielding
         ready = self._ready()
         for request in ready:
             if tokens_left == 0:
@@ -162,14 +165,18 @@ class Scheduler:
             is_own = is_ahead or not request.num_in_flight
             if is_own and num_own == row_limit:
                 continue
-            if not request.block_table or request in self._yielding:  # for an older one, a moment ago
+            if not request.block_table or request in yielding:  # for an older one, a moment ago
                 continue
-            row = self._row(request, tokens_left)
+            start = request.num_computed
+            if len(request.token_ids) - start <= 1 and not request_level:  # as for most
+                row, num_tokens = Row(request, start, 1), 1
+            else:
+                row = self._row(request, tokens_left)
+                start, num_tokens = row.start, row.num_tokens
             if alike and not self._joins(rows, row):
                 continue
-            num_tokens = row.num_tokens
             # Few decodes need a new block: the others are spared the question.
-            if row.start + num_tokens > len(request.block_table) * block_size and not self._make_room(row, now):
+            if start + num_tokens > len(request.block_table) * block_size and not self._make_room(row, now):
                 closed = True  # it waits for an older one's end; those that need no memory go on
                 continue
             rows.append(row)
@@ -203,7 +210,8 @@ class Scheduler:
     def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
         """Takes in what a batch gave; a request whose output has a finish reason is gone from here."""
         outputs = []
-        self._tokens_in_flight -= batch.num_tokens
+        if self._deals:
+            self._tokens_in_flight -= batch.num_tokens
         if self.pace is not None:
             self.pace.returned(now)
         for row, got in zip(batch.rows, result.rows, strict=True):
@@ -249,9 +257,7 @@ class Scheduler:
     def _row_limit(self) -> int:
         """Rows for running requests. Dealt out over the depth, or the first batch takes all and the pipe runs empty."""
         most, lanes = self.config.max_batch_size, self._lanes
-        if not self.policy.deal or lanes == 1:
-            return most
-        return min(most, -(-len(self.running) // lanes))
+        return min(most, -(-len(self.running) // lanes)) if self._deals else most
 
     def _token_limit(self) -> int:
         """Tokens of a batch. Dealt out over the depth, too: stages wait for each other where batches are unequal."""
@@ -259,7 +265,7 @@ class Scheduler:
             return sys.maxsize
         most = self.config.max_batch_tokens
         lanes = self._lanes
-        if not self.policy.deal or lanes == 1:
+        if not self._deals:
             return self._in_time(most)
         work = self._tokens_in_flight + sum(request.lag for request in self.running)
         for request in islice(self.waiting, max(0, lanes * self.config.max_batch_size - len(self.running))):
@@ -299,7 +305,7 @@ class Scheduler:
             return Row(request, request.num_computed - 1, 1)
         start = request.num_computed
         lag = len(request.token_ids) - start
-        return Row(request, start, 1 if lag <= 1 else self.policy.grant(lag, tokens_left))
+        return Row(request, start, self.policy.grant(lag, tokens_left))
 
     def _first_row(self, request: Request, tokens_left: int) -> Row:
         """The row that a waiting request would get if it were admitted now."""
@@ -508,7 +514,8 @@ class Scheduler:
             freed=tuple(self._freed),
             swaps=() if self.kv.swap is None else self.kv.swap.take_copies(),
         )
-        self._tokens_in_flight += batch.num_tokens
+        if self._deals:
+            self._tokens_in_flight += batch.num_tokens
         self._freed.clear()
         return batch
 
@@ -527,7 +534,8 @@ class Scheduler:
         fresh = end - request.num_served
         if fresh > 0:
             request.num_served = end
-            self.order.served(request, fresh, int(token_id is not None))
+            if self._hears_service:
+                self.order.served(request, fresh, int(token_id is not None))
         if not request.timer.decodes:
             request.timer.computed(row.start, end, token_id is not None or request.num_generated > 0, now)
         prompt_logprobs = request.prompt_logprobs

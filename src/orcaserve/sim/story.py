@@ -222,7 +222,7 @@ class _Teller:
             self._heads.append((event.at, None))
 
     def _preempted(self, life: _Life | None, num_tokens: int, at: float, by: int | None) -> None:
-        if life is None or life.end is not None:
+        if life is None or life.end is not None or life.kind == "queue":  # let in, it never ran: it goes on waiting
             return
         self._is_taken_in(life, at)
         life.losses.append(Loss(at=at, by=by, tokens=num_tokens))
