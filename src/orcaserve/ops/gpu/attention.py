@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
+from orcaserve.ops.gpu.overlap import begin, overlaps, wait
 from orcaserve.ops.gpu.spans import answer, attend, empty_state, merge, read_cache, read_pages, score
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -104,24 +105,27 @@ def attention(
         "BLOCK_N": 64,
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
     }
+    overlap = overlaps(q.device)
+    launch = {"OVERLAP": overlap, "launch_pdl": overlap, "enable_fp_fusion": False}
     tables, strides = layout.tables, {"q_stride": q.stride(0), "table_stride": layout.tables.stride(0)}
     if layout.num_decodes:
         states = (scratch.gathered, scratch.peaks, scratch.masses)
         rows = _rows(q.dtype, 64)
-        _decode_kernel[(scratch.processors * tuning.decode_programs,)](
+        # an odd number of programs: else the short spans, which come at even steps, would all fall to the same few
+        _decode_kernel[(scratch.processors * tuning.decode_programs - 1,)](
             q, k, v, *states, layout.positions, layout.seats, tables, layout.items, layout.first_items,
             num_decodes=layout.num_decodes, ROWS=rows, **numbers, **shape, **strides,
-            num_warps=4, num_stages=tuning.decode_stages, enable_fp_fusion=False,
+            num_warps=4, num_stages=tuning.decode_stages, **launch,
         )  # fmt: skip
         _combine_kernel[(layout.num_decodes * heads,)](
             *states, out, layout.first_items, HEADS=heads, D=d, BLOCK_D=shape["BLOCK_D"],
-            num_warps=1, enable_fp_fusion=False,
+            num_warps=1, **launch,
         )  # fmt: skip
     if layout.tiles.shape[0]:
         rows = _rows(q.dtype, tuning.prefill_rows)
         _prefill_kernel[(layout.tiles.shape[0] * kv_heads,)](
             q, k, v, out, layout.positions, tables, layout.tiles, ROWS=rows, **numbers, **shape, **strides,
-            num_warps=max(4, rows // 16), num_stages=tuning.prefill_stages, enable_fp_fusion=False,
+            num_warps=max(4, rows // 16), num_stages=tuning.prefill_stages, **launch,
         )  # fmt: skip
     return out
 
@@ -171,8 +175,11 @@ def _decode_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The states of all items, one kv head of an item at a time."""
+    begin(OVERLAP)
+    wait(OVERLAP)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     units = tl.load(first_items + num_decodes) * KV_HEADS
@@ -195,9 +202,9 @@ def _decode_kernel(
         own = tl.full([ROWS], 0, tl.int32) + position
 
         peak, mass, gathered = empty_state(ROWS, BLOCK_D)
-        begin = first // BLOCK_N * BLOCK_N
-        pages = read_pages(table, begin, last, BLOCK_N, BLOCK_SIZE)
-        for start in range(begin, last + 1, BLOCK_N):
+        bottom = first // BLOCK_N * BLOCK_N
+        pages = read_pages(table, bottom, last, BLOCK_N, BLOCK_SIZE)
+        for start in range(bottom, last + 1, BLOCK_N):
             block_k = read_cache(k, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
             block_v = read_cache(v, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
             # one block ahead, so that its keys need not wait for it
@@ -226,16 +233,19 @@ def _combine_kernel(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One head of a decode from the states of its spans."""
+    begin(OVERLAP)
+    wait(OVERLAP)
     token = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
     column = tl.arange(0, BLOCK_D)[None, :]
     one = tl.zeros([1], tl.int64)
     peak, mass, gathered = empty_state(1, BLOCK_D)
-    begin = tl.load(first_items + token)
+    first = tl.load(first_items + token)
     end = tl.load(first_items + token + 1)
-    for item in tl.range(begin, end, loop_unroll_factor=8):
+    for item in tl.range(first, end, loop_unroll_factor=8):
         place = (item + one) * HEADS + head
         later_peak = tl.load(peaks_in + place)
         later_mass = tl.load(masses_in + place)
@@ -268,8 +278,11 @@ def _prefill_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One kv head of a tile."""
+    begin(OVERLAP)
+    wait(OVERLAP)
     # a chunk's last tiles have the most to do: they begin
     tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) // KV_HEADS * 3
     head = tl.program_id(0) % KV_HEADS
@@ -290,9 +303,9 @@ def _prefill_kernel(
 
     peak, mass, gathered = empty_state(ROWS, BLOCK_D)
     span_peak, span_mass, span_gathered = empty_state(ROWS, BLOCK_D)
-    begin = first // BLOCK_N * BLOCK_N
-    pages = read_pages(table, begin, last, BLOCK_N, BLOCK_SIZE)
-    for start in range(begin, last + 1, BLOCK_N):
+    bottom = first // BLOCK_N * BLOCK_N
+    pages = read_pages(table, bottom, last, BLOCK_N, BLOCK_SIZE)
+    for start in range(bottom, last + 1, BLOCK_N):
         block_k = read_cache(k, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
         block_v = read_cache(v, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
         # one block ahead, so that its keys need not wait for it
