@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
-from orcaserve.ops.gpu.overlap import begin, overlaps, wait
+from orcaserve.ops.gpu.overlap import begin as let_next_begin
+from orcaserve.ops.gpu.overlap import overlaps, wait
 from orcaserve.ops.gpu.spans import answer, attend, empty_state, merge, read_cache, read_pages, score
 
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -95,6 +96,8 @@ def attention(
     # the kernels count in powers of two
     cap = None if softcap is None else softcap * LOG2_E.value
     scale = scale * LOG2_E.value if softcap is None else scale * 2 * LOG2_E.value / softcap
+    overlap = overlaps(q.device)
+    runs = {"OVERLAP": overlap, "launch_pdl": overlap, "enable_fp_fusion": False}
     numbers = {"scale": scale, "cap": cap, "slopes": slopes, "WINDOW": window}
     shape = {
         "KV_HEADS": kv_heads,
@@ -105,8 +108,6 @@ def attention(
         "BLOCK_N": 64,
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
     }
-    overlap = overlaps(q.device)
-    launch = {"OVERLAP": overlap, "launch_pdl": overlap, "enable_fp_fusion": False}
     tables, strides = layout.tables, {"q_stride": q.stride(0), "table_stride": layout.tables.stride(0)}
     if layout.num_decodes:
         states = (scratch.gathered, scratch.peaks, scratch.masses)
@@ -115,17 +116,17 @@ def attention(
         _decode_kernel[(scratch.processors * tuning.decode_programs - 1,)](
             q, k, v, *states, layout.positions, layout.seats, tables, layout.items, layout.first_items,
             num_decodes=layout.num_decodes, ROWS=rows, **numbers, **shape, **strides,
-            num_warps=4, num_stages=tuning.decode_stages, **launch,
+            num_warps=4, num_stages=tuning.decode_stages, **runs,
         )  # fmt: skip
         _combine_kernel[(layout.num_decodes * heads,)](
             *states, out, layout.first_items, HEADS=heads, D=d, BLOCK_D=shape["BLOCK_D"],
-            num_warps=1, **launch,
+            num_warps=1, **runs,
         )  # fmt: skip
     if layout.tiles.shape[0]:
         rows = _rows(q.dtype, tuning.prefill_rows)
         _prefill_kernel[(layout.tiles.shape[0] * kv_heads,)](
             q, k, v, out, layout.positions, tables, layout.tiles, ROWS=rows, **numbers, **shape, **strides,
-            num_warps=max(4, rows // 16), num_stages=tuning.prefill_stages, **launch,
+            num_warps=max(4, rows // 16), num_stages=tuning.prefill_stages, **runs,
         )  # fmt: skip
     return out
 
@@ -178,7 +179,7 @@ def _decode_kernel(
     OVERLAP: tl.constexpr,
 ):
     """The states of all items, one kv head of an item at a time."""
-    begin(OVERLAP)
+    let_next_begin(OVERLAP)
     wait(OVERLAP)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
@@ -202,9 +203,9 @@ def _decode_kernel(
         own = tl.full([ROWS], 0, tl.int32) + position
 
         peak, mass, gathered = empty_state(ROWS, BLOCK_D)
-        bottom = first // BLOCK_N * BLOCK_N
-        pages = read_pages(table, bottom, last, BLOCK_N, BLOCK_SIZE)
-        for start in range(bottom, last + 1, BLOCK_N):
+        begin = first // BLOCK_N * BLOCK_N
+        pages = read_pages(table, begin, last, BLOCK_N, BLOCK_SIZE)
+        for start in range(begin, last + 1, BLOCK_N):
             block_k = read_cache(k, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
             block_v = read_cache(v, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
             # one block ahead, so that its keys need not wait for it
@@ -236,7 +237,7 @@ def _combine_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One head of a decode from the states of its spans."""
-    begin(OVERLAP)
+    let_next_begin(OVERLAP)
     wait(OVERLAP)
     token = tl.program_id(0) // HEADS
     head = tl.program_id(0) % HEADS
@@ -289,7 +290,7 @@ def _prefill_kernel(
     OVERLAP: tl.constexpr,
 ):
     """One kv head of a tile."""
-    begin(OVERLAP)
+    let_next_begin(OVERLAP)
     wait(OVERLAP)
     # a chunk's last tiles have the most to do: they begin
     tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) // KV_HEADS * 3
@@ -311,9 +312,9 @@ def _prefill_kernel(
 
     peak, mass, gathered = empty_state(ROWS, BLOCK_D)
     span_peak, span_mass, span_gathered = empty_state(ROWS, BLOCK_D)
-    bottom = first // BLOCK_N * BLOCK_N
-    pages = read_pages(table, bottom, last, BLOCK_N, BLOCK_SIZE)
-    for start in range(bottom, last + 1, BLOCK_N):
+    begin = first // BLOCK_N * BLOCK_N
+    pages = read_pages(table, begin, last, BLOCK_N, BLOCK_SIZE)
+    for start in range(begin, last + 1, BLOCK_N):
         block_k = read_cache(k, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
         block_v = read_cache(v, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
         # one block ahead, so that its keys need not wait for it

@@ -81,6 +81,7 @@ def device_layout(
     heads_per_kv: int,
     head_dim: int,
     device: torch.device,
+    tuning: Tuning | None = None,
 ) -> DeviceLayout:
     """From (start, number of tokens, block table) of each request: first those of one token, then the others."""
     num_decodes = sum(count == 1 for _, count, _ in parts)
@@ -94,7 +95,7 @@ def device_layout(
     slots = tables[seats, positions // block_size] * block_size + positions % block_size
     items, first_items = decode_items(positions[:num_decodes])
     rest = slice(num_decodes, None)
-    tokens = tile_tokens(heads_per_kv, DTYPE, Tuning.of(head_dim))
+    tokens = tile_tokens(heads_per_kv, DTYPE, tuning or Tuning.of(head_dim))
     tiles = chunk_tiles(firsts[rest], counts[rest], np.arange(len(parts))[rest], tokens)
 
     def on_device(values: np.ndarray) -> Tensor:

@@ -21,8 +21,8 @@ from orcaserve.ops.gpu.activation import KINDS, activate
 from orcaserve.ops.gpu.overlap import begin, overlaps, prefetch, wait
 
 _UNIT = 128  # a segment's length is a multiple of it, so that any BLOCK_K up to it meets the same boundaries
-_LONG = 256  # a segment is at least so long, but for the last
-_PROGRAMS = 192  # what N's tiles of 64 times the segments should come to: one or two for each of the 132 processors
+_LONG = 512  # a segment is at least so long, but for the last
+_PROGRAMS = 128  # what N's tiles of 64 times the segments should come to: about one for each of the 132 processors
 _MOST = 8
 _SPLIT_ROWS = 256  # tokens up to which segments may be summed by different programs
 
@@ -51,23 +51,33 @@ def segments(n: int, k: int) -> int:
 
 
 def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
-    """The tile for M tokens. Any would give the same bits; `gated` computes two times block_n outputs at once."""
+    """The tile for M tokens. Any would give the same bits; `gated` computes two times block_n outputs at once.
+
+    What was quickest of those that `tools/tune_gpu.py` tries on an H200; it prints them all.
+    """
     if dtype == torch.float32:
         return Tile(32, 32, 32, 4, 2)
+    large = triton.cdiv(n, 128) * triton.cdiv(m, 128)  # tiles of 128 by 128: do they occupy the device?
     if gated:
+        if m <= 32:
+            return Tile(64, 16 if m <= 16 else 32, 128, 4, 3)
         if m <= 64:
-            return Tile(64, 16 if m <= 16 else 32 if m <= 32 else 64, 128, 4, 3)
-        return Tile(64, 128, 64, 4, 4) if m <= 128 else Tile(128, 128, 64, 8, 4)
-    cut = segments(n, k) > 1
+            return Tile(64, 64, 128, 4, 3) if k < 2048 else Tile(64, 64, 64, 4, 4)
+        return Tile(64, 128, 64, 4, 4) if m <= 256 else Tile(128, 128, 64, 8, 4)
+    count = segments(n, k)
+    # Sums that meet in memory cost their bytes; where few programs would read the weights, that is less than it gains.
+    split = count > 1 and n <= 64 * 64 and k >= 2048 and 16 * count * m <= k
     if m <= 32:
-        return Tile(64, 16 if m <= 16 else 32, 128, 4, 5, cut)
+        return Tile(64, 16 if m <= 16 else 32, 128, 4, 5, split)
     if m <= 64:
-        return Tile(128 if cut else 64, 64, 128, 4, 4, cut)
-    if m <= 128:
-        return Tile(64, 128, 64, 4, 4, cut)
+        return Tile(64, 64, 128, 4, 3, split)
     if m <= 256:
-        return Tile(128, 128, 64, 8, 4, cut)
-    return Tile(128, 128, 64, 8, 4) if cut else Tile(128, 256, 64, 8, 4)
+        if split:
+            return Tile(128, 128, 64, 8, 3, True)
+        if large < 96:
+            return Tile(64, 128, 64, 4, 4)
+        return Tile(128, 128, 64, 8, 3 if count == 1 else 5)
+    return Tile(128, 256, 64, 8, 3 if count > 1 else 4) if large >= 264 else Tile(128, 128, 64, 8, 4)
 
 
 class MatmulScratch:

@@ -191,7 +191,7 @@ class DeviceWorker:
         """The least recorded iteration that has room for this one; None if none has, or it is not of that kind."""
         if not plan.jobs or plan.num_decodes < len(plan.jobs) or len(plan.drawing) < len(plan.jobs):
             return None
-        size = next((size for size in self._graphs if size >= plan.num_decodes), None)
+        size = min((size for size in self._graphs if size >= plan.num_decodes), default=None)
         return None if size is None or updates.shape[0] > size + _UPDATES else self._graphs[size]
 
     def _updates(self, jobs: Sequence[Job]) -> np.ndarray:
