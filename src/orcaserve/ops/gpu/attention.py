@@ -112,7 +112,7 @@ def attention(
     if layout.num_decodes:
         states = (scratch.gathered, scratch.peaks, scratch.masses)
         rows = _rows(q.dtype, 64)
-        # an odd number of programs, or a head's spans, some of them short, would always meet the same ones
+        # an odd number of programs: else the short spans, which come at even steps, would all fall to the same few
         _decode_kernel[(scratch.processors * tuning.decode_programs - 1,)](
             q, k, v, *states, layout.positions, layout.seats, tables, layout.items, layout.first_items,
             num_decodes=layout.num_decodes, ROWS=rows, **numbers, **shape, **strides,
@@ -244,14 +244,22 @@ def _combine_kernel(
     column = tl.arange(0, BLOCK_D)[None, :]
     one = tl.zeros([1], tl.int64)
     peak, mass, gathered = empty_state(1, BLOCK_D)
-    begin = tl.load(first_items + token)
+    first = tl.load(first_items + token)
     end = tl.load(first_items + token + 1)
-    for item in tl.range(begin, end, loop_unroll_factor=8):
+    for item in range(first, end, 8):
+        # all that is to be merged next is on its way at once; what is past the end is nothing
         place = (item + one) * HEADS + head
-        later_peak = tl.load(peaks_in + place)
-        later_mass = tl.load(masses_in + place)
-        later = tl.load(gathered_in + (place * D)[:, None] + column, mask=column < D, other=0.0)
-        peak, mass, gathered = merge(peak, mass, gathered, later_peak, later_mass, later)
+        values = gathered_in + (place * D)[:, None] + column
+        states = ()
+        for ahead in tl.static_range(8):
+            there = item + ahead < end
+            later_peak = tl.load(peaks_in + place + ahead * HEADS, mask=there, other=float("-inf"))
+            later_mass = tl.load(masses_in + place + ahead * HEADS, mask=there, other=0.0)
+            later = tl.load(values + ahead * (HEADS * D), mask=there & (column < D), other=0.0)
+            states += ((later_peak, later_mass, later),)
+        for ahead in tl.static_range(8):
+            later_peak, later_mass, later = states[ahead]
+            peak, mass, gathered = merge(peak, mass, gathered, later_peak, later_mass, later)
     place = out + (tl.program_id(0) + one)[:, None] * D + column
     tl.store(place, answer(mass, gathered).to(out.dtype.element_ty), mask=column < D)
 
