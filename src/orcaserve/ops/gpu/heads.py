@@ -14,8 +14,8 @@ _HEADS = 8  # heads that one program takes, of one token, and all of them querie
 
 
 @triton.jit
-def _scaled(x, weight, column, inside, scale, OFFSET: tl.constexpr):
-    return x * scale * (tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + OFFSET)
+def _factor(weight, column, inside, OFFSET: tl.constexpr):
+    return tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
 
 
 @triton.jit
@@ -31,30 +31,41 @@ def _placed(
     OFFSET: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Heads at `source` + `head_at`, float32: normed where there is a weight, rotated where there are angles."""
+    """Heads at `source` + `head_at`, float32: normed where there is a weight, rotated where there are angles.
+
+    Waits for the kernel before, once everything that it does not write is under way.
+    """
     inside = column < D
-    x = tl.load(source + head_at + column, mask=present & inside, other=0.0).to(tl.float32)
+    # each dimension takes a share of the one that it is paired with
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    if INTERLEAVED:
+        first = column % 2 == 0
+        pair = tl.where(first, column + 1, column - 1)
+        angle = column // 2
+    else:
+        first = column < HALF
+        pair = tl.where(first, column + HALF, column - HALF)
+        angle = tl.where(first, column, column - HALF)
+    turns = column < ROTARY_DIM
     if weight is not None:
-        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
-        x = _scaled(x, weight, column, inside, scale, OFFSET)
+        factor = _factor(weight, column, inside, OFFSET)
+        if angles is not None:
+            pair_factor = _factor(weight, pair, turns, OFFSET)
     if angles is not None:
-        # each dimension takes a share of the one that it is paired with
-        HALF: tl.constexpr = ROTARY_DIM // 2
-        if INTERLEAVED:
-            first = column % 2 == 0
-            pair = tl.where(first, column + 1, column - 1)
-            angle = column // 2
-        else:
-            first = column < HALF
-            pair = tl.where(first, column + HALF, column - HALF)
-            angle = tl.where(first, column, column - HALF)
-        turns = column < ROTARY_DIM
-        other = tl.load(source + head_at + pair, mask=present & turns, other=0.0).to(tl.float32)
-        if weight is not None:
-            other = _scaled(other, weight, pair, turns, scale, OFFSET)
         cos = tl.load(angles + angle, mask=turns, other=1.0)
         sin = tl.load(angles + HALF + angle, mask=turns, other=0.0)
+    wait(OVERLAP)
+    x = tl.load(source + head_at + column, mask=present & inside, other=0.0).to(tl.float32)
+    if angles is not None:
+        other = tl.load(source + head_at + pair, mask=present & turns, other=0.0).to(tl.float32)
+    if weight is not None:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x = x * scale * factor
+        if angles is not None:
+            other = other * scale * pair_factor
+    if angles is not None:
         x = x * cos + other * tl.where(first, -sin, sin)
     return x
 
@@ -85,34 +96,38 @@ def _heads_kernel(
     Q_PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_PARTS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     begin(OVERLAP)
-    wait(OVERLAP)
     token = tl.program_id(0)
     part = tl.program_id(1)
     column = tl.arange(0, D_PADDED)[None, :]
     source = qkv + token.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * D)
+    # positions and slots are written at the beginning of an iteration, by kernels behind which nothing begins early
     angles = None
     if table is not None:
         angles = table + tl.load(positions + token).to(tl.int64) * ROTARY_DIM
     if part < Q_PARTS:
         head = part * HEADS + tl.arange(0, HEADS)[:, None]
         present = head < NUM_HEADS
-        x = _placed(source, head * D, present, column, q_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED)
+        x = _placed(
+            source, head * D, present, column, q_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED, OVERLAP
+        )
         tl.store(q + token.to(tl.int64) * (NUM_HEADS * D) + head * D + column, x, mask=present & (column < D))
     else:
         slot = tl.load(slots + token)
-        if slot >= 0:
-            is_value = part >= Q_PARTS + KV_PARTS
-            head = (part - Q_PARTS - is_value.to(tl.int32) * KV_PARTS) * HEADS + tl.arange(0, HEADS)[:, None]
-            present = head < NUM_KV_HEADS
-            place = (slot // block_size).to(tl.int64) * NUM_KV_HEADS + head
-            at = (place * block_size + slot % block_size) * D + column
-            if is_value:
-                value = tl.load(source + (NUM_HEADS + NUM_KV_HEADS + head) * D + column, mask=present & (column < D))
-                tl.store(v_cache + at, value, mask=present & (column < D))
-            else:
-                head_at = (NUM_HEADS + head) * D
-                key = _placed(source, head_at, present, column, k_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED)
-                tl.store(k_cache + at, key, mask=present & (column < D))
+        is_value = part >= Q_PARTS + KV_PARTS
+        head = (part - Q_PARTS - is_value.to(tl.int32) * KV_PARTS) * HEADS + tl.arange(0, HEADS)[:, None]
+        present = (head < NUM_KV_HEADS) & (slot >= 0)
+        place = (slot // block_size).to(tl.int64) * NUM_KV_HEADS + head
+        at = (place * block_size + slot % block_size) * D + column
+        if is_value:
+            wait(OVERLAP)
+            value = tl.load(source + (NUM_HEADS + NUM_KV_HEADS + head) * D + column, mask=present & (column < D))
+            tl.store(v_cache + at, value, mask=present & (column < D))
+        else:
+            head_at = (NUM_HEADS + head) * D
+            key = _placed(
+                source, head_at, present, column, k_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED, OVERLAP
+            )
+            tl.store(k_cache + at, key, mask=present & (column < D))
 
 
 def heads(

@@ -20,11 +20,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from orcaserve.ops.gpu.activation import KINDS, activate
 from orcaserve.ops.gpu.overlap import begin, overlaps, prefetch, wait
 
-_UNIT = 128  # a segment's length is a multiple of it, so that any BLOCK_K up to it meets the same boundaries
+_UNIT = 256  # a segment's length is a multiple of it, so that any BLOCK_K up to it meets the same boundaries
 _LONG = 512  # a segment is at least so long, but for the last
 _PROGRAMS = 128  # what N's tiles of 64 times the segments should come to: about one for each of the 132 processors
 _MOST = 8
 _SPLIT_ROWS = 256  # tokens up to which segments may be summed by different programs
+_AHEAD = 8 << 20  # bytes of weights, of all programs together, that are asked for before the kernel before has ended
+_AHEAD_ROWS = 256  # tokens up to which weights bound the time
+_EARLY = True  # the next kernel may come as soon as all programs of this one run; else once they have their sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +109,14 @@ def _block(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
-def _fetch_ahead(matrix, first_n, first_k, n, k, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr):
-    # a line of cache is 64 elements of two bytes; past an edge the last element stands in
+def _fetch_ahead(matrix, first_n, first_k, n, k, ahead, BLOCK_N: tl.constexpr, PIECES: tl.constexpr):
+    # PIECES of each row, one after the other, of `ahead` elements of two bytes; past the last row it stands in
     rows = tl.minimum(first_n + tl.arange(0, BLOCK_N), n - 1)[:, None]
-    columns = tl.minimum(first_k + tl.minimum(tl.arange(0, 8) * 64, DEPTH - 1), k - 1)[None, :]
-    prefetch(matrix + rows.to(tl.int64) * k + columns)
+    columns = first_k + tl.arange(0, PIECES)[None, :] * ahead
+    prefetch(matrix + (rows.to(tl.int64) * k + columns), 2 * tl.minimum(k - columns, ahead) + 0 * rows)
 
 
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m", "ahead"])
 def _matmul_kernel(
     x,
     weight,
@@ -129,18 +132,21 @@ def _matmul_kernel(
     m,
     n,
     k,
+    ahead,
     ACTIVATION: tl.constexpr,
     STEPS: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,
     DESCRIBED: tl.constexpr,
     OVERLAP: tl.constexpr,
+    EARLY: tl.constexpr,
+    PIECES: tl.constexpr,
     BAND: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    begin(OVERLAP)
+    begin(OVERLAP and EARLY)
     # Tiles are taken in bands of BAND tiles of tokens, so that those computed at one time share what they read.
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
@@ -152,11 +158,11 @@ def _matmul_kernel(
     first_n = place // height * BLOCK_N
 
     first_k = tl.program_id(1) * STEPS * BLOCK_K
-    if OVERLAP and BLOCK_M <= 64:
-        # weights bound the time, and nothing writes them: the first are under way while the kernel before ends
-        _fetch_ahead(weight_at, first_n, first_k, n, k, BLOCK_N, STEPS * BLOCK_K)
+    if PIECES > 0:
+        # nothing writes weights: the first are under way while the kernel before ends
+        _fetch_ahead(weight_at, first_n, first_k, n, k, ahead, BLOCK_N, PIECES)
         if up is not None:
-            _fetch_ahead(up_at, first_n, first_k, n, k, BLOCK_N, STEPS * BLOCK_K)
+            _fetch_ahead(up_at, first_n, first_k, n, k, ahead, BLOCK_N, PIECES)
     wait(OVERLAP)
     part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     total = part
@@ -172,6 +178,7 @@ def _matmul_kernel(
         if SEGMENTS > 1 and not SPLIT and (step + 1) % STEPS == 0:
             total += part
             part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    begin(OVERLAP and not EARLY)
 
     rows = first_m + tl.arange(0, BLOCK_M)[None, :]
     columns = first_n + tl.arange(0, BLOCK_N)[:, None]
@@ -260,9 +267,15 @@ def _launch(
     described = all(matrix.data_ptr() % 16 == 0 and k * matrix.itemsize % 16 == 0 for matrix, _ in matrices)
     sources = [TensorDescriptor.from_tensor(a, [rows, tile.block_k]) if described else a for a, rows in matrices]
     split = tile.split and count > 1
+    steps = triton.cdiv(_segment_length(k, count), tile.block_k)
     if split and m > _SPLIT_ROWS:
         raise ValueError(f"segments meet in memory for {_SPLIT_ROWS} rows, not for {m}")
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), count if split else 1)
+    pieces = ahead = 0
+    if scratch.overlap and described and x.itemsize == 2 and m <= _AHEAD_ROWS and _AHEAD:
+        pieces = max(32 * tile.warps // tile.block_n, 1)  # a thread asks for one
+        share = _AHEAD // (2 * grid[1] * triton.cdiv(n, tile.block_n) * tile.block_n * (1 if up is None else 2))
+        ahead = min(share, steps * tile.block_k) // pieces // 64 * 64
     _matmul_kernel[grid](
         *sources,
         *([None] if up is None else []),
@@ -277,12 +290,15 @@ def _launch(
         m,
         n,
         k,
+        ahead,
         ACTIVATION=None if activation is None else KINDS[activation],
-        STEPS=triton.cdiv(_segment_length(k, count), tile.block_k),
+        STEPS=steps,
         SEGMENTS=count,
         SPLIT=split,
         DESCRIBED=described,
         OVERLAP=scratch.overlap,
+        EARLY=_EARLY,
+        PIECES=pieces,
         BAND=8,
         BLOCK_N=tile.block_n,
         BLOCK_M=tile.block_m,

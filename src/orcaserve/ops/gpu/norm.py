@@ -25,20 +25,27 @@ def _norm_kernel(
     H: tl.constexpr,
 ):
     begin(OVERLAP)
-    wait(OVERLAP)
     column = tl.arange(0, H)
     inside = column < h
+    # nothing writes weights: they are under way while the kernel before ends
+    if weight is not None:
+        factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+    if bias is not None:
+        shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    wait(OVERLAP)
     at = tl.program_id(0).to(tl.int64) * h + column
     wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        other = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     if CENTRED:
         wide = tl.where(inside, wide - tl.sum(wide, 0) / h, 0.0)
     wide *= tl.rsqrt(tl.sum(wide * wide, 0) / h + eps)
     if weight is not None:
-        wide *= tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) + OFFSET
+        wide *= factor
     if bias is not None:
-        wide += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+        wide += shift
     if residual is not None:
-        wide += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        wide += other
     tl.store(out + at, wide, mask=inside)
 
 

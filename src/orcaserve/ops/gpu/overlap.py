@@ -35,8 +35,20 @@ def wait(OVERLAP: tl.constexpr):
 
 
 @triton.jit
-def prefetch(addresses):
-    """Has the lines at a tensor of valid addresses brought to the second-level cache. Not under the interpreter."""
+def prefetch(addresses, sizes):
+    """Has `sizes` bytes (a multiple of 16; none where not positive) from each of `addresses` (multiples of 16) brought
+    to the second-level cache. Waits for nothing. Not under the interpreter.
+    """
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+        """{
+        .reg .pred some;
+        setp.gt.s32 some, $2, 0;
+        @some cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r",
+        [addresses, sizes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
