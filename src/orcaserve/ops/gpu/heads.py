@@ -107,9 +107,7 @@ def _heads_kernel(
     if part < Q_PARTS:
         head = part * HEADS + tl.arange(0, HEADS)[:, None]
         present = head < NUM_HEADS
-        x = _placed(
-            source, head * D, present, column, q_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED, OVERLAP
-        )
+        x = _placed(source, head * D, present, column, q_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED, OVERLAP)
         tl.store(q + token.to(tl.int64) * (NUM_HEADS * D) + head * D + column, x, mask=present & (column < D))
     else:
         slot = tl.load(slots + token)

@@ -27,6 +27,7 @@ _MOST = 8
 _SPLIT_ROWS = 256  # tokens up to which segments may be summed by different programs
 _AHEAD = 8 << 20  # bytes of weights, of all programs together, that are asked for before the kernel before has ended
 _AHEAD_ROWS = 256  # tokens up to which weights bound the time
+_NARROW = False  # for few tokens: tiles of 32 outputs, for which other instructions are used than for those of 64
 _EARLY = True  # the next kernel may come as soon as all programs of this one run; else once they have their sums
 
 
@@ -61,6 +62,8 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 32, 32, 4, 2)
     large = triton.cdiv(n, 128) * triton.cdiv(m, 128)  # tiles of 128 by 128: do they occupy the device?
+    if _NARROW and m <= 16:
+        return Tile(32, 16, 128, 4, 4 if gated else 6)
     if gated:
         if m <= 32:
             return Tile(64, 16 if m <= 16 else 32, 128, 4, 3)
@@ -272,10 +275,11 @@ def _launch(
         raise ValueError(f"segments meet in memory for {_SPLIT_ROWS} rows, not for {m}")
     grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), count if split else 1)
     pieces = ahead = 0
-    if scratch.overlap and described and x.itemsize == 2 and m <= _AHEAD_ROWS and _AHEAD:
+    if scratch.overlap and described and x.itemsize == 2:
         pieces = max(32 * tile.warps // tile.block_n, 1)  # a thread asks for one
-        share = _AHEAD // (2 * grid[1] * triton.cdiv(n, tile.block_n) * tile.block_n * (1 if up is None else 2))
-        ahead = min(share, steps * tile.block_k) // pieces // 64 * 64
+        if m <= _AHEAD_ROWS:
+            share = _AHEAD // (2 * grid[1] * triton.cdiv(n, tile.block_n) * tile.block_n * (1 if up is None else 2))
+            ahead = min(share, steps * tile.block_k) // pieces // 64 * 64
     _matmul_kernel[grid](
         *sources,
         *([None] if up is None else []),
