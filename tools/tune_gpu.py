@@ -403,7 +403,7 @@ def main() -> None:
     narrow = [line for line in wrong if line.startswith(_NARROW_MARK)]
     others = [line for line in wrong if not line.startswith(_NARROW_MARK)]
     print(
-        f"bits: {compared} products compared, {len(others)} differ, and {len(narrow)} of tiles of fewer than 64 outputs;"
+        f"bits: {compared} products compared, {len(others)} differ, and {len(narrow)} of tiles of less than 64 outputs;"
         f" {time.monotonic() - began:.0f} s until here"
     )
     for line in others[:20] + narrow[:10]:

@@ -81,7 +81,7 @@ def act_mul(gate_up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up of `gate_up` [M, 2N], where gate stands before up, -> [M, N]; rounded once."""
     m, n = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((m, n), dtype=gate_up.dtype, device=gate_up.device)
-    grid = (m, triton.cdiv(n, _BLOCK))
+    grid = (m, -(-n // _BLOCK))
     overlap = overlaps(gate_up.device)
     _act_mul_kernel[grid](gate_up, out, n, KINDS[activation], overlap, _BLOCK, num_warps=4, launch_pdl=overlap)
     return out

@@ -153,7 +153,7 @@ def heads(
     """
     m = layout.num_tokens
     q = torch.empty((m, num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
-    parts = triton.cdiv(num_heads, _HEADS) + 2 * triton.cdiv(num_kv_heads, _HEADS)
+    parts = -(-num_heads // _HEADS) - 2 * (-num_kv_heads // _HEADS)
     _heads_kernel[(m, parts)](
         qkv,
         q,
@@ -169,7 +169,7 @@ def heads(
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         D=head_dim,
-        D_PADDED=triton.next_power_of_2(head_dim),
+        D_PADDED=1 << (head_dim - 1).bit_length(),
         OFFSET=1.0 if plus_one else 0.0,
         ROTARY_DIM=rotary_dim,
         INTERLEAVED=interleaved,

@@ -9,6 +9,7 @@ walks through them all.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,11 @@ _NARROW = False  # for few tokens: tiles of 32 outputs, for which other instruct
 _EARLY = True  # the next kernel may come as soon as all programs of this one run; else once they have their sums
 
 
+def _cdiv(x: int, y: int) -> int:
+    # triton's own is for its compiler: of a call of it the host would feel the time
+    return -(-x // y)
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """What one program computes: block_n outputs of block_m tokens, K in steps of block_k, `stages` of them in flight.
@@ -46,12 +52,13 @@ class Tile:
     split: bool = False
 
 
+@functools.cache
 def segments(n: int, k: int) -> int:
     """Into how many pieces of equal length (the last may be shorter) the sum over K is cut, for N outputs."""
     count = 1
-    while triton.cdiv(n, 64) * count < _PROGRAMS and count < _MOST and 2 * count * _LONG <= k:
+    while _cdiv(n, 64) * count < _PROGRAMS and count < _MOST and 2 * count * _LONG <= k:
         count *= 2
-    return triton.cdiv(k, _segment_length(k, count))
+    return _cdiv(k, _segment_length(k, count))
 
 
 def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
@@ -61,7 +68,7 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
     """
     if dtype == torch.float32:
         return Tile(32, 32, 32, 4, 2)
-    large = triton.cdiv(n, 128) * triton.cdiv(m, 128)  # tiles of 128 by 128: do they occupy the device?
+    large = _cdiv(n, 128) * _cdiv(m, 128)  # tiles of 128 by 128: do they occupy the device?
     if _NARROW and m <= 16:
         return Tile(32, 16, 128, 4, 4 if gated else 6)
     if gated:
@@ -246,7 +253,7 @@ def gated(
 
 
 def _segment_length(k: int, count: int) -> int:
-    return triton.cdiv(triton.cdiv(k, count), _UNIT) * _UNIT
+    return _cdiv(_cdiv(k, count), _UNIT) * _UNIT
 
 
 def _launch(
@@ -270,15 +277,15 @@ def _launch(
     described = all(matrix.data_ptr() % 16 == 0 and k * matrix.itemsize % 16 == 0 for matrix, _ in matrices)
     sources = [TensorDescriptor.from_tensor(a, [rows, tile.block_k]) if described else a for a, rows in matrices]
     split = tile.split and count > 1
-    steps = triton.cdiv(_segment_length(k, count), tile.block_k)
+    steps = _cdiv(_segment_length(k, count), tile.block_k)
     if split and m > _SPLIT_ROWS:
         raise ValueError(f"segments meet in memory for {_SPLIT_ROWS} rows, not for {m}")
-    grid = (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), count if split else 1)
+    grid = (_cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), count if split else 1)
     pieces = ahead = 0
     if scratch.overlap and described and x.itemsize == 2:
         pieces = max(32 * tile.warps // tile.block_n, 1)  # a thread asks for one
         if m <= _AHEAD_ROWS:
-            share = _AHEAD // (2 * grid[1] * triton.cdiv(n, tile.block_n) * tile.block_n * (1 if up is None else 2))
+            share = _AHEAD // (2 * grid[1] * _cdiv(n, tile.block_n) * tile.block_n * (1 if up is None else 2))
             ahead = min(share, steps * tile.block_k) // pieces // 64 * 64
     _matmul_kernel[grid](
         *sources,
