@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orcaserve.ops.gpu.activation import KINDS, activate
+from orcaserve.ops.gpu.launch import Launcher
 from orcaserve.ops.gpu.overlap import begin, overlaps, prefetch, wait
 
 _UNIT = 256  # a segment's length is a multiple of it, so that any BLOCK_K up to it meets the same boundaries
@@ -29,6 +30,7 @@ _SPLIT_ROWS = 256  # tokens up to which segments may be summed by different prog
 _AHEAD = 8 << 20  # bytes of weights, of all programs together, that are asked for before the kernel before has ended
 _AHEAD_ROWS = 256  # tokens up to which weights bound the time
 _NARROW = False  # for few tokens: tiles of 32 outputs, for which other instructions are used than for those of 64
+_BAND = 8  # tiles of tokens that are computed side by side
 _EARLY = True  # the next kernel may come as soon as all programs of this one run; else once they have their sums
 
 
@@ -94,12 +96,13 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
 
 
 class MatmulScratch:
-    """Memory in which programs that share a tile meet. Products of one stream share it; each leaves it clean."""
+    """What products of one stream share: a launcher, and memory in which programs of one tile meet; each leaves it clean."""
 
-    __slots__ = ("counters", "overlap", "partials")
+    __slots__ = ("counters", "launch", "overlap", "partials")
 
     def __init__(self, device: torch.device) -> None:
         self.overlap = overlaps(device)
+        self.launch = Launcher(_matmul_kernel)
         # segments() stops as soon as tiles times segments reach _PROGRAMS, so they stay below twice that
         widest = 64 * 2 * _PROGRAMS
         self.partials = torch.empty(_SPLIT_ROWS * widest, dtype=torch.float32, device=device)
@@ -273,51 +276,63 @@ def _launch(
         tile = tiles(m, n, k, gated=up is not None, dtype=x.dtype)
     count = segments(n, k) if up is None else 1
     out = torch.empty((m, n), dtype=torch.float32 if wide else x.dtype, device=x.device)
-    matrices = [(x, tile.block_m), (weight, tile.block_n), *([] if up is None else [(up, tile.block_n)])]
-    described = all(matrix.data_ptr() % 16 == 0 and k * matrix.itemsize % 16 == 0 for matrix, _ in matrices)
-    sources = [TensorDescriptor.from_tensor(a, [rows, tile.block_k]) if described else a for a, rows in matrices]
+    described = not (x.data_ptr() | weight.data_ptr() | (0 if up is None else up.data_ptr()) | k * x.itemsize) % 16
     split = tile.split and count > 1
-    steps = _cdiv(_segment_length(k, count), tile.block_k)
     if split and m > _SPLIT_ROWS:
         raise ValueError(f"segments meet in memory for {_SPLIT_ROWS} rows, not for {m}")
-    grid = (_cdiv(m, tile.block_m) * _cdiv(n, tile.block_n), count if split else 1)
+    steps = _cdiv(_segment_length(k, count), tile.block_k)
+    tiles_n = _cdiv(n, tile.block_n)
+    programs = count if split else 1
     pieces = ahead = 0
     if scratch.overlap and described and x.itemsize == 2:
         pieces = max(32 * tile.warps // tile.block_n, 1)  # a thread asks for one
         if m <= _AHEAD_ROWS:
-            share = _AHEAD // (2 * grid[1] * _cdiv(n, tile.block_n) * tile.block_n * (1 if up is None else 2))
+            share = _AHEAD // (2 * programs * tiles_n * tile.block_n * (1 if up is None else 2))
             ahead = min(share, steps * tile.block_k) // pieces // 64 * 64
-    _matmul_kernel[grid](
-        *sources,
-        *([None] if up is None else []),
+
+    def source(matrix: Tensor, rows: int) -> TensorDescriptor | Tensor:
+        return TensorDescriptor.from_tensor(matrix, [rows, tile.block_k]) if described else matrix
+
+    others = (bias, up_bias, residual, out)
+    constants = (
+        None if activation is None else KINDS[activation],
+        steps,
+        count,
+        split,
+        described,
+        scratch.overlap,
+        _EARLY,
+        pieces,
+        _BAND,
+        tile.block_n,
+        tile.block_m,
+        tile.block_k,
+    )
+    args = (
+        source(x, tile.block_m),
+        source(weight, tile.block_n),
+        None if up is None else source(up, tile.block_n),
         weight,
         up,
-        bias,
-        up_bias,
-        residual,
-        out,
+        *others,
         scratch.partials if split else None,
         scratch.counters if split else None,
         m,
         n,
         k,
         ahead,
-        ACTIVATION=None if activation is None else KINDS[activation],
-        STEPS=steps,
-        SEGMENTS=count,
-        SPLIT=split,
-        DESCRIBED=described,
-        OVERLAP=scratch.overlap,
-        EARLY=_EARLY,
-        PIECES=pieces,
-        BAND=8,
-        BLOCK_N=tile.block_n,
-        BLOCK_M=tile.block_m,
-        BLOCK_K=tile.block_k,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        # a multiplication and an addition are rounded apart: whether they are joined must not hang on the tile
-        enable_fp_fusion=False,
-        launch_pdl=scratch.overlap,
+        *constants,
     )
+    key = None
+    if described and not any(a.data_ptr() % 16 for a in others if a is not None):
+        dtypes = [None if a is None else a.dtype for a in (x, weight, up, *others)]
+        key = (*dtypes, n % 16 == 0, n == 1, k % 16 == 0, k == 1, tile, *constants)
+    options = {
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        # a multiplication and an addition are rounded apart: whether they are joined must not hang on the tile
+        "enable_fp_fusion": False,
+        "launch_pdl": scratch.overlap,
+    }
+    scratch.launch(key, (_cdiv(m, tile.block_m) * tiles_n, programs, 1), args, options)
     return out
