@@ -10,7 +10,7 @@ outputs x tokens x K, w its warps, s its stages, /S the segments of K ("/S" wher
 
 Then it times the layers of a whole model (norms, products and heads; without attention), where kernels of all kinds
 follow each other: with tiles of several kinds, with more and fewer bytes of weights asked for ahead, and with kernels
-that let the next one come early or late. Tiles of fewer than 64 outputs use other instructions; whether their bits are
+that let the next one come early or late. Tiles of less than 64 outputs use other instructions; whether their bits are
 equal is counted apart.
 """
 
@@ -107,7 +107,7 @@ def ways(matrix: Matrix, m: int) -> list[Way]:
         narrow = shape[0] < 64
         for split in (True, False) if matrix.segments > 1 and not narrow else (False,):
             found[Way(matrix, Tile(*shape, split), matrix.segments)] = None
-    if not matrix.gated and matrix.n < 8192:
+    if not matrix.gated and matrix.n < 8192 and matrix.k >= 4096:
         for shape in _RECUT.get(m, ()):
             for count in (count for count in (1, 2, 4) if count * matrix.n <= _WIDEST):
                 found[Way(matrix, Tile(*shape, count > 1), count)] = None
@@ -132,21 +132,21 @@ def _shapes(m: int) -> Iterator[tuple[int, int, int, int, int]]:
         yield from ((64, 64, 128, 4, 3), (64, 64, 128, 4, 5), (64, 64, 64, 4, 8), (128, 64, 128, 4, 4))
         yield from ((128, 64, 128, 8, 4), (32, 64, 128, 4, 4))
     elif m <= 128:
-        yield from ((64, 64, 128, 4, 4), (64, 128, 64, 4, 4), (64, 128, 128, 4, 4), (128, 128, 64, 8, 4))
+        yield from ((64, 64, 128, 4, 5), (64, 128, 64, 4, 4), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4))
     else:
-        yield from ((64, 128, 64, 4, 4), (64, 128, 128, 4, 4), (128, 128, 64, 8, 3), (128, 128, 64, 4, 3))
+        yield from ((64, 128, 64, 4, 4), (64, 128, 128, 4, 4), (128, 128, 64, 8, 3))
         yield from ((64, 256, 64, 8, 4), (128, 128, 128, 8, 3))
 
 
 def _gated_shapes(m: int) -> Iterator[tuple[int, int, int, int, int]]:
     if m <= 16:
-        yield from ((64, 16, 128, 4, 3), (64, 16, 64, 4, 4), (64, 16, 64, 4, 6), (64, 16, 128, 4, 5))
+        yield from ((64, 16, 128, 4, 3), (64, 16, 64, 4, 4), (64, 16, 64, 4, 6))
         yield from ((32, 16, 128, 4, 4), (32, 16, 256, 4, 3), (16, 16, 128, 4, 7))
     elif m <= 64:
         yield from ((64, 64, 128, 4, 3), (64, 64, 64, 4, 4), (128, 64, 64, 8, 4), (64, 64, 128, 4, 4))
         yield (32, 64, 128, 4, 4)
     elif m <= 128:
-        yield from ((64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 128, 128, 4, 3), (128, 128, 64, 8, 4))
+        yield from ((64, 128, 64, 4, 3), (64, 128, 64, 4, 4), (64, 64, 128, 4, 3), (128, 128, 64, 8, 4))
     else:
         yield from ((64, 128, 64, 4, 4), (64, 128, 64, 4, 3), (64, 256, 64, 8, 4), (128, 128, 64, 8, 4))
 
@@ -324,6 +324,7 @@ class Layers:
 LAYERS = {"8B": Layers(4096, 32, 8, 12288, 5), "0.6B": Layers(1024, 16, 8, 3072, 12)}
 _WIDE = (64, 16, 128, 4, 5, True), (64, 16, 128, 4, 5, True), (64, 16, 64, 4, 4), (64, 16, 128, 4, 5, True)
 _NARROW = (32, 16, 128, 4, 6), (32, 16, 128, 4, 6), (32, 16, 128, 4, 4), (32, 16, 128, 4, 6)
+_DEEP = (32, 16, 256, 4, 4), (32, 16, 256, 4, 4), (32, 16, 256, 4, 3), (32, 16, 256, 4, 4)
 _NARROWEST = (16, 16, 128, 4, 8), (16, 16, 128, 4, 8), (16, 16, 128, 4, 7), (16, 16, 128, 4, 8)
 
 
@@ -332,7 +333,7 @@ def kinds(layers: Layers, m: int) -> dict[str, Sequence[Tile]]:
     table = [products.tiles(m, x.n, x.k, gated=x.gated, dtype=torch.bfloat16) for x in layers.matrices]
     found = {"table": table}
     if m <= 16:
-        for name, others in (("wide", _WIDE), ("narrow", _NARROW), ("narrowest", _NARROWEST)):
+        for name, others in (("wide", _WIDE), ("narrow", _NARROW), ("deep", _DEEP), ("narrowest", _NARROWEST)):
             tiles = [Tile(*other) for other in others]
             found[name] = tiles
             for i, matrix in enumerate(layers.matrices):
@@ -340,12 +341,13 @@ def kinds(layers: Layers, m: int) -> dict[str, Sequence[Tile]]:
     return found
 
 
-def settings() -> Iterator[tuple[int, bool]]:
+def settings(kind: str) -> Iterator[tuple[int, bool]]:
     """Megabytes asked for ahead, and whether the next kernel comes early; the settings there are come first."""
     yield products._AHEAD >> 20, products._EARLY
-    for early in (True, False):
-        for ahead in (0, 4, 8, 16, 32):
-            yield ahead, early
+    if " " not in kind:
+        for early in (True, False) if kind in ("table", "narrow") else (True,):
+            for ahead in (0, 4, 8, 16, 32):
+                yield ahead, early
 
 
 def time_layers(name: str, layers: Layers, scratch: MatmulScratch) -> None:
@@ -353,7 +355,7 @@ def time_layers(name: str, layers: Layers, scratch: MatmulScratch) -> None:
     for m in (1, 16, 64, 256):
         run, results = layers.calls(m, scratch), []
         for kind, tiles in kinds(layers, m).items():
-            for ahead, early in dict.fromkeys(settings() if len(kind.split()) == 1 else list(settings())[:1]):
+            for ahead, early in dict.fromkeys(settings(kind)):
                 with patch.object(products, "_AHEAD", ahead << 20), patch.object(products, "_EARLY", early):
                     took = microseconds([partial(run, tiles)]) / layers.count
                 results.append((took, f"{kind} {ahead} MB {'early' if early else 'late'}"))
@@ -381,8 +383,8 @@ def main() -> None:
             for name, layers in LAYERS.items()
             for m in (1, 64, 256)
             for kind in kinds(layers, m)
-            for early in (True, False)
-            if len(kind.split()) == 1
+            if " " not in kind
+            for early in sorted({early for _, early in settings(kind)})
         ]
         others = pool.map(compile_layers, tasks)
         list(pool.map(compile_all, [everything[first :: 3 * workers] for first in range(3 * workers)]))

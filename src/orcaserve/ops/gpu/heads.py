@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orcaserve.ops.gpu.launch import kinds, launcher
 from orcaserve.ops.gpu.layout import DeviceLayout
 from orcaserve.ops.gpu.overlap import begin, overlaps, wait
 
@@ -154,28 +155,16 @@ def heads(
     m = layout.num_tokens
     q = torch.empty((m, num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
     parts = -(-num_heads // _HEADS) - 2 * (-num_kv_heads // _HEADS)
-    _heads_kernel[(m, parts)](
-        qkv,
-        q,
-        k_cache,
-        v_cache,
-        layout.positions,
-        layout.slots,
-        q_norm,
-        k_norm,
-        table,
-        eps,
-        layout.block_size,
-        NUM_HEADS=num_heads,
-        NUM_KV_HEADS=num_kv_heads,
-        D=head_dim,
-        D_PADDED=1 << (head_dim - 1).bit_length(),
-        OFFSET=1.0 if plus_one else 0.0,
-        ROTARY_DIM=rotary_dim,
-        INTERLEAVED=interleaved,
-        OVERLAP=overlaps(qkv.device),
-        HEADS=_HEADS,
-        num_warps=4,
-        launch_pdl=overlaps(qkv.device),
+    overlap = overlaps(qkv.device)
+    padded = 1 << (head_dim - 1).bit_length()
+    offset = 1.0 if plus_one else 0.0
+    constants = (num_heads, num_kv_heads, head_dim, padded, offset, rotary_dim, interleaved, overlap, _HEADS)
+    sources = (qkv, q, k_cache, v_cache, layout.positions, layout.slots, q_norm, k_norm, table)
+    tensors = kinds(*sources)
+    launcher(_heads_kernel, qkv.device)(
+        None if tensors is None else (tensors, layout.block_size, *constants),
+        (m, parts, 1),
+        (*sources, eps, layout.block_size, *constants),
+        {"num_warps": 4, "launch_pdl": overlap},
     )
     return q

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orcaserve.ops.gpu.activation import KINDS, activate
-from orcaserve.ops.gpu.launch import Launcher
+from orcaserve.ops.gpu.launch import kinds, launcher
 from orcaserve.ops.gpu.overlap import begin, overlaps, prefetch, wait
 
 _UNIT = 256  # a segment's length is a multiple of it, so that any BLOCK_K up to it meets the same boundaries
@@ -96,13 +96,12 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
 
 
 class MatmulScratch:
-    """What products of one stream share: a launcher, and memory in which programs of one tile meet; each leaves it clean."""
+    """Memory in which programs that share a tile meet. Products of one stream share it; each leaves it clean."""
 
-    __slots__ = ("counters", "launch", "overlap", "partials")
+    __slots__ = ("counters", "overlap", "partials")
 
     def __init__(self, device: torch.device) -> None:
         self.overlap = overlaps(device)
-        self.launch = Launcher(_matmul_kernel)
         # segments() stops as soon as tiles times segments reach _PROGRAMS, so they stay below twice that
         widest = 64 * 2 * _PROGRAMS
         self.partials = torch.empty(_SPLIT_ROWS * widest, dtype=torch.float32, device=device)
@@ -323,10 +322,9 @@ def _launch(
         ahead,
         *constants,
     )
-    key = None
-    if described and not any(a.data_ptr() % 16 for a in others if a is not None):
-        dtypes = [None if a is None else a.dtype for a in (x, weight, up, *others)]
-        key = (*dtypes, n % 16 == 0, n == 1, k % 16 == 0, k == 1, tile, *constants)
+    tensors = kinds(x, weight, up, *others)
+    # a tensor that has no descriptor, and numbers that are multiples of nothing, are for Triton to look at
+    key = (tensors, n % 16 == 0, k % 16 == 0, tile, *constants) if described and tensors and n > 1 else None
     options = {
         "num_warps": tile.warps,
         "num_stages": tile.stages,
@@ -334,5 +332,5 @@ def _launch(
         "enable_fp_fusion": False,
         "launch_pdl": scratch.overlap,
     }
-    scratch.launch(key, (_cdiv(m, tile.block_m) * tiles_n, programs, 1), args, options)
+    launcher(_matmul_kernel, x.device)(key, (_cdiv(m, tile.block_m) * tiles_n, programs, 1), args, options)
     return out

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orcaserve.ops.gpu.launch import kinds, launcher
 from orcaserve.ops.gpu.overlap import begin, overlaps, wait
 
 
@@ -77,7 +78,12 @@ def _launch(
     # 16 elements a thread, and by H alone: the order of the sums hangs on it
     warps = min(max(width // 512, 1), 16)
     overlap = overlaps(x.device)
-    _norm_kernel[(m,)](
-        x, weight, bias, residual, out, h, eps, centred, offset, overlap, width, num_warps=warps, launch_pdl=overlap
+    constants = (centred, offset, overlap, width)
+    tensors = kinds(x, weight, bias, residual, out)
+    launcher(_norm_kernel, x.device)(
+        None if tensors is None else (tensors, h, *constants),
+        (m, 1, 1),
+        (x, weight, bias, residual, out, h, eps, *constants),
+        {"num_warps": warps, "launch_pdl": overlap},
     )
     return out
