@@ -71,7 +71,7 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 32, 32, 4, 2)
     large = _cdiv(n, 128) * _cdiv(m, 128)  # tiles of 128 by 128: do they occupy the device?
-    if _NARROW and m <= 16:
+    if _NARROW and m <= 16 and n <= 1 << 14:
         return Tile(32, 16, 128, 4, 4 if gated else 6)
     if gated:
         if m <= 32:

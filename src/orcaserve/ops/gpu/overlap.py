@@ -1,7 +1,8 @@
 """Kernels that begin while the one before them ends, and wait for it only when they come to what it wrote.
 
 A kernel that is launched with `launch_pdl=overlaps(device)` calls `begin`, does what hangs on no other kernel's work,
-and then calls `wait`, before it touches anything that another kernel may write, or may still read.
+and then calls `wait`, before it touches anything that another kernel may write, or may still read. What was written
+before a kernel that is launched without it, as all of torch's, is there for all that come after that one.
 """
 
 from __future__ import annotations
