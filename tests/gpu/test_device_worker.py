@@ -177,3 +177,11 @@ def test_a_recorded_iteration_gives_what_its_kernels_give_one_by_one(folders, de
     for size in (2, 4):
         executor._worker.record(size)
     assert serve(executor, requests).tokens == plain.tokens
+
+
+def test_what_was_warmed_up_leaves_no_trace(folders, device):
+    requests = [draw_request(random.Random(6), id, temperature=1.0) for id in range(2)]
+    executor = on_device(folders["llama"], device)
+    plain = serve(executor, requests)
+    executor._worker.warm(40)
+    assert serve(executor, requests).tokens == plain.tokens

@@ -47,7 +47,8 @@ class Machine(msgspec.Struct, frozen=True):
             pass  # not Linux
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return cls(cpu, cores, memory, f"{platform.system()} {platform.release()}", os.getloadavg()[0])
+        system = f"{platform.system()} {platform.release().partition('-')[0]}"
+        return cls(cpu, cores, memory, system, os.getloadavg()[0])
 
     def __str__(self) -> str:
         return f"{self.cores} cores of {self.cpu}, {self.memory / 2**30:.0f} GiB, {self.system}"

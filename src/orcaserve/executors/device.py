@@ -122,12 +122,8 @@ def start_device(
         grammars=None if folder is None else Grammars(folder, config.vocab_size),
     )
     cached = time.monotonic()
-    # The largest first: what it takes of the graphs' memory the others fit into.
-    sizes = sorted(graph_sizes(options.max_batch_size), reverse=True) if device.type == "cuda" else []
-    for done, size in enumerate(sizes, 1):
-        worker.record(size)
-        if progress is not None:
-            progress("graphs", done, len(sizes))
+    if device.type == "cuda":
+        _make_ready(worker, options.max_batch_size, tokens, progress)
     executor = DeviceExecutor(worker)
     info = EngineInfo(
         architecture=config.architecture,
@@ -147,9 +143,24 @@ def start_device(
             max_model_len=budget.max_model_len,
         ),
         budget=budget.lines,
-        timings=(*timings, ("make KV cache", cached - began), ("record graphs", time.monotonic() - cached)),
+        timings=(*timings, ("make KV cache", cached - began), ("compile and record", time.monotonic() - cached)),
     )
     return executor, info
+
+
+def _make_ready(worker: DeviceWorker, max_batch_size: int, max_tokens: int, progress: Progress | None) -> None:
+    """Has all kernels compiled and all graphs recorded before the first request comes."""
+    # The largest first: what it takes of memory the others fit into.
+    prompts = [max_tokens, *(1 << power for power in range(max_tokens.bit_length() - 1, 3, -1))]
+    graphs = sorted(graph_sizes(max_batch_size), reverse=True)
+    for done, num_tokens in enumerate(prompts, 1):
+        worker.warm(num_tokens)
+        if progress is not None:
+            progress("kernels", done, len(prompts))
+    for done, size in enumerate(graphs, 1):
+        worker.record(size)
+        if progress is not None:
+            progress("graphs", done, len(graphs))
 
 
 def profile_of(kernels: TritonKernels, model: Decoder) -> str:

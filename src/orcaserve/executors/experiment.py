@@ -94,6 +94,7 @@ def engine_of(name: str, device: Device, info: EngineInfo) -> Engine:
         block_size=info.block_size,
         threads=info.threads,
         swap=info.swap,
+        overlap=info.overlap,
     )
 
 

@@ -77,10 +77,22 @@ class _Limits:
 class _Request:
     """What the worker knows of a request. sound: all of its tokens and blocks exist."""
 
-    __slots__ = ("_blocks", "_limits", "_num_blocks", "allowed", "guide", "new", "sound", "sums", "token_ids")
+    __slots__ = (
+        "_blocks",
+        "_limits",
+        "_num_blocks",
+        "allowed",
+        "guide",
+        "is_plain",
+        "new",
+        "sound",
+        "sums",
+        "token_ids",
+    )
 
     def __init__(self, new: NewRequest, limits: _Limits) -> None:
         self.new = new
+        self.is_plain = new.params.is_plain
         self.token_ids: list[int] = []
         self.sound = True
         self.guide: Guide | None = None  # where its response is in its grammar, and what may come next there

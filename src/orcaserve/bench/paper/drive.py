@@ -95,7 +95,10 @@ def drive(engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None] =
 
 
 class _Sampled:
-    """An executor that runs an iteration while it is submitted. Owner of what was seen of each."""
+    """An executor whose iterations are timed while they are submitted: they run then, but for those that overlap.
+
+    Owner of what was seen of each.
+    """
 
     def __init__(self, executor: Executor, scheduler: Scheduler, clock: Callable[[], float]) -> None:
         self._executor = executor

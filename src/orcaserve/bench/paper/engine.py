@@ -30,6 +30,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     """A loaded model. bytes_per_token: what one token takes of the KV cache. Lengths are in tokens.
 
     swap: room for KV outside of the cache, if there is any.
+    overlap: iterations are scheduled while the one before runs, where the policy allows it.
     """
 
     device: Device
@@ -45,6 +46,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int
     threads: int
     swap: SwapSpace | None = None
+    overlap: bool = False
 
     @property
     def num_slots(self) -> int:
@@ -79,13 +81,15 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
                 f"{self.name} is to use KV memory for {self.slots} tokens, but the machine has room for "
                 f"{engine.num_slots} beside this model: take a smaller one"
             )
+        overlap = engine.overlap and self.depth == 1 and not self.policy.request_level
         return SchedulerConfig(
             policy=self.policy,
             max_batch_size=self.max_batch_size,
             max_batch_tokens=max(self.batch_tokens, self.max_batch_size),
             num_blocks=num_blocks,
             block_size=engine.block_size,
-            depth=self.depth,
+            depth=2 if overlap else self.depth,
+            overlap=overlap,
             swap=engine.swap if self.swap else None,
         )
 

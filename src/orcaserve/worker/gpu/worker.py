@@ -46,11 +46,27 @@ def graph_sizes(max_batch_size: int) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class _Host:
+    """The host's memory for one iteration: int32 [total], and its parts."""
+
+    flat: Tensor
+    told: HostSections
+
+    @classmethod
+    def of(cls, flat: Tensor, sizes: Sizes) -> _Host:
+        return cls(flat[: sizes.total], Sections.of(flat, sizes).on_host())
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class _Graph:
-    """An iteration of `sizes`, all of which decode. staged: what the host tells it. tokens: int32 [D] that it draws."""
+    """An iteration of `sizes`, all of which decode. staged: what the host tells it. tokens: int32 [D] that it draws.
+
+    hosts: where the host writes it down, in turn.
+    """
 
     sizes: Sizes
     staged: Tensor
+    hosts: Sequence[_Host]
     tokens: Tensor
     run: Run
 
@@ -153,9 +169,20 @@ class DeviceWorker:
         told.sample_seats.fill_(-1)
         told.sample_rows.copy_(torch.arange(size, device=device))
         tokens = torch.zeros(size, dtype=torch.int32, device=device)
-        self._graphs[size] = _Graph(
-            sizes, staged, tokens, self._stream.record(lambda: self._iterate(told, size, tokens, gather=False))
-        )
+        run = self._stream.record(lambda: self._iterate(told, size, tokens, gather=False))
+        hosts = [_Host.of(self._stream.host_buffer(sizes.total), sizes) for _ in self._hosts]
+        self._graphs[size] = _Graph(sizes, staged, hosts, tokens, run)
+
+    @torch.inference_mode()
+    def warm(self, num_tokens: int) -> None:
+        """Reads a prompt of nobody: compiles what is not compiled yet, and shows that there is memory for it."""
+        pieces = chunk_tiles(np.array([0]), np.array([num_tokens]), np.array([0]), self._tile_tokens)
+        sizes = Sizes(num_tokens, 0, 1, len(pieces), 0, 0)
+        told = Sections.of(torch.zeros(sizes.total, dtype=torch.int32, device=self._stream.device), sizes)
+        told.seats.fill_(-1)
+        told.sample_seats.fill_(-1)
+        told.tiles.copy_(torch.from_numpy(pieces))
+        self._iterate(told, 0, torch.zeros(1, dtype=torch.int32, device=self._stream.device), gather=True)
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> DevicePending:
@@ -175,7 +202,7 @@ class DeviceWorker:
         known: dict[int, RowResult] = {}
         began = self._stream.mark()
         if (graph := self._graph(plan, updates)) is not None:
-            self._fill(turn, graph.sizes, graph.staged, plan, updates)
+            self._fill(graph.hosts[turn], graph.sizes, graph.staged, plan, updates)
             graph.run()
             self._stream.copy(graph.tokens[: len(plan.drawing)], drawn)
         elif plan.jobs:
@@ -212,7 +239,9 @@ class DeviceWorker:
         spans = sum(job.row.start // SPAN + 1 for job in plan.jobs[:n])
         sizes = Sizes(tokens, n, len(plan.drawing), tiles, updates.shape[0], spans)
         staged = torch.empty(sizes.total, dtype=torch.int32, device=device)
-        self._fill(turn, sizes, staged, plan, updates)
+        if self._hosts[turn].shape[0] < sizes.total:
+            self._hosts[turn] = self._stream.host_buffer(2 * sizes.total)
+        self._fill(_Host.of(self._hosts[turn], sizes), sizes, staged, plan, updates)
         own = torch.empty(len(plan.drawing), dtype=torch.int32, device=device)
         hidden = self._iterate(Sections.of(staged, sizes), n, own, gather=True)
         self._stream.copy(own, drawn)
@@ -241,12 +270,9 @@ class DeviceWorker:
             commit(tokens, told.sample_seats, self._last_tokens)
         return hidden
 
-    def _fill(self, turn: int, sizes: Sizes, staged: Tensor, plan: _Plan, updates: np.ndarray) -> None:
+    def _fill(self, host: _Host, sizes: Sizes, staged: Tensor, plan: _Plan, updates: np.ndarray) -> None:
         """Writes an iteration down on the host and sends it to `staged`, padded where `sizes` allow for more."""
-        if self._hosts[turn].shape[0] < sizes.total:
-            self._hosts[turn] = self._stream.host_buffer(2 * sizes.total)
-        flat = self._hosts[turn][: sizes.total]
-        told = Sections.of(flat, sizes).on_host()
+        told = host.told
         n, seats = plan.num_decodes, [self._seats[job.row.id] for job in plan.jobs]
         told.ids[:n] = [_newest(job) for job in plan.jobs[:n]]
         told.seats[:n] = seats[:n]
@@ -267,7 +293,7 @@ class DeviceWorker:
         told.updates[: updates.shape[0]] = updates
         self._fill_samples(told, plan, seats)
         used = sizes.total - max(0, sizes.items - items.shape[0])
-        self._stream.copy(flat[:used], staged[:used])
+        self._stream.copy(host.flat[:used], staged[:used])
 
     def _fill_samples(self, told: HostSections, plan: _Plan, seats: Sequence[int]) -> None:
         r = len(plan.drawing)
@@ -319,8 +345,8 @@ class _Plan:
             chunks = []
         ordered = decodes + chunks
         ends = list(accumulate((job.row.num_tokens for job in ordered), initial=0))
-        on_host = [i for i, job in enumerate(ordered) if not job.request.new.params.is_plain]
-        drawing = [i for i, job in enumerate(ordered) if job.row.samples and job.request.new.params.is_plain]
+        on_host = [i for i, job in enumerate(ordered) if not job.request.is_plain]
+        drawing = [i for i, job in enumerate(ordered) if job.row.samples and job.request.is_plain]
         return cls(ordered, len(decodes), ends[:-1], drawing, on_host)
 
 
