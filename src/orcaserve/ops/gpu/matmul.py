@@ -85,7 +85,9 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
     if m <= 32:
         return Tile(64, 16 if m <= 16 else 32, 128, 4, 5, split)
     if m <= 64:
-        return Tile(64, 64, 128, 4, 3, split)
+        # a program that has a processor to itself must keep more bytes on their way
+        alone = _cdiv(n, 64) * (count if split else 1) <= 132
+        return Tile(64, 64, 128, 4, 5 if alone else 3, split)
     if m <= 256:
         if split:
             return Tile(128, 128, 64, 8, 3, True)

@@ -39,7 +39,7 @@ def prepare(
     """
     _update_tables[(_WRITERS,)](staged.updates, staged.num_updates, tables, tables.stride(0), TILE=_TILE)
     count = staged.ids.shape[0]
-    _resolve[(triton.cdiv(count, _TILE),)](
+    _resolve[(-(-count // _TILE),)](
         staged.ids, staged.seats, staged.starts, last_tokens, tables, tables.stride(0), token_ids, positions, slots,
         count,
         BLOCK_SIZE=block_size, TILE=_TILE,
@@ -52,7 +52,7 @@ def commit(tokens: Tensor, row_seats: Tensor, last_tokens: Tensor) -> None:
     row_seats: int32 [R], -1 is padding.
     """
     count = tokens.shape[0]
-    _commit[(triton.cdiv(count, _TILE),)](tokens, row_seats, last_tokens, count, TILE=_TILE)
+    _commit[(-(-count // _TILE),)](tokens, row_seats, last_tokens, count, TILE=_TILE)
 
 
 @triton.jit

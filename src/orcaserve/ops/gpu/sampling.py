@@ -70,7 +70,7 @@ class Scratch:
 
     @classmethod
     def make(cls, num_rows: int, vocab_size: int, device: torch.device) -> Scratch:
-        spans = triton.cdiv(vocab_size, SPAN)
+        spans = -(-vocab_size // SPAN)
 
         def empty(width: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(num_rows, width, dtype=dtype, device=device)
@@ -92,7 +92,7 @@ def sample(logits: Tensor, wishes: Wishes, tokens: Tensor, scratch: Scratch, *, 
     they are not looked at if not. The rows of logits need not be adjacent; their entries must be.
     """
     num_rows, vocab_size = logits.shape
-    num_spans = triton.cdiv(vocab_size, SPAN)
+    num_spans = -(-vocab_size // SPAN)
     how = (wishes.bases, wishes.positions, wishes.temperatures, wishes.top_k, wishes.top_p, wishes.min_p)
     # fused multiply-adds only where they are spelled out, lest a row's bits depend on `truncates`
     options = {"enable_fp_fusion": False}
