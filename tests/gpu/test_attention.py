@@ -99,17 +99,18 @@ class World:
         firsts = len(decodes) + np.cumsum(counts) - counts
         seats = np.array([request for request, _, _ in chunks], np.int64)
         positions = np.array([position for _, position in rows])
-        items, first_items = decode_items(positions[: len(decodes)], items_window)
+        all_seats = np.array([request for request, _ in rows])
+        items = decode_items(positions[: len(decodes)], all_seats[: len(decodes)], items_window)
         tiles = chunk_tiles(firsts, counts, seats, longest if tile is None else min(tile, longest))
         layout = DeviceLayout(
             positions=self._int32(positions),
             slots=self._int32(positions),
-            seats=self._int32(np.array([request for request, _ in rows])),
+            seats=self._int32(all_seats),
             tables=self._int32(self.tables),
             block_size=self.block_size,
             num_decodes=len(decodes),
-            items=self._int32(np.concatenate([items, np.full(5, -1)])),
-            first_items=self._int32(first_items),
+            items=self._int32(np.concatenate([items, np.full((5, 4), -1)])),
+            num_items=self._int32(np.array([len(items)])),
             tiles=self._int32(tiles.reshape(-1, 3)),
         )
         scratch = Scratch.empty(len(items) + 7, self.heads, self.d, self.device)
@@ -223,7 +224,7 @@ def test_all_of_a_prompt_has_the_bits_of_decodes(device: torch.device, dtype: to
 def test_refuses_more_items_than_the_scratch_holds(device: torch.device) -> None:
     world = World(device, [3], dtype=torch.float16)
     none = torch.zeros(2, dtype=torch.int32, device=device)
-    layout = DeviceLayout(none, none, none, none[None], 64, 2, torch.zeros(9).int(), none, none.new_empty(0, 3))
+    layout = DeviceLayout(none, none, none, none[None], 64, 2, torch.zeros(9, 4).int(), none, none.new_empty(0, 3))
     scratch = Scratch.empty(8, world.heads, world.d, device)
     with pytest.raises(ValueError, match="9 items"):
         attention(world.requests[0].queries, world.k, world.v, layout, scratch, scale=1.0)
@@ -233,20 +234,19 @@ def test_refuses_more_items_than_the_scratch_holds(device: torch.device) -> None
 def test_items_are_the_spans_that_a_window_shows(window: int | None) -> None:
     rng = random.Random(f"items {window}")
     positions = [rng.choice([-1, rng.randrange(9 * SPAN), SPAN * rng.randrange(1, 9)]) for _ in range(50)]
-    wanted, firsts = [], [0]
+    seats = rng.sample(range(100), 50)
+    wanted = []
     for token, position in enumerate(positions):
         low = 0 if window is None else max(0, position - window + 1)
-        wanted += [token << 16 | span for span in sorted({p // SPAN for p in range(low, position + 1)})]
-        firsts.append(len(wanted))
-    items, first_items = decode_items(np.array(positions), window)
-    assert (items.dtype, first_items.dtype) == (np.int32, np.int32)
+        spans = sorted({p // SPAN for p in range(low, position + 1)})
+        wanted += [[token << 16 | span, position, seats[token], len(spans)] for span in spans]
+    items = decode_items(np.array(positions), np.array(seats), window)
+    assert items.dtype == np.int32
     assert items.tolist() == wanted
-    assert first_items.tolist() == firsts
 
 
 def test_no_decodes_have_no_items() -> None:
-    items, first_items = decode_items(np.zeros(0, np.int32))
-    assert (items.tolist(), first_items.tolist()) == ([], [0])
+    assert decode_items(np.zeros(0, np.int32), np.zeros(0, np.int32)).shape == (0, 4)
 
 
 def test_tiles_cover_each_chunk_in_order() -> None:

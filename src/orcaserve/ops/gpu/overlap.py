@@ -1,7 +1,8 @@
 """Kernels that begin while the one before them ends, and wait for it only when they come to what it wrote.
 
 A kernel that is launched with `launch_pdl=overlaps(device)` calls `begin`, does what hangs on no other kernel's work,
-and then calls `wait`, before it touches anything that another kernel may write, or may still read.
+and then calls `wait`, before it touches anything that another kernel may write, or may still read. What was
+written before the last plain launch is there: a `DeviceLayout`, for one, in all layers.
 """
 
 from __future__ import annotations
@@ -40,3 +41,9 @@ def prefetch(addresses):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def barrier():
+    """As `tl.debug_barrier`, which keeps a loop around it from being pipelined. Not under the interpreter."""
+    tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r,r", [tl.num_programs(0)], tl.int32, False, 1)
