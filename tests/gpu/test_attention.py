@@ -117,10 +117,12 @@ class World:
         for part in (scratch.gathered, scratch.peaks, scratch.masses):
             part.fill_(math.nan)
         q = torch.stack([self.requests[request].queries[position] for request, position in rows])
-        return attention(
+        out = attention(
             q, self.k, self.v, layout, scratch, scale=self.scale, window=self.window, softcap=self.softcap,
             slopes=self.slopes, tuning=tuning,
         )  # fmt: skip
+        assert not scratch.arrived.any()
+        return out
 
     def expect(self, request: int, position: int) -> Tensor:
         """float64 [heads * d]."""
@@ -192,7 +194,7 @@ def test_a_token_has_the_same_bits_decoded_and_in_any_chunk(
     assert same_bits(mixed[2 : 2 + len(at)].flip(0), wanted)
     assert same_bits(mixed[len(crowd) + 3 :], whole[SPAN + 1 - start : SPAN + 9 - start])
 
-    other = Tuning(decode_stages=2, decode_programs=1, prefill_stages=2, prefill_rows=64)
+    other = Tuning(decode_stages=2, decode_programs=1, decode_early=False, prefill_stages=2, prefill_rows=64)
     cut = world.run([(0, SPAN)], [(0, SPAN - 1, 3)], tuning=other)
     assert same_bits(cut[0], whole[SPAN - start])
     assert same_bits(cut[1:], whole[SPAN - 1 - start : SPAN + 2 - start])
@@ -207,6 +209,24 @@ def test_a_long_context_has_the_same_bits_decoded_and_in_any_chunk(
     whole = world.run([], [(0, 2 * SPAN - 12, 57)])
     at = [2 * SPAN - 1, 2 * SPAN, length - 1]
     assert same_bits(world.run([(0, position) for position in at]), whole[[p - 2 * SPAN + 12 for p in at]])
+
+
+def test_many_spans_are_merged_as_a_chunk_merges_them(device: torch.device) -> None:
+    length = 9 * SPAN + 1
+    world = World(device, [length], dtype=torch.bfloat16, d=16)
+    whole = world.run([], [(0, length - 3, 3)])
+    assert same_bits(world.run([(0, position) for position in range(length - 3, length)]), whole)
+
+
+def test_one_that_is_not_a_number_harms_no_other(device: torch.device) -> None:
+    """Programs go from one decode to the next without an end between them."""
+    world = World(device, [SPAN + 3, 70, 5], dtype=torch.bfloat16, kv_heads=3)
+    decodes = [(2, 4), (0, SPAN + 2), (1, 69), (0, 9), (2, 3)]
+    wanted = world.run(decodes)
+    world.v[world.requests[0].blocks[0]] = math.nan
+    got = world.run(decodes)
+    for row, before, (request, _) in zip(got, wanted, decodes, strict=True):
+        assert row.isnan().all() if request == 0 else same_bits(row, before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="much work")

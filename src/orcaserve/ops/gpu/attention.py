@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
-from orcaserve.ops.gpu.overlap import barrier, overlaps, wait
+from orcaserve.ops.gpu.overlap import barrier, overlaps, prefetch, wait
 from orcaserve.ops.gpu.overlap import begin as let_next_begin
-from orcaserve.ops.gpu.spans import answer, attend, empty_state, merge, read_cache, read_pages, score
+from orcaserve.ops.gpu.spans import answer, attend, empty_state, locate, merge, read_cache, read_pages, score
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -29,6 +29,7 @@ class Tuning:
 
     decode_stages: int = 3
     decode_programs: int = 2  # per processor of the device
+    decode_early: bool = True  # whether a program's first span is fetched while the kernel before ends
     prefill_stages: int = 3
     prefill_rows: int = 128  # queries * heads of a group in a tile: a multiple of 64
 
@@ -119,7 +120,7 @@ def attention(
         _decode_kernel[(scratch.processors * tuning.decode_programs - 1,)](
             q, k, v, *states, out, layout.slots, tables, layout.items, layout.num_items,
             num_decodes=layout.num_decodes, ROWS=rows, GROUP_ROWS=triton.next_power_of_2(heads // kv_heads),
-            INTERPRETED=q.device.type != "cuda", **numbers, **shape, **strides,
+            EARLY=overlap and tuning.decode_early, INTERPRETED=q.device.type != "cuda", **numbers, **shape, **strides,
             num_warps=4, num_stages=tuning.decode_stages, **runs,
         )  # fmt: skip
     if layout.tiles.shape[0]:
@@ -222,10 +223,9 @@ def _merge_if_last(
             states = ()
             for ahead in tl.static_range(8):
                 there = (item + ahead < first + count) & (row < GROUP)
-                later_peak = tl.load(
-                    peaks + place + ahead * HEADS, mask=there, other=float("-inf"), cache_modifier=".cg"
-                )
-                later_mass = tl.load(masses + place + ahead * HEADS, mask=there, other=0.0, cache_modifier=".cg")
+                at = place + ahead * HEADS
+                later_peak = tl.load(peaks + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+                later_mass = tl.load(masses + at, mask=there, other=0.0, cache_modifier=".cg")
                 inside = there[:, None] & (column < D)
                 later = tl.load(values + ahead * (HEADS * D), mask=inside, other=0.0, cache_modifier=".cg")
                 states += ((later_peak, later_mass, later),)
@@ -292,6 +292,25 @@ def _finish(
 
 
 @triton.jit
+def _bring_near(
+    cache,
+    pages,
+    head,
+    start,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Fetches what `read_cache` will read. What is written there meanwhile is no harm: that cache is everybody's."""
+    LINE: tl.constexpr = 1024 // cache.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = BLOCK_D // LINE if BLOCK_D > LINE else 1
+    column = tl.minimum(tl.arange(0, LINES) * LINE, D - 1)
+    prefetch(locate(cache, pages, head, start, KV_HEADS, D, BLOCK_N, BLOCK_SIZE)[:, None] + column[None, :])
+
+
+@triton.jit
 def _clear_padding(out, slots, slot, num_decodes, HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Zeros for a share of the padding. slot: that of the first token of this program."""
     column = tl.arange(0, BLOCK_D)
@@ -335,6 +354,7 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
     INTERPRETED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
@@ -351,8 +371,16 @@ def _decode_kernel(
     token, span, position, seat, count = _read_item(items, unit, units, KV_HEADS)
     next_token, next_span, next_position, next_seat, next_count = _read_item(items, unit + stride, units, KV_HEADS)
     first, last, start = _shown(span, position, WINDOW, SPAN, BLOCK_N)
-    pages = read_pages(tables + seat.to(tl.int64) * table_stride, start, last, BLOCK_N, BLOCK_SIZE)
+    table = tables + seat.to(tl.int64) * table_stride
+    pages = read_pages(table, start, last, BLOCK_N, BLOCK_SIZE)
     slot = tl.load(slots + unit, mask=unit < num_decodes, other=0)
+    if EARLY:
+        for block in tl.static_range(SPAN // BLOCK_N):
+            at = start + block * BLOCK_N
+            if (at <= last) & (unit < units):
+                some = read_pages(table, at, last, BLOCK_N, BLOCK_SIZE)
+                _bring_near(k, some, unit % KV_HEADS, at, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
+                _bring_near(v, some, unit % KV_HEADS, at, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
     wait(OVERLAP)
     _clear_padding(out, slots, slot, num_decodes, KV_HEADS * GROUP, D, BLOCK_D)
     queries = _read_queries(q, token, 1, unit % KV_HEADS, q_stride, GROUP, D, ROWS, BLOCK_D)
