@@ -85,21 +85,21 @@ def _heads_kernel(
     Q_PARTS: tl.constexpr = (NUM_HEADS + HEADS - 1) // HEADS
     KV_PARTS: tl.constexpr = (NUM_KV_HEADS + HEADS - 1) // HEADS
     begin(OVERLAP)
-    wait(OVERLAP)
     token = tl.program_id(0)
     part = tl.program_id(1)
+    slot = tl.load(slots + token)
     column = tl.arange(0, D_PADDED)[None, :]
     source = qkv + token.to(tl.int64) * ((NUM_HEADS + 2 * NUM_KV_HEADS) * D)
     angles = None
     if table is not None:
         angles = table + tl.load(positions + token).to(tl.int64) * ROTARY_DIM
+    wait(OVERLAP)
     if part < Q_PARTS:
         head = part * HEADS + tl.arange(0, HEADS)[:, None]
         present = head < NUM_HEADS
         x = _placed(source, head * D, present, column, q_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED)
         tl.store(q + token.to(tl.int64) * (NUM_HEADS * D) + head * D + column, x, mask=present & (column < D))
     else:
-        slot = tl.load(slots + token)
         if slot >= 0:
             is_value = part >= Q_PARTS + KV_PARTS
             head = (part - Q_PARTS - is_value.to(tl.int32) * KV_PARTS) * HEADS + tl.arange(0, HEADS)[:, None]
