@@ -194,7 +194,7 @@ def test_a_token_has_the_same_bits_decoded_and_in_any_chunk(
     assert same_bits(mixed[2 : 2 + len(at)].flip(0), wanted)
     assert same_bits(mixed[len(crowd) + 3 :], whole[SPAN + 1 - start : SPAN + 9 - start])
 
-    other = Tuning(decode_stages=2, decode_programs=1, decode_early=False, prefill_stages=2, prefill_rows=64)
+    other = Tuning(decode_stages=2, decode_programs=1, decode_early=False, prefill_stages=2, prefill_rows=128)
     cut = world.run([(0, SPAN)], [(0, SPAN - 1, 3)], tuning=other)
     assert same_bits(cut[0], whole[SPAN - start])
     assert same_bits(cut[1:], whole[SPAN - 1 - start : SPAN + 2 - start])

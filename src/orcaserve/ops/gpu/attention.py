@@ -31,12 +31,12 @@ class Tuning:
     decode_programs: int = 2  # per processor of the device
     decode_early: bool = True  # whether a program's first span is fetched while the kernel before ends
     prefill_stages: int = 3
-    prefill_rows: int = 128  # queries * heads of a group in a tile: a multiple of 64
+    prefill_rows: int = 64  # queries * heads of a group in a tile: a multiple of 64
 
     @classmethod
     def of(cls, d: int) -> Tuning:
         """What suits heads of d values."""
-        return cls() if d <= 128 else cls(decode_stages=2, decode_programs=1, prefill_stages=2)
+        return cls() if d <= 128 else cls(decode_stages=2, decode_programs=1, prefill_stages=2, prefill_rows=128)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -455,7 +455,6 @@ def _prefill_kernel(
 ):
     """One kv head of a tile."""
     let_next_begin(OVERLAP)
-    wait(OVERLAP)
     # a chunk's last tiles have the most to do: they begin
     tile = tiles + (tl.num_programs(0) - 1 - tl.program_id(0)) // KV_HEADS * 3
     head = tl.program_id(0) % KV_HEADS
@@ -469,6 +468,9 @@ def _prefill_kernel(
         first = tl.maximum(low - WINDOW + 1, 0)
     row = tl.arange(0, ROWS)
     own = low + row // GROUP
+    begin = first // BLOCK_N * BLOCK_N
+    pages = read_pages(table, begin, last, BLOCK_N, BLOCK_SIZE)
+    wait(OVERLAP)
     queries = _read_queries(q, token, count, head, q_stride, GROUP, D, ROWS, BLOCK_D)
     slope = None
     if slopes is not None:
@@ -476,8 +478,6 @@ def _prefill_kernel(
 
     peak, mass, gathered = empty_state(ROWS, BLOCK_D)
     span_peak, span_mass, span_gathered = empty_state(ROWS, BLOCK_D)
-    begin = first // BLOCK_N * BLOCK_N
-    pages = read_pages(table, begin, last, BLOCK_N, BLOCK_SIZE)
     for start in range(begin, last + 1, BLOCK_N):
         block_k = read_cache(k, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
         block_v = read_cache(v, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)

@@ -96,7 +96,7 @@ class DevicePending:
 
 def scratch_bytes(max_batch_size: int, max_model_len: int, num_heads: int, head_dim: int, vocab_size: int) -> int:
     """What a worker takes beside weights, KV and activations: the logits of a batch, and parts of attention."""
-    partials = max_batch_size * -(-max_model_len // SPAN) * num_heads * (head_dim + 2)
+    partials = max_batch_size * -(-max_model_len // SPAN) * num_heads * (head_dim + 3)
     return 4 * (partials + 2 * max_batch_size * vocab_size)
 
 
