@@ -209,7 +209,7 @@ def _merge_if_last(
 ):
     """The answer of a token's group of heads, whose states are those of `count` items from `first` on."""
     if not INTERPRETED:
-        barrier()
+        barrier()  # all threads have stored their part of the state
     counter = arrived + first * (HEADS // GROUP) + head
     if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
         tl.store(counter, 0)
@@ -302,9 +302,17 @@ def _bring_near(
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
+<<<<<<< HEAD
     """Fetches what `read_cache` will read. What is written there meanwhile is no harm: that cache is everybody's."""
     rows = locate(cache, pages, head, start, KV_HEADS, D, BLOCK_N, BLOCK_SIZE)
     prefetch(rows, tl.full([BLOCK_N], D * cache.dtype.element_ty.primitive_bitwidth // 8, tl.int32))
+=======
+    """Has what `read_cache` will read brought to the second-level cache, through which all writes go."""
+    LINE: tl.constexpr = 1024 // cache.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = BLOCK_D // LINE if BLOCK_D > LINE else 1
+    column = tl.minimum(tl.arange(0, LINES) * LINE, D - 1)
+    prefetch(locate(cache, pages, head, start, KV_HEADS, D, BLOCK_N, BLOCK_SIZE)[:, None] + column[None, :])
+>>>>>>> attn2
 
 
 @triton.jit
@@ -372,6 +380,7 @@ def _decode_kernel(
     pages = read_pages(table, start, last, BLOCK_N, BLOCK_SIZE)
     slot = tl.load(slots + unit, mask=unit < num_decodes, other=0)
     if EARLY:
+        # the token's own keys and values may not be written yet: what is brought nearer is not read yet either
         for block in tl.static_range(SPAN // BLOCK_N):
             at = start + block * BLOCK_N
             if (at <= last) & (unit < units):
@@ -389,6 +398,7 @@ def _decode_kernel(
         block_k = read_cache(k, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
         block_v = read_cache(v, pages, head, start, first, last, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
         scores = score(queries, block_k)
+        # here, and not where a unit ends: what a product gave may be used within an `if` only in the step after it
         if (start <= first) & (old_count > 0):
             _finish(
                 gatherings, peaks, masses, arrived, out, unit - stride, old_token, old_span, old_position, old_count,
@@ -406,6 +416,7 @@ def _decode_kernel(
         )
 
         ends = start + BLOCK_N > last
+        # chosen anew at every step: a loop that hands on what it was handed would not be pipelined
         old_token = tl.where(ends, token, old_token)
         old_span = tl.where(ends, span, old_span)
         old_position = tl.where(ends, position, old_position)
