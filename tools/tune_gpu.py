@@ -343,7 +343,7 @@ def kinds(layers: Layers, m: int) -> dict[str, Sequence[Tile]]:
 
 def settings(kind: str) -> Iterator[tuple[int, bool]]:
     """Megabytes asked for ahead, and whether the next kernel comes early; the settings there are come first."""
-    yield products._AHEAD >> 20, products._EARLY
+    yield products._AHEAD >> 20, True
     if " " not in kind:
         for early in (True, False) if kind in ("table", "narrow") else (True,):
             for ahead in (0, 4, 8, 16, 32):
@@ -356,7 +356,10 @@ def time_layers(name: str, layers: Layers, scratch: MatmulScratch) -> None:
         run, results = layers.calls(m, scratch), []
         for kind, tiles in kinds(layers, m).items():
             for ahead, early in dict.fromkeys(settings(kind)):
-                with patch.object(products, "_AHEAD", ahead << 20), patch.object(products, "_EARLY", early):
+                with (
+                    patch.object(products, "_AHEAD", ahead << 20),
+                    patch.object(products, "_LATE_ROWS", 0 if early else 1 << 30),
+                ):
                     took = microseconds([partial(run, tiles)]) / layers.count
                 results.append((took, f"{kind} {ahead} MB {'early' if early else 'late'}"))
         print(f"{name} layer M {m}: {size / layers.count / 4.6e6:.1f} us at 4.6 TB/s")
@@ -368,7 +371,7 @@ def compile_layers(task: tuple[str, int, str, bool]) -> None:
     """In a process of its own, as `compile_all`."""
     name, m, kind, early = task
     layers = replace(LAYERS[name], count=1)
-    with patch.object(products, "_EARLY", early):
+    with patch.object(products, "_LATE_ROWS", 0 if early else 1 << 30):
         layers.calls(m, MatmulScratch(torch.device("cuda")))(kinds(layers, m)[kind])
     torch.cuda.synchronize()
 

@@ -22,9 +22,9 @@ Call = Callable[[], Tensor]
 
 
 def tunings() -> Iterator[Tuning]:
-    for early, stages, programs in itertools.product((True, False), (2, 3, 4), (1, 2, 3)):
+    for stages, programs in itertools.product((2, 3, 4), (1, 2, 3, 4)):
         if stages * programs <= 9:  # what the memory of a processor holds
-            yield Tuning(decode_stages=stages, decode_programs=programs, decode_early=early)
+            yield Tuning(decode_stages=stages, decode_programs=programs)
 
 
 def main() -> None:
@@ -57,8 +57,7 @@ def time_decode(of: Decode, watch: Stopwatch, device: torch.device) -> None:
     print(f"decode of {of.batch} at {of.context}, {of.heads}/{of.kv_heads} heads")
     for one, seconds in sorted(found.items(), key=lambda pair: pair[1])[:6]:
         rate = num_bytes / seconds / 1e9
-        how = f"{one.decode_stages} stages, {one.decode_programs} programs{', early' * one.decode_early}"
-        print(f"  {how}: {1e6 * seconds:.1f} us, {rate:.0f} GB/s")
+        print(f"  {one.decode_stages} stages, {one.decode_programs} programs: {1e6 * seconds:.1f} us, {rate:.0f} GB/s")
     usual = found.get(Tuning())
     print(f"  as it is: {1e6 * usual:.1f} us" if usual else "", flush=True)
 

@@ -144,6 +144,6 @@ def layout_of(positions: list[int], slots: list[int], device: torch.device) -> D
         block_size=BLOCK_SIZE,
         num_decodes=len(positions),
         items=nothing,
-        num_items=nothing,
+        first_items=nothing,
         tiles=nothing,
     )

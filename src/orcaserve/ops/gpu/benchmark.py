@@ -97,7 +97,7 @@ def device_layout(
     for seat, (_, _, table) in enumerate(parts):
         tables[seat, : len(table)] = table
     slots = tables[seats, positions // block_size] * block_size + positions % block_size
-    items = decode_items(positions[:num_decodes], seats[:num_decodes])
+    items, first_items = decode_items(positions[:num_decodes])
     rest = slice(num_decodes, None)
     tokens = tile_tokens(heads_per_kv, DTYPE, tuning or Tuning.of(head_dim))
     tiles = chunk_tiles(firsts[rest], counts[rest], np.arange(len(parts))[rest], tokens)
@@ -109,7 +109,7 @@ def device_layout(
         *map(on_device, (positions, slots, seats, tables)),
         block_size,
         num_decodes,
-        *map(on_device, (items, np.array([len(items)]), tiles)),
+        *map(on_device, (items, first_items, tiles)),
     )
 
 

@@ -20,9 +20,8 @@ class DeviceLayout:
     positions: [M], each token's place in its request. slots: [M], its place in the KV cache (block * block_size +
     offset), or -1. seats: [M], the row of `tables` of its request.
     tables: [seats, W], the requests' block tables.
-    items: [at least num_items, 4], the spans that the decodes attend over: (token << 16 | span, position of the token,
-    its seat, number of the token's items). A token's items are side by side and in order of the spans, the last of
-    which holds its position. num_items: [1].
+    items: [at least first_items[D]], the spans that the decodes attend over: token << 16 | span.
+    first_items: [D + 1], where each decode's items begin, and their number; a token's items are in order of the spans.
     tiles: [T, 3], pieces of chunks: (first token, number of tokens, seat). No piece is longer than the kernels' tile.
     """
 
@@ -33,7 +32,7 @@ class DeviceLayout:
     block_size: int
     num_decodes: int
     items: Tensor
-    num_items: Tensor
+    first_items: Tensor
     tiles: Tensor
 
     @property

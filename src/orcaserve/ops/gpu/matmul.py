@@ -29,9 +29,10 @@ _MOST = 8
 _SPLIT_ROWS = 256  # tokens up to which segments may be summed by different programs
 _AHEAD = 8 << 20  # bytes of weights, of all programs together, that are asked for before the kernel before has ended
 _AHEAD_ROWS = 256  # tokens up to which weights bound the time
-_NARROW = False  # for few tokens: tiles of 32 outputs, for which other instructions are used than for those of 64
 _BAND = 8  # tiles of tokens that are computed side by side
-_EARLY = True  # the next kernel may come as soon as all programs of this one run; else once they have their sums
+# Up to so many tokens the next kernel may come only once programs have their sums, else as soon as they all run: while
+# memory is what they wait for, programs of the next would take the place of those that would ask for more of it.
+_LATE_ROWS = 32
 
 
 def _cdiv(x: int, y: int) -> int:
@@ -70,31 +71,35 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
     """
     if dtype == torch.float32:
         return Tile(32, 32, 32, 4, 2)
-    large = _cdiv(n, 128) * _cdiv(m, 128)  # tiles of 128 by 128: do they occupy the device?
-    if _NARROW and m <= 16 and n <= 1 << 14:
-        return Tile(32, 16, 128, 4, 4 if gated else 6)
-    if gated:
-        if m <= 32:
-            return Tile(64, 16 if m <= 16 else 32, 128, 4, 3)
-        if m <= 64:
-            return Tile(64, 64, 128, 4, 3) if k < 2048 else Tile(64, 64, 64, 4, 4)
-        return Tile(64, 128, 64, 4, 4) if m <= 256 else Tile(128, 128, 64, 8, 4)
     count = segments(n, k)
     # Sums that meet in memory cost their bytes; where few programs would read the weights, that is less than it gains.
     split = count > 1 and n <= 64 * 64 and k >= 2048 and 16 * count * m <= k
+    large = _cdiv(n, 128) * _cdiv(m, 128)  # tiles of 128 by 128: do they occupy the device?
+    if m <= 16:
+        if gated:
+            return Tile(64, 16, 64, 4, 4) if k >= 2048 else Tile(32, 16, 256, 4, 3)
+        return Tile(64, 16, 256, 4, 3, split)
     if m <= 32:
-        return Tile(64, 16 if m <= 16 else 32, 128, 4, 5, split)
+        return Tile(64, 32, 128, 4, 3) if gated else Tile(64, 32, 128, 4, 5, split)
     if m <= 64:
+        if gated:
+            return Tile(64, 64, 64, 4, 4) if k >= 2048 else Tile(64, 64, 128, 4, 4)
         # a program that has a processor to itself must keep more bytes on their way
         alone = _cdiv(n, 64) * (count if split else 1) <= 132
         return Tile(64, 64, 128, 4, 5 if alone else 3, split)
+    if m <= 256 and gated:
+        if m <= 128:
+            return Tile(128, 128, 64, 8, 4) if k >= 2048 else Tile(64, 64, 128, 4, 3)
+        return Tile(64, 128, 64, 4, 4)
     if m <= 256:
-        if split:
-            return Tile(128, 128, 64, 8, 3, True)
-        if large < 96:
-            return Tile(64, 128, 64, 4, 4)
-        return Tile(128, 128, 64, 8, 3 if count == 1 else 5)
-    return Tile(128, 256, 64, 8, 3 if count > 1 else 4) if large >= 264 else Tile(128, 128, 64, 8, 4)
+        if m <= 128 and n <= 64 * 64:
+            return Tile(64, 64, 128, 4, 5)
+        if count == 1 and large >= 96:
+            return Tile(128, 128, 64, 8, 3)
+        return Tile(64, 128, 128, 4, 4) if large < 96 else Tile(128, 128, 64, 8, 5)
+    if gated or large < 264:
+        return Tile(128, 128, 64, 8, 4)
+    return Tile(128, 256, 64, 8, 3 if count > 1 else 4)
 
 
 class MatmulScratch:
@@ -302,7 +307,7 @@ def _launch(
         split,
         described,
         scratch.overlap,
-        _EARLY,
+        m > _LATE_ROWS,
         pieces,
         _BAND,
         tile.block_n,

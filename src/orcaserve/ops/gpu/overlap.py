@@ -53,9 +53,3 @@ def prefetch(addresses, sizes):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def barrier():
-    """As `tl.debug_barrier`, which keeps a loop around it from being pipelined. Not under the interpreter."""
-    tl.inline_asm_elementwise("bar.sync 0; mov.b32 $0, 0;", "=r,r", [tl.num_programs(0)], tl.int32, False, 1)

@@ -12,21 +12,20 @@ from orcaserve.ops.gpu.layout import SPAN
 
 
 def decode_items(
-    positions: NDArray[np.integer], seats: NDArray[np.integer], window: int | None = None
-) -> NDArray[np.int32]:
-    """[n, 4], of decodes at `positions` [D], below 2**15 of them, in `seats` [D]; -1 is padding, and has none.
+    positions: NDArray[np.integer], window: int | None = None
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """(items [n], first_items [D + 1]) of decodes at `positions` [D], below 2**15 of them; -1 is padding, and has none.
 
     window: that of all layers; None if they differ.
     """
     last = positions // SPAN
     first = np.zeros_like(last) if window is None else np.maximum(positions - window + 1, 0) // SPAN
     counts = last - first + 1
+    first_items = np.zeros(len(positions) + 1, np.int32)
+    np.cumsum(counts, out=first_items[1:])
     tokens = np.repeat(np.arange(len(positions)), counts)
-    items = np.empty((len(tokens), 4), np.int32)
-    items[:, 0] = tokens << 16 | np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts - first, counts)
-    for column, values in enumerate((positions, seats, counts), 1):
-        items[:, column] = values[tokens]
-    return items
+    spans = np.arange(first_items[-1]) - np.repeat(first_items[:-1] - first, counts)
+    return (tokens << 16 | spans).astype(np.int32), first_items
 
 
 def chunk_tiles(

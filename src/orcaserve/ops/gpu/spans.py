@@ -105,19 +105,6 @@ def read_pages(table, start, last, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constex
 
 
 @triton.jit
-def locate(
-    cache, pages, head, start, KV_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):
-    """[BLOCK_N] pointers to the rows of one head at positions [start, start + BLOCK_N)."""
-    blocks = cache + (pages.to(tl.int64) * KV_HEADS + head) * (BLOCK_SIZE * D)
-    if BLOCK_SIZE % BLOCK_N == 0:
-        rows = blocks + start % BLOCK_SIZE * D + tl.arange(0, BLOCK_N) * D
-    else:
-        rows = blocks + (start + tl.arange(0, BLOCK_N)) % BLOCK_SIZE * D
-    return rows
-
-
-@triton.jit
 def read_cache(
     cache,
     pages,
@@ -140,5 +127,10 @@ def read_cache(
     visible = ((seen >= first) & (seen <= last))[:, None]
     if D != BLOCK_D:
         visible &= (column < D)[None, :]
-    rows = locate(cache, pages, head, start, KV_HEADS, D, BLOCK_N, BLOCK_SIZE)
-    return tl.load(rows[:, None] + column[None, :], mask=visible, other=0.0)
+    if BLOCK_SIZE % BLOCK_N == 0:
+        block = cache + (pages.to(tl.int64) * KV_HEADS + head) * (BLOCK_SIZE * D) + start % BLOCK_SIZE * D
+        place = block + (tl.arange(0, BLOCK_N) * D)[:, None] + column[None, :]
+    else:
+        blocks = (pages.to(tl.int64) * KV_HEADS + head) * (BLOCK_SIZE * D) + seen % BLOCK_SIZE * D
+        place = cache + blocks[:, None] + column[None, :]
+    return tl.load(place, mask=visible, other=0.0)

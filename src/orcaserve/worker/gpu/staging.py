@@ -47,11 +47,11 @@ class Sizes:
             ("top_k", samples),
             ("top_p", samples),
             ("min_p", samples),
+            ("first_items", self.decodes + 1),
             ("tiles", 3 * self.tiles),
             ("num_updates", 1),
             ("updates", 3 * self.updates),
-            ("num_items", 1),
-            ("items", 4 * self.items),
+            ("items", self.items),
         ]
 
 
@@ -67,7 +67,7 @@ class Sections:
     bases: int64 [samples], keys of the noise. sample_rows: [samples], tokens whose hidden values give them.
     sample_seats: [samples], -1 for padding. sample_positions: [samples], of the tokens that are drawn.
     temperatures, top_p, min_p: float32 [samples]. top_k: [samples].
-    num_items: [1]; items: [items, 4]; tiles: [tiles, 3]: as DeviceLayout has them.
+    first_items: [decodes + 1]; tiles: [tiles, 3]; items: [items]: as DeviceLayout has them.
     num_updates: [1]; updates: [updates, 3] of (seat, place in its table, block).
     """
 
@@ -82,10 +82,10 @@ class Sections:
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
+    first_items: Tensor
     tiles: Tensor
     num_updates: Tensor
     updates: Tensor
-    num_items: Tensor
     items: Tensor
 
     @classmethod
@@ -100,7 +100,6 @@ class Sections:
             parts[name] = parts[name].view(torch.float32)
         for name in ("tiles", "updates"):
             parts[name] = parts[name].view(-1, 3)
-        parts["items"] = parts["items"].view(-1, 4)
         return cls(**parts)
 
     def on_host(self) -> HostSections:

@@ -96,7 +96,7 @@ class DevicePending:
 
 def scratch_bytes(max_batch_size: int, max_model_len: int, num_heads: int, head_dim: int, vocab_size: int) -> int:
     """What a worker takes beside weights, KV and activations: the logits of a batch, and parts of attention."""
-    partials = max_batch_size * -(-max_model_len // SPAN) * num_heads * (head_dim + 3)
+    partials = max_batch_size * -(-max_model_len // SPAN) * num_heads * (head_dim + 2)
     return 4 * (partials + 2 * max_batch_size * vocab_size)
 
 
@@ -260,7 +260,7 @@ class DeviceWorker:
         prepare(staged, self._last_tokens, self._tables, token_ids, positions, slots, block_size=self._block_size)
         layout = DeviceLayout(
             positions, slots, told.seats, self._tables, self._block_size, num_decodes,
-            told.items, told.num_items, told.tiles,
+            told.items, told.first_items, told.tiles,
         )  # fmt: skip
         hidden = self._model.forward(token_ids, layout, self._kv)
         if tokens.shape[0]:
@@ -285,13 +285,14 @@ class DeviceWorker:
             told.seats[n:] = np.repeat(places, counts)
             told.starts[n:] = np.arange(n, sizes.tokens) + np.repeat(begins - firsts, counts)
             told.tiles[:] = chunk_tiles(firsts, counts, places, self._tile_tokens)
-        items = decode_items(told.starts[:n], told.seats[:n])
-        told.num_items[0] = items.shape[0]
+        positions = np.full(sizes.decodes, -1)
+        positions[:n] = told.starts[:n]
+        items, told.first_items[:] = decode_items(positions, None)
         told.items[: items.shape[0]] = items
         told.num_updates[0] = updates.shape[0]
         told.updates[: updates.shape[0]] = updates
         self._fill_samples(told, plan, seats)
-        used = sizes.total - 4 * (sizes.items - items.shape[0])
+        used = sizes.total - max(0, sizes.items - items.shape[0])
         self._stream.copy(host.flat[:used], staged[:used])
 
     def _fill_samples(self, told: HostSections, plan: _Plan, seats: Sequence[int]) -> None:
