@@ -150,8 +150,8 @@ def start_device(
 
 def _make_ready(worker: DeviceWorker, max_batch_size: int, max_tokens: int, progress: Progress | None) -> None:
     """Has all kernels compiled and all graphs recorded before the first request comes."""
-    # The largest first: what it takes of memory the others fit into. Up to 256 tokens each power of two has tiles of its
-    # own, which the graphs bring in as far as they go; beyond that there are two kinds.
+    # The largest first: what it takes of memory the others fit into. Up to 256 tokens each power of two has its tiles,
+    # which the graphs bring in as far as they go; beyond that there are two kinds.
     prompts = [max_tokens, *(size for size in (512, 256, 128, 64, 32) if max_batch_size < size < max_tokens)]
     graphs = sorted(graph_sizes(max_batch_size), reverse=True)
     for done, num_tokens in enumerate(prompts, 1):

@@ -9,9 +9,9 @@ SECTIONS = {
     "ceilings": "What the card can do",
     "steps": "One iteration of a whole model",
     "shared": "256 requests at once, the benchmark that others publish",
+    "check": "The same tokens as on the CPU",
     "promise": "The promise: the same bits alone and in a crowd",
     "kernels": "Kernel by kernel",
-    "peer": "The same requests by transformers' continuous batching",
     "paper": "Orca's trace and one idea at a time",
-    "check": "The same tokens as on the CPU",
+    "peer": "The same requests by transformers' continuous batching",
 }
