@@ -52,7 +52,7 @@ def interpreter_like_a_gpu() -> Iterator[None]:
         return handle.data.astype(np.float32)
 
     def dot(self: object, a: object, b: object, c: object, *precision: object) -> object:
-        """In steps of 16, as matrix instructions sum; in an order that does not hang on a row's place, as BLAS' does."""
+        """In steps of 16, as matrix instructions sum; not as BLAS, whose order hangs on a row's place."""
         left, right, total = values(a), values(b), c.data
         for first in range(0, left.shape[1], 16):
             some = slice(first, first + 16)

@@ -246,20 +246,12 @@ def _combine_kernel(
     peak, mass, gathered = empty_state(1, BLOCK_D)
     first = tl.load(first_items + token)
     end = tl.load(first_items + token + 1)
-    for item in range(first, end, 8):
-        # all that is to be merged next is on its way at once; what is past the end is nothing
+    for item in tl.range(first, end, loop_unroll_factor=8):
         place = (item + one) * HEADS + head
-        values = gathered_in + (place * D)[:, None] + column
-        states = ()
-        for ahead in tl.static_range(8):
-            there = item + ahead < end
-            later_peak = tl.load(peaks_in + place + ahead * HEADS, mask=there, other=float("-inf"))
-            later_mass = tl.load(masses_in + place + ahead * HEADS, mask=there, other=0.0)
-            later = tl.load(values + ahead * (HEADS * D), mask=there & (column < D), other=0.0)
-            states += ((later_peak, later_mass, later),)
-        for ahead in tl.static_range(8):
-            later_peak, later_mass, later = states[ahead]
-            peak, mass, gathered = merge(peak, mass, gathered, later_peak, later_mass, later)
+        later_peak = tl.load(peaks_in + place)
+        later_mass = tl.load(masses_in + place)
+        later = tl.load(gathered_in + (place * D)[:, None] + column, mask=column < D, other=0.0)
+        peak, mass, gathered = merge(peak, mass, gathered, later_peak, later_mass, later)
     place = out + (tl.program_id(0) + one)[:, None] * D + column
     tl.store(place, answer(mass, gathered).to(out.dtype.element_ty), mask=column < D)
 
