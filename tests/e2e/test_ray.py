@@ -67,6 +67,10 @@ def test_two_replicas_on_a_cluster_lose_nothing(cluster: str) -> None:
     with Serving("--replicas", "2", "--ray", cluster, "--threads", "1", "--kv-memory", "8MiB") as server:
         calm = asyncio.run(all_streams(server.url, BODIES, [0] * STREAMS))
         total = sum(len(ids) for _, ids, _, _ in calm)
+        end = time.monotonic() + 60  # the first to be ready can have served the calm streams by itself
+        while len(remote_engines()) < 2:
+            assert time.monotonic() < end, "Ray has not started both replicas"
+            time.sleep(0.2)
         stormy = asyncio.run(disturbed(server, total))
         for i, (expected, got) in enumerate(zip(calm, stormy, strict=True)):
             assert got == expected, f"stream {i}: {got} instead of {expected}"
