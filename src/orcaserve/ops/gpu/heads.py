@@ -114,7 +114,7 @@ def _heads_kernel(
         slot = tl.load(slots + token)
         is_value = part >= Q_PARTS + KV_PARTS
         head = (part - Q_PARTS - is_value.to(tl.int32) * KV_PARTS) * HEADS + tl.arange(0, HEADS)[:, None]
-        present = (head < NUM_KV_HEADS) & (slot >= 0)
+        present = head < tl.where(slot >= 0, NUM_KV_HEADS, 0)
         place = (slot // block_size).to(tl.int64) * NUM_KV_HEADS + head
         at = (place * block_size + slot % block_size) * D + column
         if is_value:
