@@ -1,13 +1,19 @@
-"""Options of the test run, and Triton's interpreter where there is no GPU."""
+"""Options of the test run, hypothesis without deadlines, and Triton's interpreter where there is no GPU."""
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
 # Triton reads this when it is first imported, by whomever.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("without deadlines", deadline=None)
+hypothesis.settings.load_profile("without deadlines")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
