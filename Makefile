@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 SERVE_ARGS ?=
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*)
 
-.PHONY: serve test promise ranks emulated lint clean
+.PHONY: serve test promise torture ranks emulated lint clean
 
 serve: $(VENV)/.serve
 	$(BIN)/orcaserve serve $(SERVE_ARGS)
@@ -15,6 +15,10 @@ test: $(VENV)/.test lint
 # The promise on a thousand requests of each kind; `make test` has a hundred.
 promise: $(VENV)/.test
 	$(BIN)/python -m pytest tests/e2e/test_promise.py --promised 1000 -s
+
+# The reliability scorecard at full size: hours. TORTURE="--rows R1,R7 --scale short" for less.
+torture: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python -m torture $(TORTURE)
 
 # Every tensor- and pipeline-parallel size up to 4 x 4; `make test` has some.
 ranks: $(VENV)/.test
