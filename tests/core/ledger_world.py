@@ -116,7 +116,7 @@ class World:
         assert self.scheduler.kv.pool.num_held == 0, "KV blocks leak"
         if self.scheduler.kv.swap is not None:
             assert self.scheduler.kv.swap.slots.num_held == 0, "slots of the swap space leak"
-        assert set(self.executor.known) == set(self.scheduler._freed), "workers know who is gone"
+        assert set(self.executor.known) == set(self.scheduler.sealer.freed), "workers know who is gone"
 
     def _compare(self, new: NewRequest) -> None:
         outputs = self.outputs.pop(new.id)

@@ -11,7 +11,7 @@ from ledger_world import pressed_life, random_life
 from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult, Swap
 from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.order import Waiting
-from orcaserve.core.policy import parse_policy
+from orcaserve.core.policy import Shape, parse_policy
 from orcaserve.core.request import NewRequest, Output, Request
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 
@@ -40,7 +40,7 @@ class KeepsProgressOfThePreempted(CheckedScheduler):
 class ForgetsToTellWorkers(CheckedScheduler):
     def _forget(self, request: Request) -> None:
         super()._forget(request)
-        self._freed.clear()
+        self.sealer.freed.clear()
 
 
 class TakesOneSlotTooFew(CheckedScheduler):
@@ -138,10 +138,10 @@ class FreesInFlight(CheckedScheduler):
 
 
 class PreemptsTheOldest(CheckedScheduler):
-    def _make_room(self, row, now: float) -> bool:
-        while not self.kv.grow(row.request, row.start + row.num_tokens):
-            victim = next(request for request in self.running if not request.num_in_flight)
-            if victim is row.request:
+    def _make_room(self, request: Request, num_tokens: int, now: float) -> bool:
+        while not self.kv.grow(request, num_tokens):
+            victim = next(other for other in self.running if not other.num_in_flight)
+            if victim is request:
                 return False
             self._preempt(victim, now)
         return True
@@ -178,8 +178,8 @@ class EndsOneTokenLate(CheckedScheduler):
 
 
 class IgnoresTheBudget(CheckedScheduler):
-    def _row(self, request: Request, tokens_left: int):
-        return super()._row(request, 1000)
+    def _shape(self, request: Request, tokens_left: int) -> Shape:
+        return super()._shape(request, 1000)
 
 
 class OpensTheStaticBatch(CheckedScheduler):
@@ -196,8 +196,9 @@ class OpensTheStaticBatch(CheckedScheduler):
 
 
 class StacksTheUnequal(CheckedScheduler):
-    def _joins(self, rows, row) -> bool:
-        return row.num_tokens == rows[0].num_tokens if rows else True
+    def _joins(self, shape: Shape) -> bool:
+        rows = self.sealer.rows
+        return shape[1] == rows[0].num_tokens if rows else True
 
 
 class JudgesBeforeThePrefixIsKnown(CheckedScheduler):
@@ -403,22 +404,33 @@ class GoesAheadWithoutOverlap(CheckedScheduler):
         self.requests[new.id].ahead_below = self.requests[new.id].max_total - 1
 
 
-class TellsATokenTwice(CheckedScheduler):
-    def _seal(self, rows, now: float) -> Batch:
-        batch = super()._seal(rows, now)
-        for row in rows:
-            if row.request.lag < 0:
-                row.request.num_described -= 1
-        return batch
+class CountsOtherwiseWhatAheadWasTold(CheckedScheduler):
+    by: int
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        add = self.sealer.add
+
+        def tell(request: Request, start: int, num_tokens: int, now: float) -> None:
+            add(request, start, num_tokens, now)
+            if request.lag < 0:
+                request.num_described += self.by
+
+        self.sealer.add = tell
 
 
-class TakesTheTokenForTold(CheckedScheduler):
-    def _seal(self, rows, now: float) -> Batch:
-        batch = super()._seal(rows, now)
-        for row in rows:
-            if row.request.lag < 0:
-                row.request.num_described += 1
-        return batch
+class TellsATokenTwice(CountsOtherwiseWhatAheadWasTold):
+    by = -1
+
+
+class TakesTheTokenForTold(CountsOtherwiseWhatAheadWasTold):
+    by = 1
+
+
+class IsQuietAtItsEnd(CheckedScheduler):
+    def _quiet_below(self, request: Request) -> int:
+        quiet = super()._quiet_below(request)
+        return quiet and quiet + 1
 
 
 class PublishesBeyondTheEnd(CheckedScheduler):
@@ -472,7 +484,9 @@ class PreemptsWhoeverIsThere(CheckedScheduler):
 MUTANTS = [
     value
     for value in list(globals().values())
-    if isinstance(value, type) and issubclass(value, CheckedScheduler) and value is not CheckedScheduler
+    if isinstance(value, type)
+    and issubclass(value, CheckedScheduler)
+    and value not in (CheckedScheduler, CountsOtherwiseWhatAheadWasTold)
 ]
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from ledger_world import ORDERS, World, pressed_life, random_config, random_life, random_request
 
-from orcaserve.core.batch import Batch
+from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.policy import POLICIES
-from orcaserve.core.request import SamplingParams
+from orcaserve.core.request import Output, Request, SamplingParams
 from orcaserve.core.scheduler import SchedulerConfig
 
 STEPS_IN_CI = 100_000
@@ -147,3 +147,34 @@ def test_all_small_worlds(policy: str, depth: int, overlap: bool) -> None:
                     world.submit(tuple(range(7, 7 + prompt)), output, params=params)
                     world.step(gap)
                 world.drain()
+
+
+class Recorded(CheckedScheduler):
+    """Remembers what it made and said; whether any row was quiet."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        self.said: list[tuple[Batch, tuple[Output, ...]]] = []
+        self.was_quiet = False
+
+    def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
+        self.was_quiet |= any(row.start + row.num_tokens < self.requests[row.id].quiet_below for row in batch.rows)
+        outputs = super().update(batch, result, now)
+        self.said.append((batch, outputs))
+        return outputs
+
+
+class NeverQuiet(Recorded):
+    """Looks at every result whole."""
+
+    def _quiet_below(self, request: Request) -> int:
+        return 0
+
+
+def test_quiet_rows_are_only_quicker() -> None:
+    quiet = 0
+    for seed in range(150):
+        quick, slow = (random_life(seed, scheduler=scheduler) for scheduler in (Recorded, NeverQuiet))
+        assert quick.scheduler.said == slow.scheduler.said, f"seed {seed}"
+        quiet += quick.scheduler.was_quiet
+    assert quiet > 30

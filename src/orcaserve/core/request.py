@@ -150,9 +150,13 @@ class Request:
         "arrived",
         "block_keys",
         "block_table",
+        "end_token_ids",
         "finish_reason",
+        "id",
         "key",
         "lane",
+        "max_tokens",
+        "max_total",
         "new",
         "num_cached",
         "num_computed",
@@ -163,6 +167,7 @@ class Request:
         "num_published",
         "num_served",
         "prompt_logprobs",
+        "quiet_below",
         "swap_slots",
         "timer",
         "token_ids",
@@ -170,6 +175,10 @@ class Request:
 
     def __init__(self, new: NewRequest, arrival: int, arrived: float = 0.0, waited: float = 0.0) -> None:
         self.new = new
+        self.id = new.id  # these are asked for in every iteration
+        self.max_tokens = new.max_tokens
+        self.max_total = new.num_prompt + new.max_tokens  # prompt and output together (the paper's max_tokens)
+        self.end_token_ids = new.end_token_ids
         self.arrival = arrival  # ordinal
         self.arrived = arrived  # seconds of the scheduler's time
         self.timer = Timer(arrived - waited, len(new.token_ids) - 1 if len(new.token_ids) > new.num_prompt else 0)
@@ -178,6 +187,7 @@ class Request:
         self.token_ids: list[int] = list(new.token_ids)
         self.num_computed = 0  # tokens whose K and V are stored (batches in flight included)
         self.ahead_below = 0  # with fewer known tokens it may be scheduled before it has the next one: the scheduler's
+        self.quiet_below = 0  # results of rows that end below this are one more token each: the scheduler's
         self.block_table: list[int] = []
         self.swap_slots: list[int] = []  # where the blocks of its computed tokens are, while it is swapped out
         self.block_keys: list[bytes] = []  # prefix-cache keys of the full blocks, as far as they have been needed
@@ -192,10 +202,6 @@ class Request:
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if new.params.prompt_logprobs is not None else None
 
     @property
-    def id(self) -> int:
-        return self.new.id
-
-    @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
@@ -207,11 +213,6 @@ class Request:
     def needs_every_token(self) -> bool:
         """Whether it wants something of each token of its prompt, so that none may be found in a cache."""
         return self.prompt_logprobs is not None or self.new.params.pooling == "mean"
-
-    @property
-    def max_total(self) -> int:
-        """Prompt and output together at most, in tokens (the paper's max_tokens)."""
-        return self.new.num_prompt + self.new.max_tokens
 
     @property
     def lag(self) -> int:

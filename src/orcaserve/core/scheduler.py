@@ -15,9 +15,10 @@ from orcaserve.core.decisions import Decisions, Reason, Waits
 from orcaserve.core.kv_cache import KVCacheManager
 from orcaserve.core.order import Order, Waiting
 from orcaserve.core.pace import SMALLEST_CHUNK, Pace
-from orcaserve.core.policy import Policy
+from orcaserve.core.policy import Policy, Shape
 from orcaserve.core.pressure import Headroom
 from orcaserve.core.request import FinishReason, NewRequest, Output, Request
+from orcaserve.core.sealing import Sealer
 
 MOST_HOLDERS = 3  # of KV blocks, of those that are named when blocks lack
 
@@ -91,14 +92,18 @@ class Scheduler:
         self.pace = None if config.max_itl is None else Pace(config.max_itl, self._lanes)
         self.waiting = Waiting(self.order)
         self.running: list[Request] = []  # in order, unless that has moved since the last schedule()
+        self.sealer = Sealer()
         self.num_preemptions = 0
-        self.num_steps = 0
         self.decisions: Decisions | None = None  # since somebody listens
         self._num_arrivals = 0
-        self._freed: list[int] = []  # what the next batch tells the workers to forget
         self._tokens_in_flight = 0
         self._held: list[Output] = []  # what a request-level batch returns at its end
         self._yielding: list[Request] = []  # who does not go ahead now, to be in no batch when the next one is made
+
+    @property
+    def num_steps(self) -> int:
+        """Batches made so far."""
+        return self.sealer.num_steps
 
     def listen(self) -> Decisions:
         """Where it says from now on who is left out of an iteration, and why. It decides the same as before."""
@@ -137,6 +142,7 @@ class Scheduler:
         if request is None:
             return
         request.finish_reason = "abort"
+        request.quiet_below = 0
         if not request.num_in_flight:
             self._drop(request)
 
@@ -147,7 +153,6 @@ class Scheduler:
         if self.order.preempts:
             self._make_way(now)
             self._put_in_order()
-        rows: list[Row] = []
         tokens_left = self._token_limit()
         request_level = self.policy.request_level
         has_begun = request_level and bool(self.running)
@@ -158,28 +163,26 @@ class Scheduler:
         num_own = 0
         is_ahead = self.config.overlap
         alike, block_size, yielding = self.policy.alike, self.kv.block_size, self._yielding
-        ready = self._ready()
+        ready, choose = self._ready(), self.sealer.add
         for request in ready:
             if tokens_left == 0:
                 break
             is_own = is_ahead or not request.num_in_flight
             if is_own and num_own == row_limit:
                 continue
-            if not request.block_table or request in yielding:  # for an older one, a moment ago
+            if not request.block_table or (yielding and request in yielding):  # for an older one, a moment ago
                 continue
-            start = request.num_computed
-            if len(request.token_ids) - start <= 1 and not request_level:  # as for most
-                row, num_tokens = Row(request, start, 1), 1
-            else:
-                row = self._row(request, tokens_left)
-                start, num_tokens = row.start, row.num_tokens
-            if alike and not self._joins(rows, row):
+            start, num_tokens = request.num_computed, 1
+            if request_level or len(request.token_ids) - start > 1:
+                start, num_tokens = self._shape(request, tokens_left)
+            if alike and not self._joins((start, num_tokens)):
                 continue
             # Few decodes need a new block: the others are spared the question.
-            if start + num_tokens > len(request.block_table) * block_size and not self._make_room(row, now):
+            end = start + num_tokens
+            if end > len(request.block_table) * block_size and not self._make_room(request, end, now):
                 closed = True  # it waits for an older one's end; those that need no memory go on
                 continue
-            rows.append(row)
+            choose(request, start, num_tokens, now)
             num_own += is_own
             tokens_left -= num_tokens
         # Who was preempted just now would be let in again at once, and the memory was not for him.
@@ -191,34 +194,45 @@ class Scheduler:
                 self.waiting.remove(request)
                 held_back.append(request)
                 continue
-            if not self._joins(rows, self._first_row(request, tokens_left)) or not self._admit(request, now):
+            if not self._joins(self._first_shape(request, tokens_left)) or not self._admit(request, now):
                 break  # stop, not skip: nobody overtakes
-            rows.append(self._row(request, tokens_left))
+            start, num_tokens = self._shape(request, tokens_left)
+            choose(request, start, num_tokens, now)
             num_own += 1
-            tokens_left -= rows[-1].num_tokens
+            tokens_left -= num_tokens
         for request in held_back:
             self.waiting.add(request)
         if self.decisions is not None:
-            self._say_who_waits(self.decisions, rows, ready, tokens_left, has_begun)
-        if not rows:
+            self._say_who_waits(self.decisions, ready, num_own, tokens_left, has_begun)
+        if not self.sealer.rows:
             return None
-        batch = self._seal(rows, now)
+        batch = self.sealer.seal(() if self.kv.swap is None else self.kv.swap.take_copies())
+        if self._deals:
+            self._tokens_in_flight += batch.num_tokens
         if self.pace is not None:
             self.pace.submitted(batch, now)
         return batch
 
     def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
         """Takes in what a batch gave; a request whose output has a finish reason is gone from here."""
-        outputs = []
+        outputs: list[Output] = []
         if self._deals:
             self._tokens_in_flight -= batch.num_tokens
         if self.pace is not None:
             self.pace.returned(now)
+        requests, keep = self.requests, outputs.append
         for row, got in zip(batch.rows, result.rows, strict=True):
-            request = self.requests[row.id]
+            request, token_id = requests[row.id], got.token_id
             request.num_in_flight -= 1
+            end = row.start + row.num_tokens
+            is_quiet = end < request.quiet_below and got.error is None
+            if is_quiet and token_id is not None and token_id not in request.end_token_ids:
+                request.num_served = end
+                request.token_ids.append(token_id)
+                keep(Output(id=row.id, token_ids=(token_id,)))
+                continue
             if request.finish_reason is None and (output := self._take_in(request, row, got, now)) is not None:
-                outputs.append(output)
+                keep(output)
             reason = request.finish_reason
             stays = self.policy.request_level and reason != "abort"
             if reason is not None and not request.num_in_flight and not stays:
@@ -300,39 +314,40 @@ class Scheduler:
             start = self.kv.known_prefix(request)
             yield start, request.num_tokens - start
 
-    def _row(self, request: Request, tokens_left: int) -> Row:
+    def _shape(self, request: Request, tokens_left: int) -> Shape:
+        """The row that a running request gets: its first position, its number of tokens."""
         if request.finish_reason is not None:  # a request-level batch: the ended member computes for nothing
-            return Row(request, request.num_computed - 1, 1)
+            return request.num_computed - 1, 1
         start = request.num_computed
-        lag = len(request.token_ids) - start
-        return Row(request, start, self.policy.grant(lag, tokens_left))
+        return start, self.policy.grant(len(request.token_ids) - start, tokens_left)
 
-    def _first_row(self, request: Request, tokens_left: int) -> Row:
-        """The row that a waiting request would get if it were admitted now."""
+    def _first_shape(self, request: Request, tokens_left: int) -> Shape:
+        """The same of a waiting one, if it were admitted now."""
         start = self.kv.known_prefix(request) if self.policy.alike else 0
-        return Row(request, start, self.policy.grant(request.num_tokens - start, tokens_left))
+        return start, self.policy.grant(request.num_tokens - start, tokens_left)
 
-    def _joins(self, rows: list[Row], row: Row) -> bool:
-        first = (rows[0].start, rows[0].num_tokens) if rows else None
-        return self.policy.joins(first, (row.start, row.num_tokens))
+    def _joins(self, shape: Shape) -> bool:
+        """Whether a row may travel with those that are chosen."""
+        rows = self.sealer.rows
+        return self.policy.joins((rows[0].start, rows[0].num_tokens) if rows else None, shape)
 
-    def _make_room(self, row: Row, now: float) -> bool:
+    def _make_room(self, request: Request, num_tokens: int, now: float) -> bool:
         """Grows a running request's KV, preempting the last in order that may be until it fits.
 
         With overlap that is the last of all: if it is in flight, it yields, and makes room when the next batch is made.
         """
-        while not self.kv.grow(row.request, row.start + row.num_tokens):
-            victim = next((request for request in reversed(self.running) if self._may_give(request)), None)
-            if victim is not None and self._place(victim) <= self._place(row.request):
+        while not self.kv.grow(request, num_tokens):
+            victim = next((other for other in reversed(self.running) if self._may_give(other)), None)
+            if victim is not None and self._place(victim) <= self._place(request):
                 victim = None
             if victim is not None and not victim.num_in_flight:
-                self._preempt_for(row.request, victim, now)
+                self._preempt_for(request, victim, now)
                 continue
             if victim is not None:
-                self._yield(victim, row.request)
+                self._yield(victim, request)
             if self.decisions is not None:
-                missing = self.kv.blocks_for(row.start + row.num_tokens) - len(row.request.block_table)
-                self.decisions.lacks(row.request.id, missing - self.kv.pool.num_free)
+                missing = self.kv.blocks_for(num_tokens) - len(request.block_table)
+                self.decisions.lacks(request.id, missing - self.kv.pool.num_free)
             return False
         return True
 
@@ -363,9 +378,10 @@ class Scheduler:
         """
         self.num_preemptions += 1
         self.running.remove(request)
+        request.quiet_below = 0
         request.timer.preempted(now, request.num_computed)
         if self.kv.swap_out(request):
-            self._undescribe(request)
+            self.sealer.forget(request)
         else:
             self._forget(request)
         self._wait(request, now)
@@ -437,13 +453,12 @@ class Scheduler:
             self.order.moved = False
 
     def _say_who_waits(
-        self, decisions: Decisions, rows: list[Row], ready: list[Request], tokens_left: int, has_begun: bool
+        self, decisions: Decisions, ready: list[Request], num_own: int, tokens_left: int, has_begun: bool
     ) -> None:
         """For who listens. has_begun: a request-level batch was under way."""
-        num_own = len(rows) if self.config.overlap else sum(not row.request.num_in_flight for row in rows)
         is_full = num_own >= self.config.max_batch_size
         if self._lanes == 1:  # else who is left out of one batch goes with the next in flight
-            taking_part = {row.request.id for row in rows}
+            taking_part = {row.id for row in self.sealer.rows}
             why: Reason = "rows" if is_full else "shape" if tokens_left else "tokens"
             for request in ready:
                 if request.block_table and request.id not in taking_part and not decisions.is_left_out(request.id):
@@ -460,7 +475,7 @@ class Scheduler:
                 decisions.waits(Waits(id=id, why="memory", by=decisions.lacking))
             elif is_full or tokens_left <= 0:
                 decisions.waits(Waits(id=id, why="rows" if is_full else "tokens"))
-            elif not self._joins(rows, self._first_row(self.waiting.first, tokens_left)):
+            elif not self._joins(self._first_shape(self.waiting.first, tokens_left)):
                 decisions.waits(Waits(id=id, why="shape"))
             else:
                 decisions.waits(self._lacks_blocks(self.waiting.first))
@@ -476,54 +491,12 @@ class Scheduler:
             holders=tuple((other.id, len(other.block_table)) for other in holders),
         )
 
-    def _seal(self, rows: list[Row], now: float) -> Batch:
-        """Turns decisions into the message: only what the workers cannot know."""
-        new = []
-        scheduled = []
-        mates = len(rows) - 1
-        for row in rows:
-            request, start, num_tokens = row.request, row.start, row.num_tokens
-            token_ids, end, described = request.token_ids, start + num_tokens, request.num_described
-            known, timer = len(token_ids), request.timer
-            unsaid: tuple[int, ...] = ()
-            if described == 0:
-                new.append(request.describe())
-                timer.described(now)
-            elif described < known:
-                unsaid = (token_ids[-1],) if described == known - 1 else tuple(token_ids[described:])
-            timer.iterations += 1
-            timer.mates += mates
-            if mates > timer.most_mates:
-                timer.most_mates = mates
-            num_blocks = len(request.block_table)
-            blocks: tuple[int, ...] = ()
-            if num_blocks > request.num_known_blocks:
-                blocks = tuple(request.block_table[request.num_known_blocks :])
-                request.num_known_blocks = num_blocks
-            samples = end >= known and request.new.max_tokens > 0
-            scheduled.append(ScheduledRequest(request.new.id, start, num_tokens, blocks, unsaid, samples))
-            request.num_described = known
-            if end > request.num_computed:
-                request.num_computed = end
-            request.num_in_flight += 1
-        self.num_steps += 1
-        batch = Batch(
-            step=self.num_steps,
-            rows=tuple(scheduled),
-            new=tuple(new),
-            freed=tuple(self._freed),
-            swaps=() if self.kv.swap is None else self.kv.swap.take_copies(),
-        )
-        if self._deals:
-            self._tokens_in_flight += batch.num_tokens
-        self._freed.clear()
-        return batch
-
     # -- taking results in ---------------------------------------------------------------------------------------
 
     def _take_in(self, request: Request, row: ScheduledRequest, got: RowResult, now: float) -> Output | None:
         """One row's result. None if there is nothing to tell yet."""
         token_id, error, end = got.token_id, got.error, row.start + row.num_tokens
+        request.quiet_below = 0
         if error is None and row.samples and token_id is None:
             error = "the model gave no token"
         if error is not None:
@@ -548,7 +521,8 @@ class Scheduler:
         reason = request.finish_reason = self._finish_reason(request, token_id)
         is_plain = request.num_cached == 0 and prompt_logprobs is None and not request.new.timed
         if reason is None and token_id is not None and is_plain:
-            # As nearly always: one more token of a stream.
+            # As nearly always: one more token of a stream, and so it goes on to the end of its block.
+            request.quiet_below = self._quiet_below(request)
             return Output(id=row.id, token_ids=(token_id,), logprobs=() if got.logprobs is None else (got.logprobs,))
         request.prompt_logprobs = None
         num_cached, request.num_cached = request.num_cached or 0, 0  # told once
@@ -562,6 +536,15 @@ class Scheduler:
             finish_reason=reason,
             timing=request.timer.timing(now) if reason is not None or request.new.timed else None,
         )
+
+    def _quiet_below(self, request: Request) -> int:
+        """Rows of one that decodes, and of whose tokens nobody else is told, have nothing but a token till there."""
+        if self._hears_service or self.policy.request_level or not request.timer.decodes:
+            return 0
+        if not request.new.params.is_plain:
+            return 0
+        last = request.max_total - 1
+        return min(last, (request.num_published + 1) * self.kv.block_size) if self.policy.prefix_cache else last
 
     def _finish_reason(self, request: Request, token_id: int | None) -> FinishReason | None:
         new = request.new
@@ -594,21 +577,6 @@ class Scheduler:
     def _forget(self, request: Request) -> None:
         """Frees the KV and lets the workers know."""
         self.kv.free(request)
-        self._undescribe(request)
+        self.sealer.forget(request)
         if request.prompt_logprobs:
             request.prompt_logprobs = []
-
-    def _undescribe(self, request: Request) -> None:
-        """Lets the workers forget a request; one that was preempted is described again when it comes back."""
-        if request.num_described > 0:
-            self._freed.append(request.id)
-        request.num_described = 0
-        request.num_known_blocks = 0
-
-
-class Row(msgspec.Struct, gc=False):
-    """A decision: compute `num_tokens` positions from `start` on."""
-
-    request: Request
-    start: int
-    num_tokens: int
