@@ -5,18 +5,25 @@ import random
 import msgspec
 import pytest
 
+from orcaserve.core.config import EngineInfo
 from orcaserve.core.request import NewRequest, Output, SamplingParams, TokenLogprobs
 from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.messages import Abort, Stats, Step, Stop, Submit
 from orcaserve.serve.flight_recorder import FlightRecorder
-from orcaserve.serve.frames import Beat, Failed, FromEngine, Loading, ToEngine
+from orcaserve.serve.frames import Beat, Failed, FromEngine, Loading, Ready, ToEngine
 from orcaserve.serve.supervisor import Watch
 
+READY = Ready(
+    EngineInfo(
+        architecture="none", dtype="none", vocab_size=9, max_model_len=9, block_size=1, num_blocks=9, profile="none"
+    )
+)
 STEP = Step(num_tokens=10, seconds=1.0, stats=Stats())
 
 
 def test_three_missed_beats_of_a_process_that_does_nothing() -> None:
     watch = Watch(0.0)
+    watch.hear(READY, 0.0)
     verdicts = []
     for tick in range(1, 8):
         if tick <= 3:
@@ -25,11 +32,22 @@ def test_three_missed_beats_of_a_process_that_does_nothing() -> None:
     assert verdicts == [None, None, None, None, None, "frozen", "frozen"]
 
 
-@pytest.mark.parametrize("pulse", [range(100), [None] * 100])
-def test_a_process_that_works_may_be_late_but_not_silent(pulse: list[object]) -> None:
+@pytest.mark.parametrize(
+    ("pulse", "first", "most"),
+    [
+        (range(1000), READY, 40),
+        ([None] * 1000, READY, 40),
+        (["asleep"] * 1000, Loading("weights", 1, 2), 240),
+        (range(1000), Loading("weights", 1, 2), 240),
+    ],
+)
+def test_a_process_that_works_or_loads_may_be_late_but_not_silent(
+    pulse: list[object], first: FromEngine, most: int
+) -> None:
     watch = Watch(0.0)
-    verdicts = [watch.tick(tick, False, pulse[tick]) for tick in range(50)]
-    assert verdicts[:39] == [None] * 39
+    watch.hear(first, 0.0)
+    verdicts = [watch.tick(tick, False, pulse[tick]) for tick in range(most + 1)]
+    assert verdicts[:most] == [None] * most
     assert verdicts[-1] == "frozen"
 
 

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 FROZEN_TICKS = 3
 SILENT_TICKS = 40  # even a process that works must get a word out in ten seconds
+LOADING_TICKS = 240
 
 
 class Silence:
-    """Owner of what was heard and seen of one process since the last tick."""
+    """Owner of what was heard and seen of one process since the last tick.
 
-    def __init__(self) -> None:
+    is_loading: until `loaded` it may be silent for a minute: it waits for disks, and for libraries that hold Python's
+        lock, which on a busy machine takes longer than three beats.
+    """
+
+    def __init__(self, is_loading: bool = False) -> None:
+        self._is_loading = is_loading
         self._heard = True
         self._silent = 0
         self._idle = 0
         self._pulse: object = None
+
+    def loaded(self) -> None:
+        """From now on it has to answer."""
+        self._is_loading = False
 
     def end(self) -> None:
         """Something was heard."""
@@ -22,8 +32,10 @@ class Silence:
     def tick(self, pulse: object) -> bool:
         """Whether it is frozen. pulse: something that changes while it gets work done; None: not known."""
         self._silent = 0 if self._heard else self._silent + 1
-        # A beat can also be late because a library holds Python's lock while it loads, or for want of a core.
+        # A beat can also be late because a library holds Python's lock, or for want of a core.
         worked = pulse is None or pulse != self._pulse
         self._idle = 0 if self._heard or worked else self._idle + 1
         self._heard, self._pulse = False, pulse
+        if self._is_loading:
+            return self._silent >= LOADING_TICKS
         return self._idle >= FROZEN_TICKS or self._silent >= SILENT_TICKS

@@ -16,7 +16,7 @@ from typing import cast
 from orcaserve.core.config import EngineOptions
 from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.silence import Silence
-from orcaserve.executors.messages import Begin, FromWorker, Place, StoreAt, ToWorker
+from orcaserve.executors.messages import Begin, FromWorker, Place, Serving, StoreAt, ToWorker
 from orcaserve.worker.machine import available_memory, usable_cpus
 from orcaserve.worker.process import pulse
 
@@ -130,7 +130,7 @@ class Workers:
 
     def _listen(self) -> None:
         readers = [FrameReader(FromWorker) for _ in self._reports]
-        silences = [Silence() for _ in self._reports]
+        silences = [Silence(is_loading=True) for _ in self._reports]
         ranks = [place.rank for place in self.places]
         with selectors.DefaultSelector() as selector:
             for index, sock in enumerate(self._reports):
@@ -144,6 +144,8 @@ class Workers:
                         return self._lose(f"worker {ranks[index]} is gone ({self._manner(index)})")
                     silences[index].end()
                     for frame in readers[index].feed(data):
+                        if isinstance(frame, Serving):
+                            silences[index].loaded()
                         self._on_frame(ranks[index], cast(FromWorker, frame))
                 if time.monotonic() - ticked >= TICK_SECONDS:
                     ticked = time.monotonic()

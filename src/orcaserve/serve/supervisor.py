@@ -193,14 +193,16 @@ class Watch:
     """
 
     def __init__(self, now: float) -> None:
-        self._silence = Silence()
+        self._silence = Silence(is_loading=True)
         self._progress = now
         self._num_tokens = 0
         self._seconds_per_token: float | None = None
 
     def hear(self, frame: FromEngine, now: float) -> None:
         self._silence.end()
-        if isinstance(frame, Beat):
+        if isinstance(frame, Ready):
+            self._silence.loaded()
+        elif isinstance(frame, Beat):
             self._num_tokens = frame.num_tokens
         elif isinstance(frame, Step):
             self._progress = now
