@@ -12,7 +12,7 @@ serve: $(VENV)/.serve
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The promise on a thousand requests of each kind; `make test` has a hundred.
+# The promise on a thousand requests of each kind; `make test` has a hundred or less.
 promise: $(VENV)/.test
 	$(BIN)/python -m pytest tests/e2e/test_promise.py --promised 1000 -s
 

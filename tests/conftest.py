@@ -18,7 +18,7 @@ hypothesis.settings.load_profile("without deadlines")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--promised", type=int, default=100, help="requests that must have the same bits alone and in a crowd"
+        "--promised", type=int, help="requests of each kind that must have the same bits alone and in a crowd"
     )
     parser.addoption(
         "--whole-grid", action="store_true", help="every tensor- and pipeline-parallel size with every shape"
