@@ -44,6 +44,7 @@ _RPC_FLUSH_SECONDS = 1  # the same for gRPC, where probes that watch would stay 
 _KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep an idle connection, so that they close it, not we
 _WATCH_SECONDS = 0.5
 _BACKLOG = 2048
+_UNSENT_BYTES = 32 << 10  # of a connection that the kernel may hold beside what is under way; else it takes megabytes
 _MOST_FILES = 1 << 16
 _METRICS_PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -134,6 +135,8 @@ def _bind(host: str, port: int) -> socket.socket:
         raise StartError(f"cannot listen on {host} port {port}: {error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # the connections take it over
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         listener.bind(address)
         listener.listen(_BACKLOG)  # clients may connect from now on, and wait
     except (OSError, OverflowError) as error:
