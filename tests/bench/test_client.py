@@ -80,7 +80,7 @@ def test_refusals_have_an_end_and_headers_are_passed_on() -> None:
     assert all("\r\nx-slo-ttft-ms: 250\r\n" in head for head in server.heads)
     for record in (reply.record() for reply in replies):
         assert record.error_kind == "HTTP 429"
-        assert record.ended is not None
+        assert record.ended is not None and record.retry_after is None
         assert record.due <= record.sent < record.ended
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 
 import msgspec
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from orcaserve.core.config import SwapSpace
 from orcaserve.core.invariants import CheckedScheduler
@@ -267,3 +271,68 @@ def pressed_life(seed: int, scheduler: type[Scheduler] = CheckedScheduler) -> Wo
     world = World(pressed_config(rng), eager=rng.random() < 0.5, scheduler=scheduler)
     press(world, rng)
     return world
+
+
+Arrival = tuple[int, int, int]  # tokens of a prompt, of its output, and turns until the next request comes
+
+
+def small_configs(policy: str, depth: int, overlap: bool) -> Iterator[SchedulerConfig]:
+    """Every small pool, with little room in a batch."""
+    for num_blocks, block_size, max_batch_size in itertools.product([4, 5], [1, 2], [1, 2]):
+        yield SchedulerConfig(
+            policy=parse_policy(policy),
+            max_batch_size=max_batch_size,
+            max_batch_tokens=2,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            depth=depth,
+            overlap=overlap,
+        )
+
+
+def small_arrivals(count: int) -> Iterator[tuple[Arrival, ...]]:
+    """So many requests of every small size, arriving at every small distance."""
+    sizes = [(1, 1), (1, 3), (2, 2), (3, 0), (3, 1)]
+    for shapes in itertools.product(sizes, repeat=count):
+        for gaps in itertools.product([0, 1, 2], repeat=count - 1):
+            yield tuple((*shape, gap) for shape, gap in zip(shapes, (*gaps, 0), strict=True))
+
+
+def small_life(config: SchedulerConfig, arrivals: Sequence[Arrival]) -> World:
+    """From start to drained. Requests differ in whose they are, and how urgent."""
+    world = World(config)
+    params = SamplingParams(logprobs=None if config.overlap else 0)
+    for index, (prompt, output, gap) in enumerate(arrivals):
+        urgency = {"tenant": "aba"[index % 3], "priority": -index, "deadline": 3.0 - index}
+        world.submit(tuple(range(7, 7 + prompt)), output, params=params, **urgency)
+        world.step(gap)
+    world.drain()
+    return world
+
+
+class Life(RuleBasedStateMachine):
+    """The same world, with hypothesis choosing and shrinking what happens."""
+
+    @initialize(seed=st.integers(0, 2**32), eager=st.booleans())
+    def begin(self, seed: int, eager: bool) -> None:
+        self.rng = random.Random(seed)
+        self.world = World(random_config(self.rng), eager=eager, pace=self.rng.choice([0.0, 0.1]))
+
+    @rule(count=st.integers(1, 4))
+    def submit(self, count: int) -> None:
+        for _ in range(count):
+            self.world.submit(**random_request(self.rng, self.world))
+
+    @rule(which=st.integers(0, 100))
+    def abort(self, which: int) -> None:
+        ids = sorted(self.world.requests)
+        if ids:
+            self.world.abort(ids[which % len(ids)])
+
+    @rule(turns=st.integers(1, 20))
+    def step(self, turns: int) -> None:
+        self.world.step(turns)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.drain()

@@ -1,16 +1,21 @@
 """Streams of an undisturbed pool: answers, choices, bounds, aborts, draining, and what is left behind."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from pool_world import Wish, gather, gather_all, is_alive, open_fds, pool_of, run, submit, until, wishes
+from pool_world import PATIENCE, Wish, gather, gather_all, is_alive, open_fds, pool_of, run, submit, until, wishes
 
 from orcaserve.core.config import EngineOptions
 from orcaserve.core.request import SamplingParams
 from orcaserve.serve.admission import Limits, Refused
-from orcaserve.serve.pool import ContextLengthError, EngineFailed, Pool, Unavailable
+from orcaserve.serve.pool import ContextLengthError, EngineFailed, Pool, Replication, Unavailable
+from orcaserve.serve.stream import FULL_BYTES
+from orcaserve.serve.terms import Terms
 
 LONG = Wish((1, 2, 3), 7, 4000)
 
@@ -76,13 +81,70 @@ def test_cached_prompt_tokens_are_told_once_and_salted_apart() -> None:
 def test_a_slow_consumer_gets_few_large_updates() -> None:
     async def main() -> None:
         async with pool_of() as pool:
-            wish = Wish((9,), 3, 300)
+            wish = Wish((9,), 3, 100)
             stream = submit(pool, wish)
             await until(lambda: pool.num_unfinished == 0, "the request ends though nobody reads")
             updates = [update async for update in stream]
             assert len(updates) == 1
             assert list(updates[0].token_ids) == wish.answer()[0]
-            assert len(updates[0].logprobs) == 300
+            assert len(updates[0].logprobs) == 100
+
+    run(main())
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_a_choice_that_nobody_reads_leaves_its_engine_and_loses_nothing(replicas: int) -> None:
+    async def main() -> None:
+        async with pool_of(replication=Replication(replicas=replicas)) as pool:
+            wish = Wish((9, 8, 7), 3, 700)
+            stream = submit(pool, wish)
+            tokens: list[int] = []
+            pauses = 0
+            while True:
+                await until(lambda: stream.is_full(0) or pool.num_unfinished == 0, "it fills up or ends")
+                if pool.num_unfinished:
+                    pauses += 1
+                    await until(lambda: pool.stats.num_running == pool.stats.num_held_blocks == 0, "no engine has it")
+                    assert (await gather(submit(pool, Wish((1,), 2, 20))))[1] == "length"  # others go on
+                update = await anext(stream)
+                tokens += update.token_ids
+                assert len(update.logprobs) == len(update.token_ids)
+                if update.finish_reason is not None:
+                    break
+                assert update.num_bytes < 2 * FULL_BYTES
+            assert pauses >= 2
+            assert (tokens, update.finish_reason) == wish.answer()
+
+    run(main())
+
+
+@pytest.mark.parametrize("how", ["leave", "crash", "drain", "timeout"])
+def test_what_becomes_of_a_choice_that_waits_for_its_reader(how: str) -> None:
+    async def main() -> None:
+        async with pool_of() as pool:
+            wish = Wish((9, 8, 7), 3, 300)
+            stream = submit(pool, wish, terms=Terms(end_by=time.monotonic() + 2) if how == "timeout" else Terms())
+            await until(lambda: stream.is_full(0), "it fills up")
+            if how == "leave":
+                stream.abort()
+                assert pool.num_unfinished == 0
+                return
+            if how == "drain":
+                assert await pool.drain(PATIENCE)
+            elif how == "timeout":
+                await until(lambda: pool.num_unfinished == 0, "its time is up")
+            else:
+                os.kill(pool.engine_pid, signal.SIGKILL)
+                await until(lambda: pool.num_restarts == 1, "there is another engine")
+                await gather(submit(pool, Wish((1,), 2, 20)))
+                assert stream.is_full(0)
+            tokens, reason, last = await gather(stream)
+            expected, length = wish.answer()
+            assert tokens == expected[: len(tokens)]
+            if how == "timeout":
+                assert last.expired == "timeout"
+            else:
+                assert (tokens, reason) == (expected, length)
 
     run(main())
 

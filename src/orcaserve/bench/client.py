@@ -49,10 +49,14 @@ class Server(msgspec.Struct, frozen=True):
 
 
 class Fault(NamedTuple):
-    """What went wrong. kind: a few words that are the same for all of the kind; message: one line."""
+    """What went wrong. kind: a few words that are the same for all of the kind; message: one line.
+
+    retry_after: seconds after which the server says that one may ask again.
+    """
 
     kind: str
     message: str
+    retry_after: float | None = None
 
 
 INTERRUPTED = Fault("interrupted", "the run was interrupted before the reply ended")
@@ -64,7 +68,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     due: when it arrived; `sent` is later only if the client's own limit held it back, or the client was busy.
     ended: when the reply ended, whatever it was; None if that is not known.
     token_times: one per token. max_tokens, prompt_tokens: what it asked for; seen_prompt_tokens: what the server says
-    it read, cached_tokens: how many of them it already knew.
+    it read, cached_tokens: how many of them it already knew. retry_after: seconds, with an error of which the server
+    says when to come again.
     """
 
     due: float
@@ -77,6 +82,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     counted: Counted = "guess"
     error: str | None = None
     error_kind: str | None = None
+    retry_after: float | None = None
     tenant: str | None = None
     ended: float | None = None
 
@@ -265,7 +271,8 @@ async def _stream(client: httpx.AsyncClient, server: Server, item: Item, take: C
     try:
         async with client.stream("POST", "/v1/completions", content=msgspec.json.encode(body)) as response:
             if response.status_code != 200:
-                return _refusal(response.status_code, await response.aread())
+                refusal = _refusal(response.status_code, await response.aread())
+                return refusal._replace(retry_after=_seconds(response.headers.get("retry-after")))
             async for data in response.aiter_raw():
                 take(data)
     except httpx.HTTPError as error:
@@ -323,6 +330,7 @@ def read(item: Item, sent: float, arrived: Sequence[tuple[float, bytes]], fault:
         counted=counted,
         error=None if fault is None else fault.message,
         error_kind=None if fault is None else fault.kind,
+        retry_after=None if fault is None else fault.retry_after,
         tenant=item.tenant,
     )
 
@@ -382,6 +390,10 @@ def _refusal(status: int, body: bytes) -> Fault:
         message = body.decode(errors="replace")
     hint = _HINTS.get(status, "the server's own log may say more")
     return Fault(f"HTTP {status}", _one_line(f"HTTP {status}: {message}", hint))
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    return float(retry_after) if retry_after is not None and re.fullmatch(r"\d{1,9}(\.\d{1,9})?", retry_after) else None
 
 
 def _message(error: Any) -> str:

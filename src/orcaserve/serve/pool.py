@@ -2,7 +2,9 @@
 
 For every unfinished choice it keeps what is needed to go on: prompt, drawn seed, and all tokens so far. When an engine
 dies, its unfinished choices are handed to another one, or to the next one, with what they have, and their streams go on
-with no lost and no repeated token. Runs in one event loop, and everything here is called from it.
+with no lost and no repeated token. In the same way a choice is taken from its engine while its client does not read
+what there is, so that slow clients take neither the engine's memory nor ours. Runs in one event loop, and everything
+here is called from it.
 """
 
 from __future__ import annotations
@@ -188,6 +190,8 @@ class Pool:
     async def drain(self, timeout: float | None) -> bool:
         """Takes no more requests, lets what runs end for at most `timeout` seconds, then closes. True if all ended."""
         self._is_draining = True
+        for choice in list(self._live.values()):  # what is late is buffered now: nobody else will need the memory
+            self._go_on(choice)
         try:
             async with asyncio.timeout(timeout):
                 while self._live:
@@ -288,7 +292,9 @@ class Pool:
             )
             for index in range(params.n)
         ]
-        stream = Stream(range(params.n), lambda index: self._abort(choices[index]))
+        stream = Stream(
+            range(params.n), lambda index: self._abort(choices[index]), lambda index: self._go_on(choices[index])
+        )
         for choice in choices:
             choice.stream = weakref.ref(stream)
             self._live[choice.arrival] = choice
@@ -342,6 +348,20 @@ class Pool:
             return self._set_alarm(choice)
         expired: Expired = "deadline_passed" if choice.is_waiting else "timeout"
         self._end(choice, EXPIRED[expired], expired)
+
+    def _pause_if_full(self, choice: Choice) -> None:
+        """Takes it from its engine while its client is late: what it has is enough to go on from later."""
+        stream = choice.stream() if choice.stream is not None else None
+        if stream is None or self._is_draining or choice.replica is None or not stream.is_full(choice.request.choice):
+            return
+        choice.is_paused = True
+        self.replicas[choice.replica].take_back(choice)
+
+    def _go_on(self, choice: Choice) -> None:
+        """Its client reads again, or need not any more."""
+        if choice.is_paused and choice.arrival in self._live:
+            choice.is_paused = False
+            self._hand_in(choice, self._open())
 
     def _abort(self, choice: Choice, how: FinishReason = "abort") -> None:
         if choice.arrival in self._live:
@@ -414,7 +434,7 @@ class Pool:
         self._try_suspect()
         if among := self._open():
             for choice in list(self._live.values()):
-                if choice.engine_id is None and choice not in self._suspects:
+                if choice.engine_id is None and not choice.is_paused and choice not in self._suspects:
                     self._hand_in(choice, among)
 
     def _try_suspect(self) -> None:
@@ -515,6 +535,7 @@ class Pool:
         if output.finish_reason is not None:
             self._forget(choice, output.finish_reason, has_ended=True)
         else:
+            self._pause_if_full(choice)
             self._acquit(choice)
 
     def on_death(self, replica: Replica, death: Death) -> bool:

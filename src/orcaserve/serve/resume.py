@@ -31,6 +31,7 @@ class Choice:
         "generated",
         "has_output",
         "has_prompt_logprobs",
+        "is_paused",
         "is_waiting",
         "keys",
         "lone_crashes",
@@ -56,6 +57,7 @@ class Choice:
         self.has_prompt_logprobs = False
         self.engine_id: int | None = None  # None while no engine has it
         self.replica: int | None = None  # whose engine that is
+        self.is_paused = False  # no engine has it, because its client has not read what there is
         self.is_waiting = True  # for its first iteration; a resubmission does not wait in this sense
         self.crashes = 0  # in a row with it on board, without any progress of its own
         self.lone_crashes = 0  # those of them with nobody else on board

@@ -25,6 +25,7 @@ from typing import Any
 import msgspec
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.engine.messages import Step
@@ -44,6 +45,8 @@ _RPC_FLUSH_SECONDS = 1  # the same for gRPC, where probes that watch would stay 
 _KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep an idle connection, so that they close it, not we
 _WATCH_SECONDS = 0.5
 _BACKLOG = 2048
+_UNSENT_BYTES = 32 << 10  # of a connection that the kernel may hold beside what is under way; else it takes megabytes
+_UNREAD_BYTES = 16 << 10  # of a connection: then its stream waits. As small events they cost several times as much
 _MOST_FILES = 1 << 16
 _METRICS_PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -134,6 +137,8 @@ def _bind(host: str, port: int) -> socket.socket:
         raise StartError(f"cannot listen on {host} port {port}: {error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # the connections take it over
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         listener.bind(address)
         listener.listen(_BACKLOG)  # clients may connect from now on, and wait
     except (OSError, OverflowError) as error:
@@ -156,6 +161,14 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     except ImportError:
         return None
     return uvloop.new_event_loop
+
+
+class _Connection(AutoHTTPProtocol):
+    """Uvicorn's, which has its stream wait sooner."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        transport.set_write_buffer_limits(high=_UNREAD_BYTES)
+        super().connection_made(transport)
 
 
 class _Uvicorn(uvicorn.Server):
@@ -327,6 +340,7 @@ async def _until(event: asyncio.Event, work: Coroutine[Any, Any, None]) -> None:
 def _uvicorn_config(app: ASGIApp, http: HttpOptions) -> uvicorn.Config:
     return uvicorn.Config(
         app,
+        http=_Connection,
         log_config=None,
         log_level="warning",
         access_log=False,

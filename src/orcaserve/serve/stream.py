@@ -14,6 +14,9 @@ from orcaserve.core.timing import Timing
 
 Expired = Literal["deadline_passed", "timeout", "cancelled"]
 
+FULL_BYTES = 32 << 10  # of a choice's updates that nobody has taken: then it is better not to go on
+_TOKEN_BYTES, _ENTRY_BYTES, _TOP_BYTES = 40, 120, 140  # about what CPython takes for one of them
+
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
     """What one choice gained since its last update.
@@ -39,6 +42,13 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     timing: Timing | None = None
     expired: Expired | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of memory that it takes, about."""
+        entries = (*self.logprobs, *self.prompt_logprobs)
+        lists = sum(_ENTRY_BYTES + _TOP_BYTES * len(entry.top) for entry in entries)
+        return _TOKEN_BYTES * len(self.token_ids) + lists + len(self.pooled)
+
     def then(self, later: Update) -> Update:
         """Both in one, for a consumer that is slower than the engine."""
         return Update(
@@ -59,13 +69,22 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
 class Stream:
     """The updates of one request's choices, as they come. For one consumer.
 
-    Slow consumers get fewer, larger updates; what is buffered is bounded by the request's own max_tokens. Leaving early
-    aborts what is unfinished: `aclose`, the end of `async with`, a cancelled wait, or dropping the stream.
+    Slow consumers get fewer, larger updates. A choice of which FULL_BYTES wait to be taken `is_full`: whoever pushes
+    may stop until there is room. Leaving early aborts what is unfinished: `aclose`, the end of `async with`, a
+    cancelled wait, or dropping the stream.
     """
 
-    def __init__(self, choices: Iterable[int], on_abort: Callable[[int], None]) -> None:
-        """choices: their indexes. on_abort: told of each that is left before its end."""
+    def __init__(
+        self,
+        choices: Iterable[int],
+        on_abort: Callable[[int], None],
+        on_room: Callable[[int], None] = lambda choice: None,
+    ) -> None:
+        """choices: their indexes. on_abort: told of each that is left before its end. on_room: of each that was full,
+        when all of it has been taken."""
         self._on_abort = on_abort
+        self._on_room = on_room
+        self._sizes: dict[int, int] = {}  # bytes, of those whose consumer is late
         self._open = dict.fromkeys(choices)  # ordered, as a set is not
         self._buffered: dict[int, Update] = {}
         self._waiter: asyncio.Future[None] | None = None
@@ -87,7 +106,15 @@ class Stream:
                 raise
             finally:
                 self._waiter = None
-        return self._buffered.pop(next(iter(self._buffered)))
+        choice = next(iter(self._buffered))
+        update = self._buffered.pop(choice)
+        if self._sizes.pop(choice, 0) >= FULL_BYTES:
+            self._on_room(choice)
+        return update
+
+    def is_full(self, choice: int) -> bool:
+        """Whether its consumer is so late that nothing should follow."""
+        return self._sizes.get(choice, 0) >= FULL_BYTES
 
     def abort(self, choice: int | None = None) -> None:
         """Ends a choice, or all of them; no further update of it follows. Ended and unknown ones are ignored."""
@@ -97,6 +124,7 @@ class Stream:
                 self._on_abort(index)
         for index in list(self._buffered) if choice is None else [choice]:
             self._buffered.pop(index, None)
+            self._sizes.pop(index, None)
         self._wake()
 
     async def aclose(self) -> None:
@@ -119,7 +147,10 @@ class Stream:
         if update.choice not in self._open:
             return
         before = self._buffered.get(update.choice)
-        self._buffered[update.choice] = update if before is None else before.then(update)
+        if before is not None:  # a single update may be as large as it is: it is about to be taken
+            self._sizes[update.choice] = self._sizes.get(update.choice, before.num_bytes) + update.num_bytes
+            update = before.then(update)
+        self._buffered[update.choice] = update
         if update.finish_reason is not None:
             del self._open[update.choice]
         self._wake()
