@@ -10,6 +10,7 @@ import msgspec
 from orcaserve.serve import errors
 from orcaserve.serve.protocol import ChatRequest, Tool, ToolChoice
 from orcaserve.serve.reply import ToolFormat, format_of
+from orcaserve.serve.structured import WHITESPACE
 
 MOST_TOOLS = 256
 
@@ -70,8 +71,7 @@ def _insist(form: ToolFormat, tools: Sequence[Tool], most: int | None, special_i
             for tool in tools
         ]
     }
-    definitions = _definitions(one)
-    schema = {**one, **definitions}
+    schema = {**one, **_definitions(one), "x-guidance": {"whitespace_pattern": WHITESPACE}}
 
     def mark(text: str) -> str:
         id = special_id(text)
