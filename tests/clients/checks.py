@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 Check = Callable[[], str | None]
 
+BURST = (64, 32, 20)  # of the tools that measure: tokens of a prompt, tokens to generate, requests, all at once
+
 _LAST = re.compile(r"passed (\d+), failed (\d+), deselected (\d+)(?:; (.*))?")
 
 
@@ -55,6 +57,11 @@ def end(counts: Counts) -> None:
     """Says them and ends the program: with 1 if anything failed."""
     print(counts.line(), flush=True)
     sys.exit(1 if counts.failed else 0)
+
+
+def figures(rate: float, ttft: float, tpot: float, latency: float) -> str:
+    """What the tools that measure say of BURST: tokens a second, and medians in seconds."""
+    return f"{rate:.0f} output tokens/s; medians: TTFT {ttft:.2f} s, TPOT {tpot * 1000:.0f} ms, latency {latency:.2f} s"
 
 
 def run(checks: list[Check]) -> None:

@@ -59,11 +59,11 @@ def write_task(folder: Path) -> None:
     (folder / "homes.yaml").write_text(json.dumps(task))  # JSON is YAML
 
 
-def evaluate(folder: Path, name: str, model: str, **arguments: object) -> dict[int, list[list[float | bool]]]:
+def evaluate(folder: Path, name: str, kind: str, **arguments: object) -> dict[int, list[list[float | bool]]]:
     """For each item its choices' log-likelihoods, and whether they are what the model would say by itself."""
     settings = ",".join(f"{key}={value}" for key, value in arguments.items())
     words = ["--tasks", "homes", "--include_path", str(folder), "--log_samples", "--output_path", str(folder / name)]
-    words += ["--model", model, "--model_args", settings, "--batch_size", "8"]
+    words += ["--model", kind, "--model_args", settings, "--batch_size", "8"]
     subprocess.run([sys.executable, "-m", "lm_eval", *words], check=True)
     [path] = (folder / name).rglob("samples_homes_*.jsonl")
     samples = map(json.loads, path.read_text().splitlines())
@@ -82,7 +82,7 @@ if __name__ == "__main__":
     ours = evaluate(
         out, "ours", "local-completions", model=model, base_url=completions, num_concurrent=4, max_length=1024
     )
-    theirs = evaluate(out, "theirs", "hf", pretrained=checkpoint, dtype="float32", device="cpu")
+    theirs = evaluate(out, "theirs", "hf", pretrained=checkpoint, dtype="float32", add_bos_token=False)
     assert ours.keys() == theirs.keys()
     far, failed = 0.0, 0
     for item in ours:
