@@ -14,7 +14,7 @@ from pathlib import Path
 
 import checks
 
-TOLERANCE = 1e-3  # nats, of a choice's log-likelihood
+TOLERANCE = 2e-4  # nats, of a choice's log-likelihood
 HOMES = {
     "in the sea": ("whale", "shark", "octopus", "crab", "dolphin"),
     "in the forest": ("fox", "owl", "deer", "squirrel", "bear"),
