@@ -4,7 +4,9 @@ BIN := $(VENV)/bin
 SERVE_ARGS ?=
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*)
 
-.PHONY: serve test promise torture ranks emulated lint clean
+CLIENTS := $(patsubst tests/clients/%/requirements.txt,%,$(wildcard tests/clients/*/requirements.txt))
+
+.PHONY: serve test promise torture clients ranks emulated lint clean
 
 serve: $(VENV)/.serve
 	$(BIN)/orcaserve serve $(SERVE_ARGS)
@@ -19,6 +21,22 @@ promise: $(VENV)/.test
 # The reliability scorecard at full size: hours. TORTURE="--rows R1,R7 --scale short" for less.
 torture: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python -m torture $(TORTURE)
+
+# Other people's clients and suites against a running server: downloads gigabytes, then takes minutes. Needs npm.
+# CLIENT="langchain npm" for less.
+clients: $(VENV)/.test $(patsubst %,build/clients/%/.made,$(filter-out bench,$(or $(CLIENT),$(CLIENTS) npm)))
+	PYTHONPATH=tests $(BIN)/python -m clients $(CLIENT)
+
+build/clients/npm/.made: tests/clients/npm/package.json
+	mkdir -p $(@D)
+	cp $< $(@D)
+	cd $(@D) && npm install --no-audit --no-fund --no-package-lock
+	touch $@
+
+build/clients/%/.made: tests/clients/%/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -c constraints.txt -r $<
+	touch $@
 
 # Every tensor- and pipeline-parallel size up to 4 x 4; `make test` has some.
 ranks: $(VENV)/.test

@@ -120,6 +120,13 @@ def test_bad_chats(client: httpx.Client, name: str) -> None:
     check_alive(client)
 
 
+def test_clients_know_a_prompt_that_is_too_long_by_its_words(client: httpx.Client) -> None:
+    """Clients look for these words of OpenAI's, and then shorten the prompt or take another model."""
+    for body in ({"prompt": [5], "max_tokens": 100_000}, {"prompt": "x" * 10_000_000}):
+        message = check(client.post(COMPLETIONS, json=body), 400, "prompt", "context_length_exceeded")
+        assert message.startswith("This model's maximum context length is 512 tokens")
+
+
 def test_prompts_far_beyond_the_context(client: httpx.Client) -> None:
     """Ten megabytes as text, as a conversation and as ids; and beyond the limit of a body, declared or not."""
     text = "x" * 10_000_000

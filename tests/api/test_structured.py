@@ -273,6 +273,31 @@ def test_a_call_that_is_insisted_on_comes(knows_tools: Server, choice: Any) -> N
                 assert call.function.name == "clock" and arguments == {} and choice == "required"
 
 
+def test_a_model_that_loves_blanks_makes_its_call_all_the_same(knows_tools: Server) -> None:
+    """Between the parts there is room to indent, but not to go on for ever."""
+    with knows_tools.client() as client:
+        [blank] = client.post("/tokenize", json={"prompt": " ", "add_special_tokens": False}).json()["tokens"]
+        body = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+        body |= {"max_tokens": 700, "seed": 1, "logit_bias": {str(blank): 100}}
+        [choice] = client.post("/v1/chat/completions", json=body).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls" and len(choice["message"]["tool_calls"]) == 1
+
+
+def test_a_call_has_no_arguments_that_the_function_does_not_name(knows_tools: Server) -> None:
+    """Schemas of functions seldom say so, and callers fail of what they do not know; one that allows more gets more."""
+    day = {"properties": {"day": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["day"]}
+    asked = {"messages": MESSAGES, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 300}
+    with knows_tools.client() as client:
+        [comma] = client.post("/tokenize", json={"prompt": ",", "add_special_tokens": False}).json()["tokens"]
+        for says, finish in (({}, "tool_calls"), ({"additionalProperties": {"const": 1}}, "length")):
+            function = {"name": "f", "parameters": {"type": "object", **day, **says}}
+            body = asked | {"tools": [{"type": "function", "function": function}], "logit_bias": {str(comma): 100}}
+            [choice] = client.post("/v1/chat/completions", json=body | {"seed": 1}).json()["choices"]
+            assert choice["finish_reason"] == finish
+            for call in choice["message"].get("tool_calls") or []:
+                assert json.loads(call["function"]["arguments"]).keys() == {"day"}
+
+
 def test_a_conversation_with_calls_goes_on(knows_tools: Server) -> None:
     said = [
         *MESSAGES,

@@ -76,8 +76,9 @@ def unsupported(param: str, hint: str) -> ApiError:
 def context_length(num_prompt: int, max_tokens: int | None, limit: int, param: str) -> ApiError:
     wish = "room for at least one token of output" if max_tokens is None else f"{max_tokens} tokens of output"
     return invalid(
-        f"This model's context length is {limit} tokens, but the request needs {num_prompt + (max_tokens or 1)}: "
-        f"{num_prompt} in the prompt and {wish}. Shorten the prompt, or ask for fewer tokens.",
+        f"This model's maximum context length is {limit} tokens, but the request needs "
+        f"{num_prompt + (max_tokens or 1)}: {num_prompt} in the prompt and {wish}. "
+        "Shorten the prompt, or ask for fewer tokens.",
         param,
         "context_length_exceeded",
     )
@@ -85,8 +86,8 @@ def context_length(num_prompt: int, max_tokens: int | None, limit: int, param: s
 
 def prompt_far_too_long(num_characters: int, limit: int, param: str) -> ApiError:
     return invalid(
-        f"This model's context length is {limit} tokens, and a prompt of {num_characters} characters cannot fit in it. "
-        "Shorten the prompt.",
+        f"This model's maximum context length is {limit} tokens, and a prompt of {num_characters} characters "
+        "cannot fit in it. Shorten the prompt.",
         param,
         "context_length_exceeded",
     )

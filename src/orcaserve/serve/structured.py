@@ -14,7 +14,7 @@ from orcaserve.serve.protocol import GenerationRequest
 from orcaserve.worker.grammars import Compiler, GrammarError
 
 MOST_BYTES = 1 << 17  # of a grammar's text
-_WHITESPACE = r"[ \n\r\t]{0,24}"  # between the parts of JSON: room to indent, but not to go on for ever
+WHITESPACE = r"[ \n\r\t]{0,24}"  # between the parts of JSON: room to indent, but not to go on for ever
 
 
 class Structures:
@@ -121,4 +121,4 @@ def _json(schema: dict[str, Any] | bool | str) -> str:
             raise errors.invalid("The JSON schema is no valid JSON object.", code="invalid_grammar") from None
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
-    return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE}))
+    return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE}))

@@ -10,6 +10,7 @@ import msgspec
 from orcaserve.serve import errors
 from orcaserve.serve.protocol import ChatRequest, Tool, ToolChoice
 from orcaserve.serve.reply import ToolFormat, format_of
+from orcaserve.serve.structured import WHITESPACE
 
 MOST_TOOLS = 256
 
@@ -62,7 +63,7 @@ def _insist(form: ToolFormat, tools: Sequence[Tool], most: int | None, special_i
                 "type": "object",
                 "properties": {
                     "name": {"const": tool.function.name},
-                    form.arguments: tool.function.parameters or {"type": "object", "properties": {}},
+                    form.arguments: _closed(tool.function.parameters or {"type": "object", "properties": {}}),
                 },
                 "required": ["name", form.arguments],
                 "additionalProperties": False,
@@ -70,8 +71,7 @@ def _insist(form: ToolFormat, tools: Sequence[Tool], most: int | None, special_i
             for tool in tools
         ]
     }
-    definitions = _definitions(one)
-    schema = {**one, **definitions}
+    schema = {**one, **_definitions(one), "x-guidance": {"whitespace_pattern": WHITESPACE}}
 
     def mark(text: str) -> str:
         id = special_id(text)
@@ -90,6 +90,13 @@ def _insist(form: ToolFormat, tools: Sequence[Tool], most: int | None, special_i
         return str(LLMatcher.grammar_from_lark(f'start: {mark(form.begin)} "[" one{again} "]"\none: {inside}\n'))
     again = "" if most == 1 else ' ("; " one)*'
     return str(LLMatcher.grammar_from_lark(f"start: one{again}\none: {inside}\n"))
+
+
+def _closed(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Without arguments that the function does not name, unless its schema names none, speaks of others, or refers."""
+    speaks = {"additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf", "oneOf"}
+    is_closed = "properties" in parameters and not speaks & parameters.keys()
+    return {**parameters, "additionalProperties": False} if is_closed else parameters
 
 
 def _definitions(schema: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Other people's clients and suites, unmodified, against a running server. `make clients`; not part of `make test`."""
