@@ -1,0 +1,93 @@
+"""The rows R1, R2, R3, R11 and R13 at their short scale, and that their judges find what they are there to find."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from torture import r01_crowd
+from torture.asking import Ask, Choice, Reply, faults
+from torture.rows import Setup
+from torture.shrink import shrink
+
+
+@pytest.fixture
+def setup(tmp_path: Path) -> Setup:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    return Setup("short", seed, tmp_path, sizes={"shrinks": 0})
+
+
+def test_a_crowd_leaves_nothing_and_gets_what_each_gets_alone(setup: Setup) -> None:
+    for outcome in r01_crowd.torture(setup):
+        print(outcome.line())
+        assert outcome.is_met, (outcome.figure, outcome.trace)
+
+
+# -- the judges ------------------------------------------------------------------------------------------------------
+
+
+ASK = Ask(0, "completions", {"prompt": "x", "max_tokens": 3, "n": 1, "stream": True})
+CHUNKS = [
+    {"choices": [{"index": 0, "text": "a", "token_ids": [1], "finish_reason": None}]},
+    {"choices": [{"index": 0, "text": "b", "token_ids": [2], "finish_reason": None}]},
+    {"choices": [{"index": 0, "text": "c", "token_ids": [3], "finish_reason": "length"}]},
+    {"choices": [], "usage": {"completion_tokens": 3}},
+]
+
+
+def taken(*chunks: dict) -> Reply:
+    """A stream of these that came to its end."""
+    reply = Reply(status=200)
+    for chunk in chunks:
+        reply.take(chunk)
+    reply.is_whole = reply.error is None
+    return reply
+
+
+def test_a_right_stream_is_right() -> None:
+    right = taken(*CHUNKS)
+    assert faults(ASK, right) == []
+    assert right.differs(right) is None
+    assert taken(*CHUNKS[:1]).choices[0].begins(right.choices[0])
+
+
+@pytest.mark.parametrize(
+    ("chunks", "said"),
+    [
+        ([*CHUNKS[:1], *CHUNKS], "4 of 3 tokens"),
+        ([*CHUNKS[1:]], "2 of 3 tokens"),
+        ([*CHUNKS[:3], CHUNKS[2], CHUNKS[3]], "goes on after its finish"),
+        ([*CHUNKS[:2], CHUNKS[3]], "finished by None"),
+        ([CHUNKS[3]], "choices []"),
+        ([*CHUNKS[:3], {"choices": [], "usage": {"completion_tokens": 2}}], "usage says 2"),
+        ([*CHUNKS[:2], {"error": {"code": "internal_error"}}], "internal_error"),
+    ],
+    ids=["repeated", "lost", "two finishes", "no finish", "no choice", "usage", "error"],
+)
+def test_what_no_server_may_do_is_seen(chunks: list[dict], said: str) -> None:
+    assert said in "; ".join(faults(ASK, taken(*chunks)))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Choice("abc", [1, 2, 4], finish="length"),
+        Choice("abd", [1, 2, 3], finish="length"),
+        Choice("abc", [1, 2, 3], finish="stop"),
+        Choice("abc", [1, 2, 3], [-1.0], finish="length"),
+    ],
+    ids=["ids", "text", "finish", "log-probabilities"],
+)
+def test_what_differs_is_seen(other: Choice) -> None:
+    whole = taken(*CHUNKS)
+    assert Reply(200, choices={0: other}, is_whole=True).differs(whole)
+    assert Reply(200, choices={0: Choice("ac", [1, 3])}).differs(whole), "a token was lost before the client left"
+
+
+@pytest.mark.parametrize("culprits", [{3}, {3, 77}, {0, 1, 2}])
+def test_shrinking_leaves_what_fails(culprits: set[int]) -> None:
+    assert set(shrink(range(100), culprits.issubset, 200)) == culprits
+    assert culprits <= set(shrink(range(100), culprits.issubset, 3)), "fewer tries leave more, never too little"
