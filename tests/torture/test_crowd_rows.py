@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 
-from torture import r01_crowd
+from torture import r01_crowd, r11_drain, r13_soak
 from torture.asking import Ask, Choice, Reply, faults
 from torture.rows import Setup
 from torture.shrink import shrink
+from torture.slopes import ends, slope
 
 
 @pytest.fixture
@@ -24,6 +26,20 @@ def test_a_crowd_leaves_nothing_and_gets_what_each_gets_alone(setup: Setup) -> N
     for outcome in r01_crowd.torture(setup):
         print(outcome.line())
         assert outcome.is_met, (outcome.figure, outcome.trace)
+
+
+def test_a_drain_ends_every_stream(setup: Setup) -> None:
+    [outcome] = r11_drain.torture(setup)
+    print(outcome.line())
+    assert outcome.is_met, (outcome.figure, outcome.trace)
+
+
+def test_a_soak_has_right_answers_whoever_is_killed(setup: Setup) -> None:
+    [outcome] = r13_soak.torture(setup)
+    print(outcome.line())
+    assert outcome.is_met, (outcome.figure, outcome.trace)
+    kinds = {json.loads(line)["kind"] for line in (setup.folder / "soak.jsonl").read_text().splitlines()}
+    assert kinds == {"memory", "killed"}
 
 
 # -- the judges ------------------------------------------------------------------------------------------------------
@@ -91,3 +107,11 @@ def test_what_differs_is_seen(other: Choice) -> None:
 def test_shrinking_leaves_what_fails(culprits: set[int]) -> None:
     assert set(shrink(range(100), culprits.issubset, 200)) == culprits
     assert culprits <= set(shrink(range(100), culprits.issubset, 3)), "fewer tries leave more, never too little"
+
+
+def test_growth_is_seen_through_lives() -> None:
+    lives = [[(x, level + 0.5 * x) for x in range(begin, begin + 50)] for begin, level in ((0, 900), (60, 100))]
+    assert slope(lives) == pytest.approx(0.5)
+    assert slope([[(x, y - 0.5 * x) for x, y in life] for life in lives]) == pytest.approx(0)
+    assert slope([[(1, 2)], []]) is None
+    assert ends([(x, x // 50) for x in range(200)]) == (0, 3)
