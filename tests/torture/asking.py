@@ -58,17 +58,24 @@ class Choice:
     prompt_logprobs: Any = None
     finish: str | None = None
 
-    def begins(self, whole: Choice) -> bool:
-        """Whether this is how the other one begins; the very same if this one has ended."""
-        if self.finish is not None:
-            return self == whole
-        ids, all_ids = self.ids or [], whole.ids or []
-        return (
-            whole.text.startswith(self.text)
-            and all_ids[: len(ids)] == ids
-            and self.prompt_logprobs in (None, whole.prompt_logprobs)
-            and whole.logprobs[: len(self.logprobs)] == self.logprobs
-        )
+    def difference(self, whole: Choice) -> str | None:
+        """What keeps this from being how the other one begins, or from being it if this one has ended."""
+        has_ended = self.finish is not None
+        for name, mine, theirs in (
+            ("ids", self.ids or [], whole.ids or []),
+            ("log-probabilities", self.logprobs, whole.logprobs),
+            ("text", self.text, whole.text),
+        ):
+            at = next((i for i, pair in enumerate(zip(mine, theirs, strict=False)) if pair[0] != pair[1]), None)
+            if at is None and (len(mine) > len(theirs) or (has_ended and len(mine) < len(theirs))):
+                at = min(len(mine), len(theirs))
+            if at is not None:
+                return f"{name} from {at} on: {mine[at : at + 3]} instead of {theirs[at : at + 3]}"
+        if has_ended and self.finish != whole.finish:
+            return f"finish {self.finish} instead of {whole.finish}"
+        if self.prompt_logprobs not in (None, whole.prompt_logprobs):
+            return "the prompt's log-probabilities"
+        return None
 
 
 @dataclass
@@ -121,8 +128,8 @@ class Reply:
         if self.is_whole and set(self.choices) != set(whole.choices):
             return f"only the choices {sorted(self.choices)} of {sorted(whole.choices)}"
         for index, choice in sorted(self.choices.items()):
-            if not choice.begins(whole.choices[index]):
-                return f"choice {index}: {choice} instead of {whole.choices[index]}"
+            if difference := choice.difference(whole.choices[index]):
+                return f"choice {index}: {difference}"
         return None
 
 
@@ -146,7 +153,7 @@ async def ask(client: httpx.AsyncClient, one: Ask, on_piece: Callable[[Reply], N
                 response = await client.post(PATHS[one.kind], json=one.body, headers=one.headers)
                 reply.status = response.status_code
                 reply.take(msgspec.json.decode(response.content))
-                reply.is_whole = reply.error is None
+                reply.is_whole = reply.status == 200 and reply.error is None
                 return reply
             async with client.stream("POST", PATHS[one.kind], json=one.body, headers=one.headers) as response:
                 reply.status = response.status_code

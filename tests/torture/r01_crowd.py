@@ -220,7 +220,7 @@ def _smaller(setup: Setup, variant: Variant, asks: Sequence[Ask], crowd: Crowd) 
     path = setup.folder / f"crowd-{variant.name.replace(' ', '-')}.jsonl"
     path.write_text("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in fewer))
     return [
-        f"{variant.name}: {len(fewer)} of {len(asks)} requests fail still, {path.name} has them: {latest.why[:2000]}",
+        f"{variant.name}: {len(fewer)} of {len(asks)} requests fail still, {path.name} has them: {latest.why[:500]}",
         f"python -m torture --rows R1 --seed {setup.seed} --scale {setup.scale} --size requests={len(asks)}",
     ]
 

@@ -74,7 +74,7 @@ def _streams(setup: Setup, more: Mapping[str, object]) -> list[Ask]:
     found = []
     for number in range(setup.size("streams", STREAMS, STREAMS)):
         chance = setup.random("drain", number)
-        body = {"prompt": chance.choice(_PROMPTS), "max_tokens": chance.randint(40, 100), "ignore_eos": True}
+        body = {"prompt": chance.choice(_PROMPTS), "max_tokens": chance.randint(30, 80), "ignore_eos": True}
         sampling = chance.choice(({"temperature": 0}, {"temperature": 1.0, "seed": number}))
         found.append(Ask(number, "completions", {**body, **sampling, **more, "stream": True}))
     return found

@@ -37,9 +37,9 @@ def draw(setup: Setup, run: str, number: int, features: Collection[str], model: 
                 body["timeout"] = chance.uniform(0.05, 3)
             else:
                 headers["x-slo-ttft-ms"] = str(chance.randint(20, 2000))
-    luck = chance.random()
-    fate: Fate = "leaves" if luck < 0.3 else "cancelled" if luck < 0.4 and "ours" in features else "stays"
-    patience = chance.randint(0, MOST_TOKENS), chance.random() ** 2 * 4
+    luck = chance.random()  # a little above the shares that are wanted: some end before their clients act
+    fate: Fate = "leaves" if luck < 0.34 else "cancelled" if luck < 0.46 and "ours" in features else "stays"
+    patience = int(chance.random() * body["max_tokens"] * body.get("n", 1)), chance.random() ** 2 * 3
     return Ask(number, kind, body, fate, patience, headers)
 
 
