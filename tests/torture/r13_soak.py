@@ -1,7 +1,8 @@
 """R13: a server at four fifths of what it can do, for an hour, while one of its processes is killed every minute.
 
-Every answer is compared with the one that the same request had alone, before. Memory and descriptors are read every
-second, and everything is written down in `soak.jsonl`.
+The killing begins after a quarter of an hour, since nothing can be said of the memory of who lives for a minute. Every
+answer is compared with the one that the same request had alone, before. Memory and descriptors are read every few
+seconds, and everything is written down in `soak.jsonl`.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ from torture.watching import leftovers, processes
 ROWS = (Row("R13", "one-hour soak", "RSS slope ≤ 0.1 KiB per request; fds flat"),)
 
 MOST_KIB = 0.1  # per request
+LEAST_SHARE = 0.999  # of requests answered
 LOAD = 0.8
 IN_FLIGHT = 32
-JUDGED_FROM = 600  # seconds; what a shorter run grows by is its warming up
-_WARM_UP = 0.25  # of the run, and of each engine's life
+JUDGED_FROM = 600  # seconds of a process's life; what it grows by in less is its warming up
+_WARM_UP = 0.25  # of each life
 
 
 @dataclass
 class Soak:
     """What has been seen so far. Owned by `_Soaking`.
 
-    memory: KiB of each process over the requests answered by then. descriptors: the frontend's, but for clients'.
+    memory: of each process, by kind and id, as (seconds, requests answered by then, KiB). descriptors: the frontend's,
+    but for clients', over the requests answered.
     """
 
     sent: int = 0
@@ -45,8 +48,8 @@ class Soak:
     wrong: list[str] = field(default_factory=list)
     unanswered: list[str] = field(default_factory=list)
     killed: list[str] = field(default_factory=list)
-    memory: dict[tuple[str, int], list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
-    descriptors: list[tuple[float, float]] = field(default_factory=list)
+    memory: dict[tuple[str, int], list[tuple[float, int, float]]] = field(default_factory=lambda: defaultdict(list))
+    descriptors: list[tuple[int, int]] = field(default_factory=list)
 
 
 def torture(setup: Setup) -> Iterator[Outcome]:
@@ -143,6 +146,7 @@ class _Soaking:
     async def _kill(self, every: float) -> None:
         """One of the processes that have no clients, as chance will have it."""
         chance = self._setup.random("kills")
+        await asyncio.sleep(self._setup.size("calm", 0, 900))
         while True:
             await asyncio.sleep(every)
             there = await asyncio.to_thread(lambda: [pair for pair in processes(self._pid) if pair[0] != "frontend"])
@@ -163,7 +167,7 @@ class _Soaking:
         try:
             for name, process in processes(self._pid):
                 kib = process.memory_info().rss / 1024
-                soak.memory[name, process.pid].append((soak.answered, kib))
+                soak.memory[name, process.pid].append((self._seconds, soak.answered, kib))
                 self._note("memory", what=name, pid=process.pid, kib=kib, descriptors=process.num_fds())
                 if name == "frontend":
                     clients = [one for one in process.net_connections("tcp") if one.status != psutil.CONN_LISTEN]
@@ -171,9 +175,15 @@ class _Soaking:
         except psutil.NoSuchProcess:
             pass
 
+    @property
+    def _seconds(self) -> float:
+        """Since it began."""
+        return round(time.monotonic() - self._began, 3)
+
     def _note(self, kind: str, **more: object) -> None:
-        at = round(time.monotonic() - self._began, 3)
-        self._record.write(json.dumps({"at": at, "kind": kind, "answered": self.soak.answered, **more}) + "\n")
+        self._record.write(
+            json.dumps({"at": self._seconds, "kind": kind, "answered": self.soak.answered, **more}) + "\n"
+        )
         self._record.flush()
 
 
@@ -185,24 +195,35 @@ def _rest(server: Serving) -> list[str]:
     return left
 
 
-def _lives(soak: Soak, *names: str) -> list[Points]:
-    return [settled(points, _WARM_UP) for (name, _), points in soak.memory.items() if name in names]
+def _slope(soak: Soak, least_seconds: float, *names: str) -> float | None:
+    """KiB per request of these kinds of process; None if none of them has lived long enough."""
+    lives: list[Points] = []
+    for (name, _), samples in soak.memory.items():
+        if name in names and samples[-1][0] - samples[0][0] >= least_seconds:
+            lives.append([(answered, kib) for _, answered, kib in settled(samples, _WARM_UP)])
+    return slope(lives)
 
 
 def _outcome(setup: Setup, soak: Soak, capacity: float, rate: float, left: Sequence[str]) -> Outcome:
-    slopes = {"frontend": slope(_lives(soak, "frontend")), "engines": slope(_lives(soak, "engine", "worker"))}
+    least = setup.size("judged_from", JUDGED_FROM, JUDGED_FROM)
+    slopes = {"frontend": _slope(soak, least, "frontend"), "engine": _slope(soak, least, "engine", "worker")}
+    known = {name: found for name, found in slopes.items() if found is not None}
     first, last = ends(settled(soak.descriptors, _WARM_UP))
-    seconds = setup.size("seconds", 8, 3600)
-    is_judged = seconds >= JUDGED_FROM
-    grows = any(found is not None and found > MOST_KIB for found in slopes.values())
     share = soak.answered / max(1, soak.sent)
-    memory = ", ".join(f"{name} {'?' if found is None else f'{found:+.3f}'}" for name, found in slopes.items())
+    seconds = setup.size("seconds", 8, 3600)
+    memory = ", ".join(f"{name} {found:+.3f} KiB per request" for name, found in known.items())
     return Outcome(
         ROWS[0],
-        f"{seconds} s at {rate:.1f} requests/s (alone it does {capacity:.1f}): {soak.answered} of {soak.sent} answered "
-        f"({share:.2%}), {len(soak.wrong)} wrong, {len(soak.killed)} processes killed; KiB per request: {memory}; "
-        f"descriptors {first:g} → {last:g}" + (f"; left: {'; '.join(left)}" if left else ""),
-        not soak.wrong and share >= 0.999 and last <= first and not left and not (is_judged and grows),
-        "" if is_judged else "too short to judge memory by",
+        f"{seconds} s at {rate:.1f} of {capacity:.1f} requests/s: {soak.answered} of {soak.sent} "
+        f"answered ({share:.2%}), {len(soak.wrong)} wrong, {len(soak.killed)} processes killed; "
+        + (f"{memory}; " if memory else "")
+        + f"descriptors {first:g} → {last:g}"
+        + (f"; left: {'; '.join(left)}" if left else ""),
+        not soak.wrong
+        and share >= LEAST_SHARE
+        and last <= first
+        and not left
+        and all(found <= MOST_KIB for found in known.values()),
+        "" if len(known) == 2 else "too short to judge all memory by",
         tuple([*soak.wrong, *soak.unanswered][:5]),
     )

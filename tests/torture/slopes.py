@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from typing import TypeVar
 
+T = TypeVar("T")
 Points = Sequence[tuple[float, float]]
 
 
@@ -20,7 +22,7 @@ def slope(lives: Sequence[Points]) -> float | None:
     return statistics.linear_regression(*zip(*centred, strict=True)).slope
 
 
-def settled(points: Points, share: float) -> Points:
+def settled(points: Sequence[T], share: float) -> Sequence[T]:
     """Without so much of their beginning."""
     return points[int(len(points) * share) :]
 
