@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -117,13 +117,9 @@ def run(setup: Setup, variant: Variant, asks: Sequence[Ask]) -> Crowd:
         with Serving(*_CROWDED, *variant.crowded, program=(WATCHED,)) as server, other.result() as alone:
             warm = [draw(setup, f"warm {variant.name}", number, OURS) for number in range(IN_FLIGHT)]
             asyncio.run(_rush(server.url, warm))
-            before = _at_rest(server)
+            before = _at_rest(server.url, lambda: all_holdings(server))
             crowd.replies = asyncio.run(_rush(server.url, asks))
-            began = time.monotonic()
-            patience = setup.size("patience", 20, 2)
-            while (left := leftovers(server.url, before, all_holdings(server))) and time.monotonic() < began + patience:
-                time.sleep(0.05)
-            crowd.left, crowd.clean_after = left, time.monotonic() - began
+            _clean(setup, crowd, lambda: leftovers(server.url, before, all_holdings(server)))
             crowd.preemptions = int(server.gauge("vllm:num_preemptions_total"))
             told = [one for one in asks if crowd.replies[one.number].choices]
             chosen = setup.random("solos").sample(told, min(len(told), setup.size("solos", 40, 2500)))
@@ -133,15 +129,24 @@ def run(setup: Setup, variant: Variant, asks: Sequence[Ask]) -> Crowd:
     return crowd
 
 
-def _at_rest(server: Serving) -> dict[str, int]:
-    """What it holds when it has been idle for a while."""
+def _at_rest(url: str, look: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """What a server holds when it has been idle for a while; as it is after half a minute if it never seems so."""
     end = time.monotonic() + 30
-    held = all_holdings(server)
-    while leftovers(server.url, held, now := all_holdings(server)) or now != held:
-        assert time.monotonic() < end, leftovers(server.url, held, now)
+    held = look()
+    while leftovers(url, held, now := look()) or now != held:
         held = now
+        if time.monotonic() > end:
+            break
         time.sleep(0.3)
     return held
+
+
+def _clean(setup: Setup, crowd: Crowd, look: Callable[[], list[str]]) -> None:
+    """Until nothing is left, or patience ends."""
+    began = time.monotonic()
+    while (left := look()) and time.monotonic() < began + setup.size("patience", 20, 2):
+        time.sleep(0.05)
+    crowd.left, crowd.clean_after = left, time.monotonic() - began
 
 
 async def _rush(url: str, asks: Sequence[Ask]) -> dict[int, Reply]:
@@ -285,13 +290,17 @@ def _neighbour(setup: Setup, url: str) -> Iterator[Outcome]:
     count = setup.size("requests", 100, 1000)
     asks = [draw(setup, "neighbour", number, features, model) for number in range(count)]
     pid = setup.sizes.get("pid")
-    warm = [draw(setup, "warm", number, features, model) for number in range(IN_FLIGHT)]
+
+    def look() -> dict[str, int]:
+        return holdings(pid) if pid is not None else {}
+
+    warm = [draw(setup, "warm", number, features, model) for number in range(setup.size("warm", IN_FLIGHT, IN_FLIGHT))]
     asyncio.run(_rush(url, warm))
-    time.sleep(2)
-    before = holdings(pid) if pid is not None else {}
+    before = _at_rest(url, look)
     crowd = Crowd(replies=asyncio.run(_rush(url, asks)))
-    time.sleep(2)
-    crowd.left = leftovers(url, before, holdings(pid) if pid is not None else {})
+    # Some servers write their gauges down only when they compute something.
+    asyncio.run(_alone(url, [warm[0].alone(stream=False)]))
+    _clean(setup, crowd, lambda: leftovers(url, before, look()))
     chosen = setup.random("solos").sample(asks, min(count, setup.size("solos", 40, 300)))
     same = asyncio.run(_alone(url, [one.alone(stream=one.streams) for one in chosen]))
     flipped = asyncio.run(_alone(url, [one.alone(stream=not one.streams) for one in chosen]))
@@ -322,7 +331,7 @@ def _of_neighbour(
     preemptions = known.get("vllm:num_preemptions_total")
     figure = f"{len(asks)} requests, {sum(reply.has_left for reply in crowd.replies.values())} hung up"
     figure += "" if preemptions is None else f", {preemptions:.0f} preemptions"
-    figure += f"; left after 2 s: {'; '.join(crowd.left) or 'nothing'}"
+    figure += f"; left {crowd.clean_after:.1f} s later: {'; '.join(crowd.left) or 'nothing'}"
     if gauges:
         yield Outcome(R1, figure, not crowd.left, "what its metrics, and its process if its id was given, say")
     else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
 
 import pytest
+from api.api_world import Server, make_model
 
 from torture import r01_crowd, r11_drain, r13_soak
 from torture.asking import Ask, Choice, Reply, faults
@@ -40,6 +42,21 @@ def test_a_soak_has_right_answers_whoever_is_killed(setup: Setup) -> None:
     assert outcome.is_met, (outcome.figure, outcome.trace)
     kinds = {json.loads(line)["kind"] for line in (setup.folder / "soak.jsonl").read_text().splitlines()}
     assert kinds == {"memory", "killed"}
+
+
+def test_a_server_of_any_make_is_asked_by_its_url(setup: Setup, tmp_path: Path) -> None:
+    """Of this project's frontend, over an engine of n-grams, all of it can be asked, even its end."""
+    with Server(make_model(tmp_path / "model")).ready() as server:
+        sizes = {"pid": server.process.pid, "requests": 40, "solos": 10, "warm": 16, "lead": 1}
+        asked = dataclasses.replace(setup, url=server.url, sizes=sizes)
+        outcomes = [*r01_crowd.torture(asked), *r11_drain.torture(asked)]
+        assert server.process.wait(60) == 0
+    for outcome in outcomes:
+        print(outcome.line())
+        assert outcome.is_met, (outcome.figure, outcome.trace)
+    assert [outcome.row.name for outcome in outcomes] == ["R1", "R2", "R3", "R11"]
+    [unasked] = r11_drain.torture(dataclasses.replace(asked, sizes={}))
+    assert unasked.is_met is None, "who gives no process id does not want the server ended"
 
 
 # -- the judges ------------------------------------------------------------------------------------------------------
