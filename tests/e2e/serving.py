@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 
 import httpx
@@ -18,10 +19,13 @@ _URL = re.compile(r"http://[\d.]+:\d+")
 
 
 class Serving:
-    """`orcaserve serve MODEL …` on a free port. Owner of the process; ends it, and checks that nothing is left."""
+    """`orcaserve serve MODEL …` on a free port. Owner of the process; ends it, and checks that nothing is left.
 
-    def __init__(self, *arguments: str, timeout: float = 120) -> None:
-        command = [sys.executable, "-m", "orcaserve", "serve", *arguments, "--port", "0"]
+    program: what Python runs in the place of the command.
+    """
+
+    def __init__(self, *arguments: str, timeout: float = 120, program: Sequence[str] = ("-m", "orcaserve")) -> None:
+        command = [sys.executable, *program, "serve", *arguments, "--port", "0"]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         self.lines: list[str] = []
         self.url = ""
