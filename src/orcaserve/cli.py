@@ -190,6 +190,13 @@ def main() -> None:
     "--cors-origin", multiple=True, metavar="ORIGIN", help="Web pages that may call from a browser: https://… or *."
 )
 @click.option("--grpc-port", type=click.IntRange(0, 65535), help="Serve gRPC there, too; needs orcaserve[grpc].")
+@click.option(
+    "--otlp-traces-endpoint",
+    "--otlp-endpoint",
+    "otlp_traces_endpoint",
+    metavar="URL",
+    help="Send OpenTelemetry spans there by OTLP/HTTP, such as http://127.0.0.1:4318; needs orcaserve[otel].",
+)
 @click.option("--metrics-prefix", default="vllm", show_default=True, help="Of the names at /metrics.")
 @click.option("--ssl-certfile", type=click.Path(dir_okay=False))
 @click.option("--ssl-keyfile", type=click.Path(dir_okay=False))
@@ -223,6 +230,7 @@ def serve(
     served_model_name: tuple[str, ...],
     cors_origin: tuple[str, ...],
     grpc_port: int | None,
+    otlp_traces_endpoint: str | None,
     metrics_prefix: str,
     ssl_certfile: str | None,
     ssl_keyfile: str | None,
@@ -264,6 +272,7 @@ def serve(
         served_model_names=served_model_name or (name,),
         cors_origins=cors_origin,
         grpc_port=grpc_port,
+        otlp_traces_endpoint=otlp_traces_endpoint,
         metrics_prefix=metrics_prefix,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
