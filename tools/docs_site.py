@@ -19,6 +19,7 @@ OPTIONS = "options.md"
 DECISIONS = "decisions/index.md"
 _ATTRIBUTES = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "link": "href"}
 _LINKS = ("canonical", "next", "prev", "alternate")  # a <link> that nobody loads
+_NUMBERS = {"INTEGER": "N", "INTEGER RANGE": "N", "FLOAT": "X", "FLOAT RANGE": "X"}
 _IN_STYLE = re.compile(r"""(?:url\(|@import)\s*["']?\s*((?:https?:)?//[^"')\s]+)""")
 
 
@@ -72,7 +73,8 @@ def _names(option: click.Option, context: click.Context) -> str:
     if option.is_flag:
         return ", ".join(names)
     choices = option.type.choices if isinstance(option.type, click.Choice) else ()
-    metavar = " \\| ".join(map(str, choices)) if choices else option.make_metavar(context)
+    metavar = " \\| ".join(map(str, choices)) if choices else _NUMBERS.get(option.make_metavar(context))
+    metavar = metavar or option.make_metavar(context)
     return f"{', '.join(names)} <span class='metavar'>{_cell(metavar)}</span>"
 
 

@@ -49,8 +49,12 @@ def engine_options(command: Any) -> Any:
             help="Have it in a file of this folder, not in memory.",
         ),
         click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and output together, in tokens."),
-        click.option("--max-batch-size", type=click.IntRange(1), default=64, show_default=True, help="Requests."),
-        click.option("--max-batch-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens."),
+        click.option(
+            "--max-batch-size", type=click.IntRange(1), default=64, show_default=True, help="Requests of an iteration."
+        ),
+        click.option(
+            "--max-batch-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of an iteration."
+        ),
         max_itl_option("Default: whatever --max-batch-tokens take."),
         click.option("--policy", type=PolicyName(), default="default", show_default=True, help=POLICY_HELP),
         click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use."),
