@@ -36,7 +36,7 @@ _PARENT = ("traceparent", "tracestate")
 _MOST_WAITING = 8192  # spans
 _BATCH = 512
 _DELAY_SECONDS = 1.0
-_EXPORT_SECONDS = 5.0  # for one batch, with what is tried again
+_EXPORT_SECONDS = 3.0  # for one batch, with what is tried again
 _FLUSH_SECONDS = 2.0  # what an endpoint that is down gets at the end
 
 
@@ -44,19 +44,25 @@ class Tracing:
     """Owner of the spans until they are delivered.
 
     endpoint: an OTLP/HTTP URL; without a path it is the standard's, /v1/traces. model_name: what the model is served
-    as. count: told ("sent" | "failed" | "dropped", how many), from whatever thread.
+    as. count: told ("sent" | "failed" | "dropped", how many), from whatever thread. most_waiting: spans in the queue.
     Headers, service name and resource attributes may come by the standard's own variables (OTEL_EXPORTER_OTLP_HEADERS,
     OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES), which the SDK reads.
     Raises ValueError for an endpoint that is none, in one line.
     """
 
-    def __init__(self, endpoint: str, model_name: str, count: Callable[[str, int], None]) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        model_name: str,
+        count: Callable[[str, int], None],
+        most_waiting: int = _MOST_WAITING,
+    ) -> None:
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # it tells of every batch; we do once
         self._model_name = model_name
-        self._delivery = _Delivery(_traces_url(endpoint), count)
+        self._delivery = _Delivery(_traces_url(endpoint), count, most_waiting)
         own = Resource({"service.name": "orcaserve", "service.version": __version__})
         self._provider = TracerProvider(resource=own.merge(OTELResourceDetector().detect()), shutdown_on_exit=False)
-        self._provider.add_span_processor(_Bounded(self._delivery, count))
+        self._provider.add_span_processor(_Bounded(self._delivery, count, most_waiting))
         self._tracer = self._provider.get_tracer("orcaserve", __version__)
         self._propagator = TraceContextTextMapPropagator()
 
@@ -65,7 +71,16 @@ class Tracing:
         return _Traced(app, self, guarded)
 
     def end(self, trace: RequestTrace, error: str | None) -> None:
-        """Makes the spans of a request that has ended now. error: why it was not answered, if it was not."""
+        """Makes the spans of a request that has ended now. error: why it was not answered, if it was not.
+
+        Never raises: whoever is served does not feel it.
+        """
+        try:
+            self._make(trace, error)
+        except Exception:
+            _log.exception("a request has no spans")
+
+    def _make(self, trace: RequestTrace, error: str | None) -> None:
         parent = {name: trace.headers.get(name.encode(), b"").decode("latin-1") for name in _PARENT}
         model = trace.model or self._model_name
         root = self._tracer.start_span(
@@ -186,14 +201,14 @@ class _Traced:
 class _Bounded(SpanProcessor):
     """The SDK's processor with a bound that is counted when it is met."""
 
-    def __init__(self, delivery: _Delivery, count: Callable[[str, int], None]) -> None:
+    def __init__(self, delivery: _Delivery, count: Callable[[str, int], None], most_waiting: int) -> None:
         self._places = delivery.places
         self._count = count
         self._batches = BatchSpanProcessor(
             delivery,
-            max_queue_size=_MOST_WAITING,
+            max_queue_size=most_waiting,
             schedule_delay_millis=1000 * _DELAY_SECONDS,
-            max_export_batch_size=_BATCH,
+            max_export_batch_size=min(_BATCH, most_waiting),
         )
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
@@ -215,8 +230,8 @@ class _Bounded(SpanProcessor):
 class _Delivery(SpanExporter):
     """The OTLP exporter, counted. Called from the SDK's thread."""
 
-    def __init__(self, url: str, count: Callable[[str, int], None]) -> None:
-        self.places = threading.Semaphore(_MOST_WAITING)  # of spans that wait
+    def __init__(self, url: str, count: Callable[[str, int], None], most_waiting: int) -> None:
+        self.places = threading.Semaphore(most_waiting)  # of spans that wait
         self._exporter = OTLPSpanExporter(endpoint=url, timeout=_EXPORT_SECONDS)
         self._count = count
         self._is_down = False
