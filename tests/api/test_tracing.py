@@ -63,6 +63,10 @@ class Receiver:
             for of_scope in of_resource.scope_spans:
                 self.spans += of_scope.spans
 
+    def forget(self) -> None:
+        for known in (self.resources, self.spans, self.bodies, self.paths):
+            known.clear()
+
     def roots(self, count: int) -> list[Any]:
         """The spans of requests, once there are so many."""
         end = time.monotonic() + 20
@@ -104,14 +108,32 @@ def receiver() -> Iterator[Receiver]:
     receiver.close()
 
 
+@pytest.fixture(scope="module")
+def standing(model_dir: Path) -> Iterator[tuple[Receiver, Server, int]]:
+    """A receiver, a server that sends to it, and the server's gRPC port."""
+    receiver, port = Receiver(), free_port()
+    with serving(model_dir, receiver.url, "--step-seconds", "0.005", grpc_port=port) as server:
+        yield receiver, server, port
+    receiver.close()
+
+
+@pytest.fixture
+def traced(standing: tuple[Receiver, Server, int]) -> tuple[Receiver, Server, int]:
+    """The same, and the receiver knows nothing of the tests before."""
+    standing[0].forget()
+    return standing
+
+
 def serving(model_dir: Path, url: str, *engine: str, **http: Any) -> Server:
     return Server(model_dir, *engine, http={"otlp_traces_endpoint": url, **http}).ready()
 
 
-def test_a_request_is_a_span_of_its_parent_and_its_phases_add_up(model_dir: Path, receiver: Receiver) -> None:
+def test_a_request_is_a_span_of_its_parent_and_its_phases_add_up(traced: tuple[Receiver, Server, int]) -> None:
+    receiver, server, _ = traced
+    name = server.model.name
     traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     body = {"prompt": SAID, "max_tokens": 12, "ignore_eos": True, "n": 2, "seed": 5, "temperature": 0.5}
-    with serving(model_dir, receiver.url, "--step-seconds", "0.005") as server, server.client() as client:
+    with server.client() as client:
         headers = {"traceparent": traceparent, "x-request-id": "order-66"}
         before = time.time()
         reply = client.post("/v1/completions", json={**body, "include_timing": True}, headers=headers).json()
@@ -120,7 +142,7 @@ def test_a_request_is_a_span_of_its_parent_and_its_phases_add_up(model_dir: Path
     assert receiver.paths == {"/v1/traces"}
     assert receiver.resources[0]["service.name"] == "orcaserve"
     assert root.trace_id.hex() == traceparent.split("-")[1] and root.parent_span_id.hex() == traceparent.split("-")[2]
-    assert root.name == f"text_completion {model_dir.name}" and root.kind == 2  # a server's
+    assert root.name == f"text_completion {name}" and root.kind == 2  # a server's
     assert before - 1 <= root.start_time_unix_nano / 1e9 <= root.end_time_unix_nano / 1e9 <= after + 1
     told = values(root.attributes)
     ttft = told.pop("gen_ai.response.time_to_first_chunk")
@@ -131,7 +153,7 @@ def test_a_request_is_a_span_of_its_parent_and_its_phases_add_up(model_dir: Path
         "http.response.status_code": 200,
         "gen_ai.operation.name": "text_completion",
         "gen_ai.provider.name": "orcaserve",
-        "gen_ai.request.model": model_dir.name,
+        "gen_ai.request.model": name,
         "gen_ai.request.choice.count": 2,
         "gen_ai.request.max_tokens": 12,
         "gen_ai.request.temperature": 0.5,
@@ -141,7 +163,7 @@ def test_a_request_is_a_span_of_its_parent_and_its_phases_add_up(model_dir: Path
         "gen_ai.request.presence_penalty": 0.0,
         "gen_ai.request.seed": 5,
         "gen_ai.request.stream": False,
-        "gen_ai.response.model": model_dir.name,
+        "gen_ai.response.model": name,
         "gen_ai.response.id": "cmpl-order-66",
         "gen_ai.response.finish_reasons": ["length", "length"],
         "gen_ai.usage.input_tokens": reply["usage"]["prompt_tokens"],
@@ -189,9 +211,10 @@ def test_preemptions_stand_where_they_happened(model_dir: Path, receiver: Receiv
         assert names[-1] == "decode", names
 
 
-def test_every_endpoint_and_every_end(model_dir: Path, receiver: Receiver) -> None:
+def test_every_endpoint_and_every_end(traced: tuple[Receiver, Server, int]) -> None:
+    receiver, server, _ = traced
     chat = {"messages": [{"role": "user", "content": SAID}], "max_tokens": 3, "ignore_eos": True, "stop": [SAID]}
-    with serving(model_dir, receiver.url, "--step-seconds", "0.01") as server, server.client() as client:
+    with server.client() as client:
         with client.stream("POST", "/v1/chat/completions", json={**chat, "stream": True}) as response:
             assert b"[DONE]" in response.read()
         assert client.post("/v1/responses", json={"input": SAID, "max_output_tokens": 2}).status_code == 200
@@ -200,28 +223,25 @@ def test_every_endpoint_and_every_end(model_dir: Path, receiver: Receiver) -> No
         with client.stream("POST", "/v1/completions", json={"prompt": "x", "max_tokens": 400, "stream": True}) as gone:
             next(gone.iter_bytes())
         assert client.get("/v1/models").status_code == 200  # no request to the model, no span
-        code, _, said = (receiver.roots(5), server.stop())[1]
-        assert code == 0 and "Traceback" not in said, said
     roots = sorted(receiver.roots(5), key=lambda root: root.start_time_unix_nano)
     streamed, responses, bad, unknown, left = [values(root.attributes) for root in roots]
     assert streamed["gen_ai.operation.name"] == "chat" and streamed["gen_ai.request.stream"]
     assert streamed["gen_ai.response.finish_reasons"] == ["length"] and streamed["gen_ai.usage.output_tokens"] == 3
     assert responses["http.route"] == "/v1/responses" and responses["gen_ai.response.id"].startswith("resp_")
     assert bad["error.type"] == "400" and "gen_ai.response.id" not in bad
-    assert unknown["error.type"] == "404" and unknown["gen_ai.request.model"] == model_dir.name
+    assert unknown["error.type"] == "404" and unknown["gen_ai.request.model"] == server.model.name
     assert left["error.type"] == "abort" and 0 < left["gen_ai.usage.output_tokens"] < 400
     assert [root.status.code for root in roots] == [0, 0, 2, 2, 2]
     assert len({root.trace_id for root in roots}) == 5 and not any(root.parent_span_id for root in roots)
     assert not any(b"secret" in body for body in receiver.bodies), "what was said is nobody's business"
 
 
-def test_calls_of_grpc_have_spans_too(model_dir: Path, receiver: Receiver) -> None:
+def test_calls_of_grpc_have_spans_too(traced: tuple[Receiver, Server, int]) -> None:
     from test_rpc import Client, grpc
 
-    port = free_port()
+    receiver, _, port = traced
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    with serving(model_dir, receiver.url, grpc_port=port):
-        client = Client(f"127.0.0.1:{port}")
+    with Client(f"127.0.0.1:{port}") as client:
         fields = {"text": SAID, "max_tokens": 3, "ignore_eos": True, "request_id": "call-1"}
         assert list(client.generate(**fields, metadata=[("traceparent", parent)]))[-1].usage.completion_tokens == 3
         with pytest.raises(grpc.RpcError):
@@ -241,7 +261,8 @@ def test_who_is_not_sampled_has_no_spans_and_a_broken_parent_is_none(model_dir: 
         for parent in parents:
             headers = {"traceparent": parent.encode("latin-1")}
             assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}, headers=headers).is_success
-        assert server.stop()[0] == 0  # what waits is sent before the end
+        code, _, said = server.stop()  # what waits is sent before the end
+        assert code == 0 and "Traceback" not in said, said
     assert len(receiver.roots(2)) == 2
     assert not any(root.parent_span_id for root in receiver.roots(2))
 
