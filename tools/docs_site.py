@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,11 @@ def decisions(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.md"), key=lambda path: path.read_text(encoding="utf-8").splitlines()[0].lower())
 
 
+def unplaced(docs: Path, named: Sequence[str]) -> list[str]:
+    """The pages on disk that are not among those named."""
+    return sorted({path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} - set(named))
+
+
 class _Loads(HTMLParser):
     """Finds what a page would load from another host."""
 
@@ -143,11 +148,13 @@ def loads(site: Path) -> list[str]:
 
 
 def on_config(config: Any) -> Any:
-    """The decisions are in the navigation without being named there."""
-    folder = Path(config["docs_dir"]) / "decisions"
+    """The decisions, and pages that have no place yet, are in the navigation without being named there."""
+    docs = Path(config["docs_dir"])
     for entry in config["nav"]:
-        if isinstance(entry, dict) and "Decisions" in entry:
-            entry["Decisions"] = [DECISIONS, *(f"decisions/{path.name}" for path in decisions(folder))]
+        if "Decisions" in entry:
+            entry["Decisions"] = [DECISIONS, *(f"decisions/{path.name}" for path in decisions(docs / "decisions"))]
+    if left := unplaced(docs, re.findall(r"[\w./-]+\.md", str(config["nav"]))):
+        config["nav"].append({"More": left})
     return config
 
 
