@@ -84,3 +84,30 @@ def test_relative_links_lead_somewhere() -> None:
             if not target.startswith(("http:", "https:")):
                 to = (path.parent / target).resolve()
                 assert to.exists() or to in generated, f"{path.relative_to(ROOT)}: {target}"
+
+
+def options_of(path: str) -> set[str]:
+    return {name for one in COMMANDS[path].params for name in (*one.opts, *one.secondary_opts)} | {"--help"}
+
+
+def test_the_options_that_pages_name_exist() -> None:
+    count = 0
+    for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
+        for line in re.findall(r"^(?:\$ )?(orcaserve .*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+            line = line.partition(" #")[0]
+            path = max((path for path in COMMANDS if f"{line} ".startswith(f"{path} ")), key=len)
+            named = set(re.findall(r"(?<=\s)--[a-z][a-z-]*", line))
+            unknown = named - options_of(path)
+            count += len(named)
+            assert not unknown, f"{page.relative_to(ROOT)}: {line}: {unknown}"
+    assert count > 50
+
+
+def test_what_others_options_are_called_here_exists() -> None:
+    rows = re.findall(r"^\| (.+?) \| (.*?) \|", (DOCS / "coming-from.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) > 50
+    for theirs, ours in rows:
+        named = theirs if ours == "the same" else ours
+        if not ours.startswith("`orcaserve"):
+            unknown = set(re.findall(r"--[a-z][a-z-]*", named)) - options_of("orcaserve serve")
+            assert not unknown, f"{theirs}: {unknown}"

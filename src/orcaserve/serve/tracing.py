@@ -182,7 +182,7 @@ class _Traced:
             return await self._app(scope, receive, send)
         path = scope["path"]
         about: dict[str, str | int] = {"http.request.method": "POST", "http.route": path}
-        trace = RequestTrace(_OPERATIONS[path], dict(scope["headers"]), about)
+        trace = RequestTrace(_OPERATIONS.get(path, path), dict(scope["headers"]), about)
         error: str | None = "abort"  # of one who does not wait for the beginning of the answer
 
         async def send_noting(message: Message) -> None:
