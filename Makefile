@@ -6,13 +6,18 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/native/*
 
 CLIENTS := $(patsubst tests/clients/%/requirements.txt,%,$(wildcard tests/clients/*/requirements.txt))
 
-.PHONY: serve test promise torture clients ranks emulated lint clean
+.PHONY: serve test docs promise torture clients ranks emulated lint clean
 
 serve: $(VENV)/.serve
 	$(BIN)/orcaserve serve $(SERVE_ARGS)
 
 test: $(VENV)/.test lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The documentation site, into build/site: no broken link, no warning, nothing from elsewhere.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean --quiet
+	@echo build/site/index.html
 
 # The promise on a thousand requests of each kind; `make test` has a hundred or less.
 promise: $(VENV)/.test
@@ -61,6 +66,10 @@ $(VENV)/.serve: $(BIN)/python $(SOURCES)
 
 $(VENV)/.test: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.docs: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:

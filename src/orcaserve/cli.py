@@ -26,7 +26,13 @@ from orcaserve.core.router import ROUTERS
 def engine_options(command: Any) -> Any:
     """The options that decide how a model runs, the same for every command that runs one."""
     options = [
-        click.option("--dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto", show_default=True),
+        click.option(
+            "--dtype",
+            type=click.Choice(["auto", "bfloat16", "float32"]),
+            default="auto",
+            show_default=True,
+            help="Of weights and activations; auto keeps float32, and makes bfloat16 of the 16-bit ones.",
+        ),
         click.option(
             "--kv-memory", type=Size(), default="auto", show_default=True, help="KV cache: 24MiB, 4GiB, auto."
         ),
@@ -43,8 +49,12 @@ def engine_options(command: Any) -> Any:
             help="Have it in a file of this folder, not in memory.",
         ),
         click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and output together, in tokens."),
-        click.option("--max-batch-size", type=click.IntRange(1), default=64, show_default=True, help="Requests."),
-        click.option("--max-batch-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens."),
+        click.option(
+            "--max-batch-size", type=click.IntRange(1), default=64, show_default=True, help="Requests of an iteration."
+        ),
+        click.option(
+            "--max-batch-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of an iteration."
+        ),
         max_itl_option("Default: whatever --max-batch-tokens take."),
         click.option("--policy", type=PolicyName(), default="default", show_default=True, help=POLICY_HELP),
         click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use."),
@@ -94,7 +104,13 @@ def engine_options(command: Any) -> Any:
             help="mixed sends batches along with the activations, to see what that costs.",
         ),
         click.option("--kernels", default="auto", show_default=True, help="Of the CPU: auto, torch, avx2, portable, …"),
-        click.option("--backend", type=click.Choice(["auto", "native", "transformers"]), default="auto"),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "native", "transformers"]),
+            default="auto",
+            show_default=True,
+            help="auto is our own decoder where it knows the architecture, else transformers' (an extra).",
+        ),
         click.option(
             "--device",
             type=click.Choice(["auto", "cpu", "cuda"]),
@@ -143,7 +159,7 @@ def main() -> None:
 @main.command()
 @click.argument("model", default="orcaserve-tiny")
 @click.option("--host", default="127.0.0.1", show_default=True, help="A public address needs --api-key.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @config_option
 @engine_options
 @click.option(
@@ -164,8 +180,16 @@ def main() -> None:
 @click.option(
     "--ray", metavar="ADDRESS", help="Place replicas, or the hosts of ranks, on a Ray cluster: auto, HOST:PORT."
 )
-@click.option("--max-queue-requests", type=click.IntRange(1), default=1024, show_default=True)
-@click.option("--max-queue-tokens", type=click.IntRange(1), default=1 << 20, show_default=True)
+@click.option(
+    "--max-queue-requests",
+    type=click.IntRange(1),
+    default=1024,
+    show_default=True,
+    help="That may wait for their first iteration; who comes then gets 429.",
+)
+@click.option(
+    "--max-queue-tokens", type=click.IntRange(1), default=1 << 20, show_default=True, help="Of their prompts together."
+)
 @click.option(
     "--tenant-queue-share",
     type=click.FloatRange(0, 1, min_open=True),
@@ -190,9 +214,16 @@ def main() -> None:
     "--cors-origin", multiple=True, metavar="ORIGIN", help="Web pages that may call from a browser: https://… or *."
 )
 @click.option("--grpc-port", type=click.IntRange(0, 65535), help="Serve gRPC there, too; needs orcaserve[grpc].")
+@click.option(
+    "--otlp-traces-endpoint",
+    "--otlp-endpoint",
+    "otlp_traces_endpoint",
+    metavar="URL",
+    help="Send OpenTelemetry spans there by OTLP/HTTP, such as http://127.0.0.1:4318; needs orcaserve[otel].",
+)
 @click.option("--metrics-prefix", default="vllm", show_default=True, help="Of the names at /metrics.")
-@click.option("--ssl-certfile", type=click.Path(dir_okay=False))
-@click.option("--ssl-keyfile", type=click.Path(dir_okay=False))
+@click.option("--ssl-certfile", type=click.Path(dir_okay=False), help="A certificate in PEM, for TLS; of gRPC, too.")
+@click.option("--ssl-keyfile", type=click.Path(dir_okay=False), help="Its key.")
 @click.option("--drain-seconds", type=click.FloatRange(0), default=60.0, show_default=True, help="Grace after SIGTERM.")
 @click.option("--nnodes", type=click.IntRange(1), default=1, show_default=True, help="Hosts that share the ranks.")
 @click.option("--node-rank", type=click.IntRange(0), default=0, help="Of this host; 0 is the head, which serves HTTP.")
@@ -205,7 +236,13 @@ def main() -> None:
     type=click.Path(dir_okay=False),
     help="Write down every iteration, for explain and simulate: lengths and times, no text. With replicas: FILE.0, …",
 )
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="The least that is said.",
+)
 def serve(
     model: str,
     host: str,
@@ -223,6 +260,7 @@ def serve(
     served_model_name: tuple[str, ...],
     cors_origin: tuple[str, ...],
     grpc_port: int | None,
+    otlp_traces_endpoint: str | None,
     metrics_prefix: str,
     ssl_certfile: str | None,
     ssl_keyfile: str | None,
@@ -264,6 +302,7 @@ def serve(
         served_model_names=served_model_name or (name,),
         cors_origins=cors_origin,
         grpc_port=grpc_port,
+        otlp_traces_endpoint=otlp_traces_endpoint,
         metrics_prefix=metrics_prefix,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
@@ -341,11 +380,11 @@ def replica(model: str, address: str, secret_file: str, end_with_parent: bool) -
 
 @main.command()
 @click.argument("prompt")
-@click.option("--model", "-m", default="orcaserve-tiny", show_default=True)
+@click.option("--model", "-m", default="orcaserve-tiny", show_default=True, help="As of serve.")
 @click.option("--chat", is_flag=True, help="Ask the prompt as a user would, through the model's chat template.")
 @click.option("--max-tokens", type=click.IntRange(1), help="Default: until the answer ends.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="Default: the model's own.")
-@click.option("--seed", type=int)
+@click.option("--seed", type=int, help="With one the same prompt gets the same answer; default: one is drawn.")
 @engine_options
 def generate(
     prompt: str,
@@ -381,7 +420,7 @@ def generate(
 @main.command()
 @click.argument("source", metavar="IN.jsonl", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("target", metavar="OUT.jsonl", type=click.Path(dir_okay=False, path_type=Path))
-@click.option("--model", "-m", default="orcaserve-tiny", show_default=True)
+@click.option("--model", "-m", default="orcaserve-tiny", show_default=True, help="As of serve.")
 @engine_options
 def batch(source: Path, target: Path, model: str, **options: Any) -> None:
     """Answer a file of requests in OpenAI's batch format, without a server.

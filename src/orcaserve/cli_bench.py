@@ -23,7 +23,7 @@ def bench() -> None:
 @bench.command()
 @click.option("--server", "servers", multiple=True, required=True, metavar="NAME=URL[#MODEL]", help="Once for each.")
 @click.option("--works", default="decode,trace,poisson", show_default=True, help="Also one by one: decode-4.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Each in turn.")
 @click.option("--requests", type=click.IntRange(1), default=32, show_default=True, help="Of trace and poisson.")
 @click.option(
     "--rate",
@@ -35,7 +35,7 @@ def bench() -> None:
     help="Of poisson, in requests a second.",
 )
 @click.option("--vocab", type=click.IntRange(200), default=151936, show_default=True, help="Token ids lie below it.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of lengths, arrivals and prompts.")
 @click.option("--concurrency", "limits", multiple=True, metavar="NAME=16", help="For servers that need a limit.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for report.md, .json and .png.")
 def compare(
@@ -83,10 +83,17 @@ def compare(
     "--slo", metavar="ttft=1.0,tpot=0.1", help="Limits in seconds, also of itl, latency, normalised: goodput."
 )
 @click.option("--warm-up", type=click.IntRange(0), default=1, show_default=True, help="Requests that do not count.")
-@click.option("--timeout", "silence", type=click.FloatRange(0, min_open=True), default=600, show_default=True)
+@click.option(
+    "--timeout",
+    "silence",
+    type=click.FloatRange(0, min_open=True),
+    default=600,
+    show_default=True,
+    help="Seconds without a byte after which a reply has failed.",
+)
 @click.option("--api-key", help="If the server wants one.")
 @click.option("--vocab", type=click.IntRange(200), default=151936, show_default=True, help="Token ids lie below it.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of lengths, arrivals and prompts.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for reports and requests.jsonl.")
 def bench_serve(
     url: str,
@@ -137,10 +144,12 @@ def bench_serve(
 
 @bench.command()
 @click.option("--shape", default="qwen3-0.6b", show_default=True, help="Or llama-3.1-8b.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True, help="Of the weights."
+)
 @click.option("--kernels", "isa", metavar="ISA", help="An instruction set: avx2, portable, …; default: the best.")
 @click.option("--threads", type=click.IntRange(1), help="Default: all the process may use.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of each measurement.")
 @click.option("--quick", is_flag=True, help="Fewer rows, smaller copies, shorter times: to see that it works.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for kernels.md, .json and .png.")
 def kernels(
@@ -198,7 +207,13 @@ def kernels(
 @bench.command("gpu")
 @click.option("--only", metavar="SECTION[,…]", help=f"Of {', '.join(SECTIONS)}; default: all.")
 @click.option("--tiny", is_flag=True, help="A small run, also without a GPU: to see that it works.")
-@click.option("--draw", "drawn", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="GPU.JSON")
+@click.option(
+    "--draw",
+    "drawn",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="GPU.JSON",
+    help="Only draw the figure of what was measured before.",
+)
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for gpu.md and gpu.json.")
 def bench_gpu(only: str | None, tiny: bool, drawn: Path | None, out: Path | None) -> None:
     """Measure what a GPU can do, and how near our kernels and the whole engine come to it.
@@ -246,7 +261,7 @@ def bench_gpu(only: str | None, tiny: bool, drawn: Path | None, out: Path | None
 @click.option("--quick", is_flag=True, help="Fewer points, fewer and shorter requests: minutes, not half an hour.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(list(PARTS)), help="Only these; default: all.")
 @click.option("--requests", type=click.IntRange(1), help="Of a curve's point; other runs have a multiple.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of lengths, arrivals and prompts.")
 @click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use.")
 def bench_paper(
     model: str | None,
@@ -303,8 +318,8 @@ def bench_paper(
 @click.argument("model", required=False)
 @click.option("--requests", type=click.IntRange(2), default=96, show_default=True, help="Of the trace.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Most requests of a batch.")
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Each in turn.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of lengths, arrivals and prompts.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="A JSON file for the figures.")
 def bench_parallel(model: str | None, requests: int, batch: int, rounds: int, seed: int, out: Path | None) -> None:
     """Set two stages, and two ranks that share layers, beside one rank, each of one thread, without HTTP.
@@ -358,8 +373,22 @@ def bench_parallel(model: str | None, requests: int, batch: int, rounds: int, se
 @click.option(
     "--policy", "policies", multiple=True, type=PolicyName(), help="May be given several times; default: all."
 )
-@click.option("--rows", multiple=True, type=click.IntRange(1), default=(1, 16, 64, 256), show_default=True)
-@click.option("--waiting", multiple=True, type=click.IntRange(0), default=(0, 10_000), show_default=True)
+@click.option(
+    "--rows",
+    multiple=True,
+    type=click.IntRange(1),
+    default=(1, 16, 64, 256),
+    show_default=True,
+    help="Requests that run; may be given several times.",
+)
+@click.option(
+    "--waiting",
+    multiple=True,
+    type=click.IntRange(0),
+    default=(0, 10_000),
+    show_default=True,
+    help="Requests in the queue; may be given several times.",
+)
 @click.option("--iterations", type=click.IntRange(10), default=300, show_default=True, help="Of each case.")
 def bench_scheduler(
     policies: tuple[str, ...], rows: tuple[int, ...], waiting: tuple[int, ...], iterations: int

@@ -50,8 +50,8 @@ def read_fitted(path: Path) -> Fitted:
 @click.option("--cost", "cost", type=click.Path(path_type=Path), help="A cost model that simulate fit wrote.")
 @click.option("--hardware", "on", metavar="NAME", help=f"Or data sheets: {', '.join(HARDWARE)}.")
 @click.option("--model", "shape", metavar="SHAPE", help="13B, 101B, 175B, 341B (Orca's), or a Hugging Face folder.")
-@click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--pipeline-parallel", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True, help="Devices of a stage.")
+@click.option("--pipeline-parallel", type=click.IntRange(1), default=1, show_default=True, help="Stages of an engine.")
 @click.option("--policy", type=PolicyName(), help=f"{POLICY_HELP} Default: as recorded, or default.")
 @click.option("--max-batch-size", type=click.IntRange(1), help="Default: as recorded, or 64.")
 @click.option("--max-batch-tokens", type=click.IntRange(1), help="Default: as recorded, or 512.")
@@ -61,7 +61,7 @@ def read_fitted(path: Path) -> Fitted:
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines, in turn.")
 @click.option("--slo", metavar="ttft=1.0,tpot=0.1", help="Limits, as of bench serve: goodput.")
 @click.option("--noise/--no-noise", default=True, show_default=True, help="Draw from what the fit left unexplained.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder: report.json, requests.jsonl.")
 @click.option(
     "--step-log",
@@ -249,13 +249,48 @@ def _numbers(context: click.Context, param: click.Parameter, text: str) -> list[
 @click.option("--log", "log", type=click.Path(path_type=Path), help="Or the requests of a step log.")
 @click.option("--slo", required=True, metavar="ttft=1.0,tpot=0.1", help="Limits in seconds, as of bench serve.")
 @click.option("--prices", required=True, type=click.Path(path_type=Path), help="TOML or JSON: hardware = per hour.")
-@click.option("--model", "shape", required=True, metavar="SHAPE")
-@click.option("--tensor-parallel", "tensor", default="1,2,4,8", show_default=True, callback=_numbers)
-@click.option("--pipeline-parallel", "pipeline", default="1", show_default=True, callback=_numbers)
-@click.option("--max-batch-size", "batches", default="32,128", show_default=True, callback=_numbers)
-@click.option("--policy", "policies", type=PolicyName(), multiple=True, default=("default",))
-@click.option("--share", type=click.FloatRange(0, 1, min_open=True), default=0.95, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--model", "shape", required=True, metavar="SHAPE", help="As of simulate: 13B, or a folder.")
+@click.option(
+    "--tensor-parallel",
+    "tensor",
+    default="1,2,4,8",
+    show_default=True,
+    callback=_numbers,
+    help="Devices that share every layer; all of the list are tried.",
+)
+@click.option(
+    "--pipeline-parallel",
+    "pipeline",
+    default="1",
+    show_default=True,
+    callback=_numbers,
+    help="Stages; all of the list are tried.",
+)
+@click.option(
+    "--max-batch-size",
+    "batches",
+    default="32,128",
+    show_default=True,
+    callback=_numbers,
+    help="Requests in an iteration; all of the list are tried.",
+)
+@click.option(
+    "--policy",
+    "policies",
+    type=PolicyName(),
+    multiple=True,
+    default=("default",),
+    show_default=True,
+    help="May be given several times; all are tried.",
+)
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Of the requests, that has to meet the limits.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn.")
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Also draw it: a PNG.")
 def plan_command(
     spec: str | None,
@@ -336,15 +371,15 @@ def void(_: object) -> None:
 @simulate.command("fleet")
 @click.option("--azure", "trace", required=True, type=click.Path(path_type=Path), help="A trace of Azure, as CSV.")
 @click.option("--hourly", type=click.FloatRange(1), default=1e6, show_default=True, help="Requests of all engines.")
-@click.option("--devices", type=click.IntRange(1), default=10000, show_default=True)
+@click.option("--devices", type=click.IntRange(1), default=10000, show_default=True, help="Of the whole fleet.")
 @click.option("--sampled", type=click.IntRange(1), default=8, show_default=True, help="Engines that are simulated.")
-@click.option("--hardware", "on", required=True, metavar="NAME")
-@click.option("--model", "shape", required=True, metavar="SHAPE")
-@click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--pipeline-parallel", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--max-batch-size", type=click.IntRange(1), default=64, show_default=True)
+@click.option("--hardware", "on", required=True, metavar="NAME", help=f"One of {', '.join(HARDWARE)}.")
+@click.option("--model", "shape", required=True, metavar="SHAPE", help="As of simulate: 13B, or a folder.")
+@click.option("--tensor-parallel", type=click.IntRange(1), default=1, show_default=True, help="Devices of a stage.")
+@click.option("--pipeline-parallel", type=click.IntRange(1), default=1, show_default=True, help="Stages of an engine.")
+@click.option("--max-batch-size", type=click.IntRange(1), default=64, show_default=True, help="Requests.")
 @click.option("--policy", type=PolicyName(), default="default", show_default=True, help=POLICY_HELP)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all that is drawn.")
 def fleet_command(
     trace: Path,
     hourly: float,

@@ -176,3 +176,17 @@ def test_every_reason_has_words() -> None:
     [log] = read(RECORDED.read_bytes())
     orca = msgspec.structs.replace(log.header.config, policy=POLICIES["orca"])
     assert all("\n" not in line for story in stories(log) for line in tell(story, orca))
+
+
+def test_one_that_waits_for_anothers_beginning_is_drawn_too(tmp_path: Path) -> None:
+    config = msgspec.structs.replace(CONFIG, max_batch_size=4, max_batch_tokens=8, num_blocks=40)
+    world = Logged(config, lambda: 1.0)
+    for last in (1, 2):
+        world.submit((7,) * 24 + (last,), 2)
+    world.drain()
+    path, picture = tmp_path / "steps.jsonl", tmp_path / "all.png"
+    path.write_bytes(world.data)
+    assert b'"prefix"' in path.read_bytes()
+    done = run(path, "--figure", picture)
+    assert done.exit_code == 0, done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -28,6 +28,8 @@ KINDS = {
     "preemption": ("#d79ac0", "waits: KV blocks lack", QUEUE),
     "closed": ("#93a0b4", "waits: the batch is closed", QUEUE),
     "shape": ("#c9b78e", "waits: cannot be stacked", QUEUE),
+    "prefix": ("#a9cfa0", "waits: its beginning is computed", QUEUE),
+    "yields": ("#dfe3e9", "waits: next iteration", QUEUE),
     "iteration": ("#dfe3e9", "waits: next iteration", QUEUE),
     "unknown": ("#dfe3e9", "waits", QUEUE),
     "prefill": ("#f2a541", "prefill", WORK),

@@ -27,10 +27,11 @@ from orcaserve.serve.errors import ApiError
 from orcaserve.serve.frontend import LOADING_RETRY_SECONDS, Frontend
 from orcaserve.serve.gate import ARRIVAL, Gate
 from orcaserve.serve.generate import Generation
-from orcaserve.serve.job import chat_job, chat_prompt, check_ids, completion_job, encode
+from orcaserve.serve.job import Job, chat_job, chat_prompt, check_ids, completion_job, encode
 from orcaserve.serve.openapi import Operation, describe
 from orcaserve.serve.page import Page
 from orcaserve.serve.protocol import GenerationRequest
+from orcaserve.serve.request_trace import TRACE, RequestTrace
 from orcaserve.serve.responses import ResponsesWriter
 from orcaserve.serve.responses_chat import as_chat
 from orcaserve.serve.served_model import ServedModel
@@ -39,6 +40,7 @@ from orcaserve.serve.terms import TTFT_HEADER, Arrival, Terms
 
 Answer = Response | EventStream
 Endpoint = Callable[[Request], Awaitable[Answer]]
+Asked = GenerationRequest | protocol.EmbeddingRequest | responses_protocol.ResponsesRequest
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -215,6 +217,8 @@ def make_app(frontend: Frontend, page: Page | None = None) -> ASGIApp:
     app.router.redirect_slashes = False
     guarded = [operation.path for operation, _ in table if 429 in operation.statuses]
     gated: ASGIApp = Gate(app, frontend.options.api_keys, door, guarded)
+    if frontend.tracing is not None:
+        gated = frontend.tracing.around(gated, guarded)
     if frontend.options.cors_origins:
         gated = CORSMiddleware(
             gated,
@@ -240,7 +244,7 @@ class _Api:
         terms = self._terms(request, body, model, info)
         job = await completion_job(body, model, info)
         id = f"cmpl-{request.state.request_id}"
-        generation = Generation(job, terms, frontend.pool, model.tokenizer, frontend.metrics, id)
+        generation = self._generation(request, body, job, terms, model, id)
         writer = CompletionWriter(job, model.tokenizer, id, frontend.model_name, info.profile)
         return await self._answer(request, generation, writer, stream=bool(body.stream))
 
@@ -251,7 +255,7 @@ class _Api:
         terms = self._terms(request, body, model, info)
         job = await chat_job(body, model, info)
         id = f"chatcmpl-{request.state.request_id}"
-        generation = Generation(job, terms, frontend.pool, model.tokenizer, frontend.metrics, id)
+        generation = self._generation(request, body, job, terms, model, id)
         writer = ChatWriter(job, model.tokenizer, id, frontend.model_name, info.profile)
         return await self._answer(request, generation, writer, stream=bool(body.stream))
 
@@ -264,7 +268,7 @@ class _Api:
             terms = self._terms(request, asked, model, info)
             job = await chat_job(asked, model, info)
         id = request.state.request_id
-        generation = Generation(job, terms, frontend.pool, model.tokenizer, frontend.metrics, f"resp_{id}")
+        generation = self._generation(request, body, job, terms, model, f"resp_{id}")
         writer = ResponsesWriter(body, job, model.tokenizer, id, frontend.model_name)
         if body.stream:
             return EventStream(writer.chunks(generation), end=b"")
@@ -279,7 +283,7 @@ class _Api:
             terms = self._terms(request, asked, model, info)
             job = await embedding_job(body, asked, model, info)
         id = f"embd-{request.state.request_id}"
-        generation = Generation(job, terms, frontend.pool, model.tokenizer, frontend.metrics, id)
+        generation = self._generation(request, body, job, terms, model, id)
         return await self._whole(request, generation, EmbeddingWriter(body, frontend.model_name))
 
     def _terms(self, request: Request, body: GenerationRequest, model: ServedModel, info: EngineInfo) -> Terms:
@@ -288,6 +292,16 @@ class _Api:
         if arrival is None:  # the router takes a path for an equal one that does not lead through the door
             raise errors.not_found()
         return self._door.terms(arrival, body, model, info)
+
+    def _generation(
+        self, request: Request, body: Asked, job: Job, terms: Terms, model: ServedModel, id: str
+    ) -> Generation:
+        """Hands the job in. id: of the response. Raises ApiError."""
+        frontend = self._frontend
+        trace: RequestTrace | None = request.scope.get(TRACE)
+        if trace is not None:
+            trace.asked(id, body.model, streams=bool(getattr(body, "stream", False)))
+        return Generation(job, terms, frontend.pool, model.tokenizer, frontend.metrics, id, trace)
 
     async def _answer(
         self, request: Request, generation: Generation, writer: CompletionWriter | ChatWriter, *, stream: bool

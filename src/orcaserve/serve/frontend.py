@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -12,6 +13,9 @@ from orcaserve.serve.decode_body import UnknownFields
 from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.pool import Pool
 from orcaserve.serve.served_model import ServedModel
+
+if TYPE_CHECKING:
+    from orcaserve.serve.tracing import Tracing
 
 LOADING_RETRY_SECONDS = 2.0
 
@@ -24,7 +28,7 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: larger requests are refused. drain_seconds: how long running requests may go on after SIGTERM.
     stuck_seconds: /health fails when no iteration has ended for so long, with work waiting. cors_origins: web pages
     that may call from a browser. log_seconds: one log line per so many seconds of work. metrics_prefix: of the metrics'
-    names. grpc_port: of the gRPC endpoint; None: there is none, 0: any free one.
+    names. grpc_port: of the gRPC endpoint; None: there is none, 0: any free one. otlp_traces_endpoint: where spans go.
     """
 
     host: str = "127.0.0.1"
@@ -41,10 +45,12 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     log_seconds: float = 10.0
     metrics_prefix: str = "vllm"
     grpc_port: int | None = None
+    otlp_traces_endpoint: str | None = None
 
 
 class Frontend:
-    """Shared by the endpoints. `model` is set once, when it is loaded, by who started it.
+    """Shared by the endpoints. `model` is set once, when it is loaded, by who started it; `tracing` before that, if
+    spans are made.
 
     model_names: by which clients may call it; model_name: the first of them.
     """
@@ -56,6 +62,7 @@ class Frontend:
         self.metrics = metrics
         self.options = options
         self.model: ServedModel | None = None
+        self.tracing: Tracing | None = None
         self.created = int(time.time())
         self.unknown_fields = UnknownFields()
 

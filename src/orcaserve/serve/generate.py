@@ -15,6 +15,7 @@ from orcaserve.serve.job import Job
 from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.pool import ContextLengthError, Pool
 from orcaserve.serve.protocol import PromptTokensDetails, Usage
+from orcaserve.serve.request_trace import RequestTrace
 from orcaserve.serve.stream import Stream, Update
 from orcaserve.serve.terms import Terms
 from orcaserve.serve.tokenizer import Tokenizer
@@ -27,11 +28,19 @@ class Generation:
     """
 
     def __init__(
-        self, job: Job, terms: Terms, pool: Pool, tokenizer: Tokenizer, metrics: Metrics, name: str = ""
+        self,
+        job: Job,
+        terms: Terms,
+        pool: Pool,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        name: str = "",
+        trace: RequestTrace | None = None,
     ) -> None:
-        """name: what the client knows the job by."""
+        """name: what the client knows the job by. trace: where it is noted what becomes of it."""
         self._job = job
         self._metrics = metrics
+        self._trace = trace
         self._began = time.monotonic()
         self._num_cached = [0] * len(job.prompts)
         self._choices = [ChoiceText(job, tokenizer) for _ in range(len(job.prompts) * job.n)]
@@ -39,7 +48,7 @@ class Generation:
         self._times: list[tuple[float, float] | None] = [None] * len(self._choices)  # of the first and latest token
         self._timings: list[Timing | None] = [None] * len(self._choices)
         prompts = [(prompt.ids, prompt.params) for prompt in job.prompts]
-        timed = job.include_timing or bool(job.stops.patterns)
+        timed = job.include_timing or bool(job.stops.patterns) or trace is not None
         try:
             self._streams = pool.submit_all(prompts, job.end_token_ids, job.cache_salt, terms, name=name, timed=timed)
         except NotTaken as error:
@@ -48,14 +57,17 @@ class Generation:
             raise errors.context_length(error.num_prompt, error.max_tokens, error.max_model_len, "prompt") from None
         for prompt in job.prompts:
             metrics.accepted(len(prompt.ids))
+        if trace is not None:
+            trace.took(job, self._began)
 
     async def __aenter__(self) -> Generation:
         return self
 
     async def __aexit__(self, *error: object) -> None:
         self.abort()
-        for _ in self._unfinished:
+        for index in self._unfinished:
             self._metrics.aborted()
+            self._note_end(index, "abort")
         self._unfinished.clear()
 
     def abort(self) -> None:
@@ -84,7 +96,10 @@ class Generation:
         async with aclosing(_merged(self._streams)) as updates:
             async for number, update in updates:
                 index = number * self._job.n + update.choice
-                self._timings[index] = update.timing or self._timings[index]
+                if update.timing is not None:
+                    self._timings[index] = update.timing
+                    if self._trace is not None:
+                        self._trace.choices[index].told(update.timing)
                 if update.expired is not None:
                     self._has_ended(index, "abort" if update.expired == "cancelled" else "timeout")
                     if update.expired == "deadline_passed":
@@ -112,6 +127,8 @@ class Generation:
         times = self._times[index]
         if times is None:
             self._metrics.first_token(now - self._began, num_tokens)
+            if self._trace is not None and self._trace.first_token is None:
+                self._trace.first_token = now
         else:
             self._metrics.more_tokens(now - times[1], num_tokens)
         self._times[index] = (now if times is None else times[0], now)
@@ -121,6 +138,11 @@ class Generation:
         first, latest = self._times[index] or (0.0, 0.0)
         seconds = time.monotonic() - self._began
         self._metrics.finished(reason, seconds, latest - first, self._choices[index].num_tokens, self._timings[index])
+        self._note_end(index, reason)
+
+    def _note_end(self, index: int, reason: str) -> None:
+        if self._trace is not None:
+            self._trace.ended(index, reason, self._choices[index].num_tokens)
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Update]]:

@@ -75,6 +75,7 @@ class Metrics:
             [*labels, "reason"],
             registry=self._registry,
         )
+        self._spans = Counter("orcaserve:spans", "Spans for the OTLP endpoint.", ["outcome"], registry=self._registry)
         self._first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
         self._gap = histogram("inter_token_latency_seconds", "Between two tokens of a choice.", _GAPS)
         self._per_token = histogram(
@@ -143,6 +144,10 @@ class Metrics:
     def aborted(self) -> None:
         """A choice whose client has gone, or that ended with another one's error."""
         self._success.labels(model_name=self._model_name, finished_reason="abort").inc()
+
+    def spans(self, outcome: str, count: int) -> None:
+        """So many were "sent", have "failed" to be, or were "dropped" because too many waited. From any thread."""
+        self._spans.labels(outcome=outcome).inc(count)
 
     def on_step(self, step: Step) -> None:
         if step.num_tokens:

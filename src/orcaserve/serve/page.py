@@ -43,7 +43,17 @@ _HEADERS = {
     "x-content-type-options": "nosniff",
 }
 # What is no affair of who looks on: secrets, and where things lie. That they are set is said.
-_PRIVATE = ("model", "api_keys", "secret_file", "ssl_certfile", "ssl_keyfile", "step_log", "swap_dir", "head_address")
+_PRIVATE = (
+    "model",
+    "api_keys",
+    "secret_file",
+    "ssl_certfile",
+    "ssl_keyfile",
+    "step_log",
+    "swap_dir",
+    "head_address",
+    "otlp_traces_endpoint",
+)
 _SIZES = ("kv_memory", "memory", "swap_space", "max_body_bytes")
 _LEFT_OUT = ("host", "port", "model", "served_model_name", "commands")
 

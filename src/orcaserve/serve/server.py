@@ -266,6 +266,8 @@ async def _serve(
     frontend = Frontend(name, pool, metrics, http)
     changed = changed_options(engine, http, limits or Limits(), replication or Replication())
     page = Page(frontend, timeline, engine, changed)
+    if http.otlp_traces_endpoint is not None:
+        frontend.tracing = _tracing(http.otlp_traces_endpoint, name, metrics)
     config = _uvicorn_config(make_app(frontend, page), http)
     try:
         config.load()
@@ -305,8 +307,21 @@ async def _serve(
         if rpc is not None:
             await rpc.stop(0 if signals.second.is_set() else _RPC_FLUSH_SECONDS)
         await asyncio.wait([serving, logging_work])
+        if frontend.tracing is not None:
+            await frontend.tracing.close()
         signals.close()
     return 1 if signals.second.is_set() else 0
+
+
+def _tracing(endpoint: str, model_name: str, metrics: Metrics) -> Any:
+    try:
+        from orcaserve.serve.tracing import Tracing
+    except ImportError:
+        raise StartError("--otlp-traces-endpoint needs OpenTelemetry: pip install 'orcaserve[otel]'") from None
+    try:
+        return Tracing(endpoint, model_name, metrics.spans)
+    except ValueError as error:
+        raise StartError(str(error)) from None
 
 
 async def _start_rpc(frontend: Frontend) -> Any:

@@ -19,6 +19,7 @@ from orcaserve.serve.job import Job, chat_job, completion_job
 from orcaserve.serve.keys import Keys
 from orcaserve.serve.protocol import ChatRequest
 from orcaserve.serve.reply import Reply
+from orcaserve.serve.request_trace import RequestTrace
 from orcaserve.serve.rpc import shapes
 from orcaserve.serve.rpc.translate import NAMES, as_request, reply_of, usage_of
 
@@ -47,8 +48,26 @@ class Service:
 
     async def generate(self, request: Any, context: Any) -> None:
         """Generate: request is a GenerateRequest."""
+        tracing = self._frontend.tracing
+        if tracing is None:
+            return await self._answer(request, context, None)
+        operation = "chat" if request.WhichOneof("input") == "chat" else "text_completion"
+        about: dict[str, str | int] = {"rpc.system.name": "grpc", "rpc.method": f"{shapes.SERVICE}/Generate"}
+        trace = RequestTrace(operation, metadata_of(context.invocation_metadata()), about)
+        trace.streams = True
+        error: str | None = "abort"
         try:
-            await self._generate(request, context)
+            await self._answer(request, context, trace)
+            error = None
+        except grpc.aio.AbortError:
+            error = context.code().name
+            raise
+        finally:
+            tracing.end(trace, error)
+
+    async def _answer(self, request: Any, context: Any, trace: RequestTrace | None) -> None:
+        try:
+            await self._generate(request, context, trace)
         except ApiError as error:
             await refuse(context, error)
         except grpc.aio.AbortError:
@@ -64,7 +83,7 @@ class Service:
             generation.abort()
         return shapes.AbortReply(found=generation is not None)
 
-    async def _generate(self, message: Any, context: Any) -> None:
+    async def _generate(self, message: Any, context: Any, trace: RequestTrace | None) -> None:
         tenant = self._tenant(context)
         arrival = self._door.knock(metadata_of(context.invocation_metadata()), tenant)
         name = message.request_id or secrets.token_hex(16)
@@ -81,7 +100,9 @@ class Service:
                 job = await completion_job(request, model, info)
         if (tenant, name) in self._running:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"A request {name!r} is on its way already.")
-        generation = Generation(job, terms, self._frontend.pool, model.tokenizer, self._frontend.metrics, name)
+        if trace is not None:
+            trace.asked(name, request.model, streams=True)
+        generation = Generation(job, terms, self._frontend.pool, model.tokenizer, self._frontend.metrics, name, trace)
         self._running[tenant, name] = generation
         try:
             async with generation:
