@@ -115,6 +115,8 @@ def test_the_keyboard_walks_through_iterations(page: Browser) -> None:
     page.run("document.getElementById('timeline').focus()")
     page.key("ArrowLeft")
     page.until("document.getElementById('pause').getAttribute('aria-pressed') === 'true'")
+    # The line speaks out once the frame with the chosen iteration is drawn; until then it tells of an older one.
+    page.until("document.getElementById('readout').getAttribute('aria-live') === 'polite'")
     [latest] = numbers(page)
     for _ in range(5):
         page.key("ArrowLeft")
