@@ -52,7 +52,7 @@ BAD = {
     "empty": ("", None),
     "not UTF-8": (b'{"prompt": "\xff"}', None),
     "half a surrogate": ('{"prompt": "\\ud800"}', None),
-    "nested": ('{"prompt": "x", "a": ' + "[" * 100_000, None),
+    "nested": ('{"prompt": "x", "a": ' + "[" * 30_000, None),
     "nested variables": ('{"prompt": ' + "[" * 5_000 + "]" * 5_000 + "}", None),
     "negative max_tokens": ('{"prompt": "x", "max_tokens": -1}', "max_tokens"),
     "logit_bias too large": ('{"prompt": "x", "logit_bias": {"5": 101}}', "logit_bias"),
@@ -126,13 +126,13 @@ def test_prompts_far_beyond_the_context(client: httpx.Client) -> None:
     message = check(client.post(COMPLETIONS, json={"prompt": text}), 400, "prompt", "context_length_exceeded")
     assert "512" in message
     check(client.post(CHAT, json={"messages": [{**MESSAGE, "content": text}]}), 400, "messages")
-    check(client.post(COMPLETIONS, json={"prompt": [5] * 2_000_000}), 400, "prompt", "context_length_exceeded")
+    check(client.post(COMPLETIONS, json={"prompt": [5] * 200_000}), 400, "prompt", "context_length_exceeded")
     message = check(client.post(COMPLETIONS, json={"prompt": "x " * 400}), 400, "prompt", "context_length_exceeded")
     assert "512" in message
-    check(client.post(COMPLETIONS, json={"prompt": [5] * 2_000_000, "echo": True}), 400, "prompt")
-    check(client.post(COMPLETIONS, json={"prompt": ["x"] * 500_000}), 400, "prompt")
+    check(client.post(COMPLETIONS, json={"prompt": [5] * 200_000, "echo": True}), 400, "prompt")
+    check(client.post(COMPLETIONS, json={"prompt": ["x"] * 200_000}), 400, "prompt")
     check(client.post(COMPLETIONS, json={"prompt": "fox " * 4_000}), 400, "prompt", "context_length_exceeded")
-    check(client.post(CHAT, json={"messages": [MESSAGE] * 100_000}), 400, "messages", "context_length_exceeded")
+    check(client.post(CHAT, json={"messages": [MESSAGE] * 30_000}), 400, "messages", "context_length_exceeded")
     kept = client.post(COMPLETIONS, json={"prompt": "fox " * 2_000, "truncate_prompt_tokens": 9, "max_tokens": 1})
     assert kept.json()["usage"]["prompt_tokens"] == 9
     check(client.post(COMPLETIONS, content=b'{"prompt": "' + b"x" * (33 << 20)), 413)
