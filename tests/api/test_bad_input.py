@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Iterator
@@ -13,6 +14,10 @@ import pytest
 from api_world import Server, make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from orcaserve.serve.app import make_app
+from orcaserve.serve.frontend import Frontend, HttpOptions
+from orcaserve.serve.metrics import Metrics
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -118,6 +123,24 @@ def test_bad_chats(client: httpx.Client, name: str) -> None:
     body, param = BAD_CHATS[name]
     check(client.post(CHAT, json=body), 400, param)
     check_alive(client)
+
+
+def test_variables_may_have_pythons_names(client: httpx.Client) -> None:
+    """Of the name "self" there are two in a call by keywords, which was our mistake, not the client's."""
+    for name in ("self", "args", "kwargs", "context"):
+        body = {"messages": [MESSAGE], "chat_template_kwargs": {name: "x"}, "max_tokens": 1}
+        assert client.post(CHAT, json=body).status_code == 200, name
+
+
+def test_our_own_mistakes_have_the_shape_of_errors_too() -> None:
+    broken = Frontend("x", None, Metrics("x"), HttpOptions())  # type: ignore[arg-type]
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(make_app(broken), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.get("/health")
+
+    assert "mistake" in check(asyncio.run(ask()), 500, None, "internal_error")
 
 
 def test_prompts_far_beyond_the_context(client: httpx.Client) -> None:

@@ -214,7 +214,9 @@ def make_app(frontend: Frontend, page: Page | None = None) -> ASGIApp:
     routes += [Route("/openapi.json", openapi, methods=["GET"]), Route("/docs", read_docs, methods=["GET"])]
     if page is not None:
         routes += page.routes
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _not_routed, ApiError: _refused})
+    app = Starlette(
+        routes=routes, exception_handlers={HTTPException: _not_routed, ApiError: _refused, Exception: _refused}
+    )
     app.router.redirect_slashes = False
     guarded = [operation.path for operation, _ in table if 429 in operation.statuses]
     gated: ASGIApp = Gate(app, frontend.options.api_keys, door, guarded)
