@@ -1,4 +1,4 @@
-"""The rows about hostile clients at their short scale. How long /health takes is not checked: the machine decides it."""
+"""The rows about hostile clients at their short scale. How long /health takes is not checked: the machine says it."""
 
 from __future__ import annotations
 

@@ -82,9 +82,26 @@ def _wishes(request: GenerationRequest) -> list[tuple[str, str]]:
     return found
 
 
-def _check_length(text: str | bytes, param: str) -> None:
+def _too_long(param: str) -> errors.ApiError:
+    return errors.invalid(f"'{param}' is longer than {MOST_BYTES} characters.", param)
+
+
+def _check_length(text: str, param: str) -> None:
     if len(text) > MOST_BYTES:
-        raise errors.invalid(f"'{param}' is longer than {MOST_BYTES} characters.", param)
+        raise _too_long(param)
+
+
+def _has_more(value: Any, most: int) -> bool:
+    """Whether so many characters are not enough for a value as JSON; it is looked at no further than that."""
+    rest = [value]
+    while rest and most >= 0:
+        one = rest.pop()
+        most -= 1 + (len(one) if isinstance(one, (str, list, dict)) else 0)
+        if isinstance(one, dict):
+            rest += [*one, *one.values()] if most >= 0 else []
+        elif isinstance(one, list):
+            rest += one if most >= 0 else []
+    return most < 0
 
 
 def _one_of(found: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
@@ -132,5 +149,6 @@ def _json(schema: dict[str, Any] | bool | str, param: str) -> str:
             raise errors.invalid("The JSON schema is no valid JSON object.", code="invalid_grammar")
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
-    _check_length(msgspec.json.encode(schema), param)
+    if _has_more(schema, MOST_BYTES):
+        raise _too_long(param)
     return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITESPACE}))
