@@ -145,6 +145,9 @@ def tamed(body: Any, model: str) -> Any:
     if not isinstance(body, dict):
         return body
     few = {name: most for name, most in _FEW.items() if isinstance(body.get(name), int) and body[name] > most}
+    for source, name in (("messages", "max_tokens"), ("input", "max_output_tokens")):
+        if source in body and body.get(name) is None and body.get("max_completion_tokens") is None:
+            few[name] = _FEW[name]  # else as much as fits
     return {**body, **few, **({"model": model} if isinstance(body.get("model"), str) else {})}
 
 
