@@ -61,12 +61,8 @@ def post(path: str, body: bytes, headers: Sequence[str] = ()) -> bytes:
     return head(path, len(body), headers) + body
 
 
-def exchange(url: str, data: bytes, bound: float, *, ends: bool = False) -> Answer:
-    """Sends bytes on a connection of their own and reads whatever comes until the server hangs up.
-
-    ends: we say that no more will come. bound: in seconds; who waits for more of a request without an end has not
-    hung, and is left at a quarter of it.
-    """
+def exchange(url: str, data: bytes, bound: float) -> Answer:
+    """Sends a request on a connection of its own and reads until the server hangs up. bound: seconds of silence."""
     began = time.monotonic()
     answer = b""
     status = 0
@@ -74,17 +70,13 @@ def exchange(url: str, data: bytes, bound: float, *, ends: bool = False) -> Answ
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may refuse before all is said
                 connection.sendall(data)
-                if ends:
-                    connection.shutdown(socket.SHUT_WR)
-            while part := connection.recv(1 << 16):
+            while len(answer) < _MOST_ANSWER and (part := connection.recv(1 << 16)):
                 answer += part
-                if len(answer) > _MOST_ANSWER:
-                    break
         except ConnectionResetError:
             pass
         except TimeoutError:
             status = -1
-    if answer.startswith(b"HTTP/") and answer[9:12].isdigit():
+    if status == 0 and answer.startswith(b"HTTP/") and answer[9:12].isdigit():
         status = int(answer[9:12])
     return Answer(status, answer, time.monotonic() - began)
 

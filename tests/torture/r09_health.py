@@ -138,7 +138,7 @@ def torture(setup: Setup) -> Iterator[Outcome]:
     worst = [f"{milliseconds:.0f} ms: {what}" for milliseconds, what in reversed(found[-10:])]
     high = quantile(found, 0.999)
     figure = (
-        f"{len(found)} probes under {len(fire.answers)} hostile requests of {len(statuses) and megabytes} MB: "
+        f"{len(found)} probes under {len(fire.answers)} hostile requests of up to {megabytes} MB: "
         f"p50 {quantile(found, 0.5):.1f} ms, p99.9 {high:.1f} ms, longest {found[-1][0]:.1f} ms; "
         f"calm p50 {quantile(calm, 0.5):.1f} ms, p99.9 {quantile(calm, 0.999):.1f} ms; statuses {statuses}"
     )

@@ -6,10 +6,10 @@ everything else has a limit by what it costs, far beyond what requests need.
 
 from __future__ import annotations
 
-MOST_VALUES = 1 << 18  # 25 ms as token ids
+MOST_VALUES = 1 << 18
 MOST_NAMES = 1 << 16  # of the fields of objects
 MOST_CONTAINERS = 1 << 15
-MOST_FRACTIONS = 1 << 12  # some take 10 µs each
+MOST_FRACTIONS = 1 << 12  # a number has up to two; some take 10 µs each
 MOST_ESCAPES = 1 << 21
 MOST_BETWEEN = 1 << 22
 
