@@ -72,6 +72,10 @@ BAD = {
     "top_k": ('{"prompt": "x", "top_k": -2}', "top_k"),
     "penalty": ('{"prompt": "x", "presence_penalty": 3}', "presence_penalty"),
     "repetition": ('{"prompt": "x", "repetition_penalty": 0}', "repetition_penalty"),
+    "repetition so small that scores become infinite": (
+        '{"prompt": "x", "repetition_penalty": 1e-300}',
+        "repetition_penalty",
+    ),
     "seed": ('{"prompt": "x", "seed": 9223372036854775808}', "seed"),
     "logprobs": ('{"prompt": "x", "logprobs": 21}', "logprobs"),
     "min_tokens": ('{"prompt": "x", "min_tokens": 20, "max_tokens": 10}', "min_tokens"),
