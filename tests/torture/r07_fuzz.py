@@ -236,7 +236,7 @@ def _their_cases(setup: Setup, aim: Target, count: int) -> tuple[int, str, list[
             done += 1
             raw = b"HTTP/1.1 %d x\r\n\r\n" % response.status_code + response.content
             why = wrong_with(Answer(response.status_code, raw, 0.0))
-            assert why is None, why
+            assert why is None, f"{why}: {case.method} {case.formatted_path} {json.dumps(given)[:1_000]}"
 
         for operation, mode in itertools.product(operations, modes):
             test = hypothesis.given(case=operation.as_strategy(generation_mode=mode))(lambda case: check(case))
@@ -245,7 +245,7 @@ def _their_cases(setup: Setup, aim: Target, count: int) -> tuple[int, str, list[
                     settings(hypothesis.seed(setup.seed)(test))()
                 except (AssertionError, httpx.HTTPError) as error:
                     how = f"{operation.method.upper()} {operation.path}: {' '.join(getattr(error, '__notes__', ()))}"
-                    failures.append(Failure(f"schemathesis: {error}"[:300], Mutant(how[:2_000], b"", True)))
+                    failures.append(Failure(f"schemathesis: {error}"[:1_500], Mutant(how[:2_000], b"", True)))
     return done, "schemathesis", failures
 
 
