@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import httpx
@@ -64,7 +65,7 @@ def torture(setup: Setup) -> Iterator[Outcome]:
             faults.insert(0, "it answers otherwise than before")
     statuses = ", ".join(f"{status or 'hung up'} × {number}" for status, number in sorted(kinds.items()))
     figure = (
-        f"{cases} schema cases by {by}, {mutants} raw mutants (seed {setup.seed}): "
+        f"{cases} schema cases, {by}; {mutants} raw mutants (seed {setup.seed}): "
         f"{len(failures)} failures; the mutants' first answers: {statuses}"
     )
     yield Outcome(ROWS[0], figure, not faults, "" if not faults else faults[0][:200], tuple(faults))
@@ -86,16 +87,15 @@ def _fields(url: str) -> dict[str, list[str]]:
 
 def _document(url: str) -> dict[str, Any] | None:
     response = httpx.get(f"{url}/openapi.json", timeout=60)
-    if response.status_code != 200 or "components" not in response.json():
-        return None
-    document: dict[str, Any] = response.json()
-    return document
+    document: dict[str, Any] = response.json() if response.status_code == 200 else {}
+    return document if "components" in document else None
 
 
 def _body_schema(operation: Mapping[str, Any] | None, document: Mapping[str, Any]) -> dict[str, Any] | None:
-    if operation is None or "requestBody" not in operation:
+    content = (operation or {}).get("requestBody", {}).get("content", {})
+    if "application/json" not in content:
         return None
-    return _resolved(operation["requestBody"]["content"]["application/json"]["schema"], document)
+    return _resolved(content["application/json"].get("schema", {}), document)
 
 
 def _resolved(schema: Any, document: Mapping[str, Any]) -> Any:
@@ -112,18 +112,17 @@ def _schema_cases(setup: Setup, aim: Target) -> tuple[int, str, list[Failure]]:
     count = setup.size("cases", 300, 100_000)
     document = _document(aim.url)
     if document is None:
-        return 0, "nobody, for lack of a description", []
-    try:
-        import schemathesis
-    except ImportError:
-        return _own_cases(setup, aim, document, count)
-    if setup.scale == "short" and "cases" not in setup.sizes:
-        return _own_cases(setup, aim, document, count)
-    del schemathesis
-    return _their_cases(setup, aim, count)
+        return 0, "for lack of a description", []
+    done, failures = 0, list[Failure]()
+    if (setup.scale == "full" or "cases" in setup.sizes) and find_spec("schemathesis") is not None:
+        done, failures = _their_cases(setup, aim, count)
+    # Paths without a body soon have no new cases left.
+    rest = max(0, count - done)
+    by = f"{done} of them by schemathesis" if done else "all by our own generator"
+    return done + rest, by, failures + _own_cases(setup, aim, document, rest)
 
 
-def _own_cases(setup: Setup, aim: Target, document: dict[str, Any], count: int) -> tuple[int, str, list[Failure]]:
+def _own_cases(setup: Setup, aim: Target, document: dict[str, Any], count: int) -> list[Failure]:
     schemas = [
         (path, schema)
         for path, operations in document["paths"].items()
@@ -136,8 +135,7 @@ def _own_cases(setup: Setup, aim: Target, document: dict[str, Any], count: int) 
         body = tamed(_value(draw, schema, document, 0), aim.model)
         return Mutant(f"case {index} of {path}", post(path, json.dumps(body).encode()), True)
 
-    failures, _ = _try_all(aim.url, make, count)
-    return count, "our own generator", failures
+    return _try_all(aim.url, make, count)[0]
 
 
 def tamed(body: Any, model: str) -> Any:
@@ -208,8 +206,8 @@ def _object(draw: random.Random, schema: Mapping[str, Any], document: Mapping[st
     return found
 
 
-def _their_cases(setup: Setup, aim: Target, count: int) -> tuple[int, str, list[Failure]]:
-    """By schemathesis: valid cases and wrong ones, from the description alone."""
+def _their_cases(setup: Setup, aim: Target, count: int) -> tuple[int, list[Failure]]:
+    """By schemathesis, how many came of it: valid cases and wrong ones, from the description alone."""
     import hypothesis
     import schemathesis
 
@@ -246,7 +244,7 @@ def _their_cases(setup: Setup, aim: Target, count: int) -> tuple[int, str, list[
                 except (AssertionError, httpx.HTTPError) as error:
                     how = f"{operation.method.upper()} {operation.path}: {' '.join(getattr(error, '__notes__', ()))}"
                     failures.append(Failure(f"schemathesis: {error}"[:1_500], Mutant(how[:2_000], b"", True)))
-    return done, "schemathesis", failures
+    return done, failures
 
 
 # -- raw mutants ---------------------------------------------------------------------------------------------------
