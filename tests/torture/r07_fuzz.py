@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from torture.hostile import Answer, Target, address, is_quiet, post, target, word_from
-from torture.mutants import Mutant, Mutator
+from torture.http_mutants import Mutant, Mutator
 from torture.rows import Outcome, Row, Setup
 
 HAS_NEIGHBOURS = True

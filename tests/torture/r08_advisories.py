@@ -36,7 +36,7 @@ from orcaserve.serve.find_model import find_model
 from orcaserve.serve.terms import Terms, api_key
 from orcaserve.serve.tokenizer import Tokenizer
 from torture.hostile import MODEL, head, post
-from torture.mutants import Mutant
+from torture.http_mutants import Mutant
 from torture.r07_fuzz import STATUS, provoke, wrong_with
 from torture.rows import Outcome, Row, Setup
 
