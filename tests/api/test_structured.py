@@ -333,3 +333,13 @@ def test_tools_that_cannot_be_offered_are_refused(real: Server, knows_tools: Ser
             answer = client.post("/v1/chat/completions", json={"messages": MESSAGES} | wish)
             assert answer.status_code == 400, (wish, answer.text)
             assert answer.json()["error"]["param"] == param, answer.text
+
+
+def test_a_grammar_that_proves_too_hard_is_the_clients_mistake(real_server: Server) -> None:
+    """It compiles, and only its first mask shows that it leads nowhere: 500 would have clients try it again."""
+    nothing = {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}]}}}
+    with real_server.client() as client:
+        response = client.post("/v1/completions", json={"prompt": "x", "guided_json": nothing})
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["code"] == "invalid_grammar"
+        assert client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200

@@ -176,3 +176,9 @@ def test_variants_that_compute_something_else(tmp_path: Path) -> None:
     make_model(*CASES["gpt2"], 0).save_pretrained(tmp_path)
     change(tmp_path, scale_attn_by_inverse_layer_idx=True)
     assert "scale_attn_by_inverse_layer_idx = true is not supported" in refusal(tmp_path)
+
+
+def test_nesting_without_end(folder: Path) -> None:
+    for name in ("model.safetensors.index.json", "config.json"):
+        (folder / name).write_text('{"a":' * 100_000)
+        assert f"{name} cannot be read" in refusal(folder)

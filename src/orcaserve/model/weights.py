@@ -114,7 +114,7 @@ class Weights:
         try:
             listed = json.loads(path.read_bytes())["weight_map"]
             names = {str(tensor): str(file) for tensor, file in listed.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{self._folder.name}/{path.name} cannot be read: {_line(error)}") from error
         for file in names.values():
             if Path(file).name != file:  # a checkpoint names its neighbours, nothing elsewhere

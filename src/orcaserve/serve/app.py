@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
@@ -36,6 +37,7 @@ from orcaserve.serve.responses import ResponsesWriter
 from orcaserve.serve.responses_chat import as_chat
 from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.sse import EventStream
+from orcaserve.serve.tally import Tally
 from orcaserve.serve.terms import TTFT_HEADER, Arrival, Terms
 
 Answer = Response | EventStream
@@ -52,6 +54,7 @@ class Writer(Protocol):
         ...
 
 
+_LARGE_BODY = 1 << 20  # bytes; parsed in a thread, so that others have their turn between its steps
 _GENERATE = (400, 401, 404, 408, 413, 429, 500, 503)
 _HEADERS = ((TTFT_HEADER.decode(), "Milliseconds in which the first token is due."),)
 _LOOK = (400, 401, 404, 413, 503)
@@ -213,7 +216,9 @@ def make_app(frontend: Frontend, page: Page | None = None) -> ASGIApp:
     routes += [Route("/openapi.json", openapi, methods=["GET"]), Route("/docs", read_docs, methods=["GET"])]
     if page is not None:
         routes += page.routes
-    app = Starlette(routes=routes, exception_handlers={HTTPException: _not_routed, ApiError: _refused})
+    app = Starlette(
+        routes=routes, exception_handlers={HTTPException: _not_routed, ApiError: _refused, Exception: _refused}
+    )
     app.router.redirect_slashes = False
     guarded = [operation.path for operation, _ in table if 429 in operation.statuses]
     gated: ASGIApp = Gate(app, frontend.options.api_keys, door, guarded)
@@ -236,6 +241,7 @@ class _Api:
     def __init__(self, frontend: Frontend, door: Door) -> None:
         self._frontend = frontend
         self._door = door
+        self._large = asyncio.Semaphore(1)  # of large bodies one is parsed at a time
 
     async def completions(self, request: Request) -> Answer:
         frontend = self._frontend
@@ -390,20 +396,34 @@ class _Api:
         return Response(self._frontend.metrics.render(), headers={"content-type": metrics.CONTENT_TYPE})
 
     async def _body(self, request: Request, type: type[T]) -> T:
-        """The request's body, read no further than is allowed."""
+        """The request's body, read no further than is allowed, and parsed only if that will not take long."""
         limit = self._frontend.options.max_body_bytes
         check_length(request.headers.get("content-length", "0").encode(), limit)
-        parts = []
+        parts: list[bytes] = []
         size = 0
+        tally = Tally()
         try:
             async for part in request.stream():
                 size += len(part)
                 if size > limit:
                     raise errors.body_too_large(limit)
-                parts.append(part)
+                if tally.excess is None:
+                    tally.add(part)
+                    parts.append(part)
+                else:
+                    parts.clear()
         except ClientDisconnect:
             raise ClientGone from None
-        return decode(b"".join(parts), type, self._frontend.unknown_fields)
+        if tally.excess is not None:
+            raise errors.body_too_complex(*tally.excess)
+
+        def read() -> T:
+            return decode(b"".join(parts), type, self._frontend.unknown_fields)
+
+        if size <= _LARGE_BODY:
+            return read()
+        async with self._large:
+            return await asyncio.to_thread(read)
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:

@@ -60,12 +60,12 @@ class ChatTemplate:
             raise ModelError(f"the model's chat template does not compile: {_line(error)}") from None
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The prompt for these messages. variables: further ones that the template knows. Raises TemplateError."""
         try:
             return self._template.render(
-                **{
+                {
                     **self._special_tokens,
                     "tools": None,
                     "documents": None,
@@ -75,7 +75,10 @@ class ChatTemplate:
                 }
             )
         except _REFUSALS as error:
-            raise TemplateError(f"the model's chat template does not take this conversation: {_line(error)}") from None
+            # What Python says of its types is no affair of clients.
+            is_said = isinstance(error, (TemplateError, jinja2.TemplateError))
+            why = f": {_line(error)}" if is_said else ""
+            raise TemplateError(f"the model's chat template does not take this conversation{why}") from None
 
 
 def _to_json(

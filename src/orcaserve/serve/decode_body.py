@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from orcaserve.serve.errors import ApiError, invalid, unsupported
+from orcaserve.serve.errors import ApiError, body_too_complex, invalid, unsupported
+from orcaserve.serve.tally import Tally
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -55,13 +56,28 @@ def decode(body: bytes, type: type[T], unknown: UnknownFields) -> T:
         raise invalid("The request body is not valid JSON.", code="invalid_json") from None
     except RecursionError:
         raise invalid("The request body is nested too deeply.", code="invalid_json") from None
-    known = type.__struct_fields__
+    known = frozenset(type.__struct_fields__)
     others = [name for name in fields if name not in known]
     for name in others:
         if name in _REFUSED and bytes(fields[name]) not in _NOTHING:
             raise unsupported(name, _REFUSED[name])
     unknown.see([name for name in others if name not in _REFUSED])
     return request
+
+
+def decode_text(text: str, tally: Tally) -> Any:
+    """What a string of a request is as JSON. tally: of all such strings of the request.
+
+    Raises ValueError if it is not JSON, ApiError if there is too much to parse.
+    """
+    data = text.encode()
+    tally.add(data)
+    if tally.excess is not None:
+        raise body_too_complex(*tally.excess)
+    try:
+        return msgspec.json.decode(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def explain(message: str) -> ApiError:

@@ -148,6 +148,15 @@ def body_too_large(limit: int) -> ApiError:
     )
 
 
+def body_too_complex(what: str, most: int) -> ApiError:
+    """413: however short it may be, to parse it would take too long. what: there is too much of, beyond the `most`."""
+    return ApiError(
+        413,
+        f"The request body has more than {most} {what}. Send less in one request, or text in place of token ids.",
+        code="body_too_complex",
+    )
+
+
 _REFUSALS = {  # reason → code, message
     "queue_full": ("queue_full", "Too many requests are waiting. Try again later."),
     "tenant_queue_full": (
@@ -212,6 +221,11 @@ def unavailable(reason: str, retry_after: float | None) -> ApiError:
 def generation_failed(message: str) -> ApiError:
     """500: the model, or we, failed this request. message: the engine's words, which are fit for clients."""
     return ApiError(500, message, type="server_error", code="generation_failed", headers={"x-should-retry": "false"})
+
+
+def grammar_failed(message: str) -> ApiError:
+    """400: what the response was to follow has proved too hard to follow, as it would again. message: the engine's."""
+    return invalid(message, code="invalid_grammar")
 
 
 def internal() -> ApiError:

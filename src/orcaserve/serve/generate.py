@@ -19,6 +19,7 @@ from orcaserve.serve.request_trace import RequestTrace
 from orcaserve.serve.stream import Stream, Update
 from orcaserve.serve.terms import Terms
 from orcaserve.serve.tokenizer import Tokenizer
+from orcaserve.worker.grammars import NOT_FOLLOWED
 
 
 class Generation:
@@ -107,7 +108,12 @@ class Generation:
                     raise errors.expired(update.expired)
                 if update.finish_reason in ("error", "abort"):
                     self._has_ended(index, "error")
-                    raise errors.generation_failed(update.error or "The request was aborted.")
+                    wrong = update.error or "The request was aborted."
+                    raise (
+                        errors.grammar_failed(wrong)
+                        if wrong.startswith(NOT_FOLLOWED)
+                        else errors.generation_failed(wrong)
+                    )
                 if update.choice == 0:
                     self._num_cached[number] += update.num_cached
                 if update.queue_seconds is not None:

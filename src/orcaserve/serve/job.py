@@ -15,10 +15,12 @@ from orcaserve.core.config import EngineInfo
 from orcaserve.core.request import SamplingParams
 from orcaserve.serve import errors
 from orcaserve.serve.chat_template import TemplateError
+from orcaserve.serve.decode_body import decode_text
 from orcaserve.serve.detokenize import StopStrings
 from orcaserve.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, Message
 from orcaserve.serve.reply import THINK, THOUGHT, ToolFormat
 from orcaserve.serve.served_model import ServedModel
+from orcaserve.serve.tally import Tally
 from orcaserve.serve.tools import offer_of
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions
@@ -195,7 +197,8 @@ async def chat_prompt(
     least = sum(1 if isinstance(message.content, str) else 1 + len(message.content or ()) for message in messages)
     if least > info.max_model_len:
         raise errors.context_length(least, None, info.max_model_len, "messages")
-    plain = [_plain(message, index) for index, message in enumerate(messages)]
+    tally = Tally()
+    plain = [_plain(message, index, tally) for index, message in enumerate(messages)]
     reserved = {"messages", "add_generation_prompt", *model.tokenizer.special_tokens} & set(variables)
     if reserved:
         name = sorted(reserved)[0]
@@ -293,8 +296,11 @@ def _text(ids: Sequence[int], model: ServedModel) -> str:
     return b"".join(map(model.tokenizer.text_bytes, ids)).decode(errors="replace")
 
 
-def _plain(message: Message, index: int) -> dict[str, Any]:
-    """A message as templates expect it: fields that were not given are absent, and content is one text."""
+def _plain(message: Message, index: int, tally: Tally) -> dict[str, Any]:
+    """A message as templates expect it: fields that were not given are absent, and content is one text.
+
+    tally: of the JSON in the conversation's strings.
+    """
     fields: dict[str, Any] = msgspec.to_builtins(message)
     if isinstance(message.content, list):
         texts = []
@@ -308,8 +314,8 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
         function = call.get("function")
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
             try:  # templates write the arguments out themselves
-                function["arguments"] = msgspec.json.decode(function["arguments"].encode())
-            except (msgspec.MsgspecError, RecursionError):
+                function["arguments"] = decode_text(function["arguments"], tally)
+            except ValueError:
                 param = f"messages[{index}].tool_calls[{number}].function.arguments"
                 raise errors.invalid(f"'{param}' is not valid JSON.", param) from None
     return {"content": None, **fields}

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from orcaserve.serve import errors
+from orcaserve.serve.decode_body import decode_text
 from orcaserve.serve.protocol import (
     ChatRequest,
     Function,
@@ -19,6 +18,7 @@ from orcaserve.serve.protocol import (
     ToolChoice,
 )
 from orcaserve.serve.responses_protocol import FunctionTool, InputItem, InputPart, ResponsesRequest
+from orcaserve.serve.tally import Tally
 
 LOGPROBS = "message.output_text.logprobs"  # in a request's `include`
 # What chat's fields are called here.
@@ -80,6 +80,7 @@ def _messages(request: ResponsesRequest) -> list[Message]:
     messages = [Message("system", request.instructions)] if request.instructions else []
     if isinstance(request.input, str):
         return [*messages, Message("user", request.input)]
+    tally = Tally()
     turn: Message | None = None  # the assistant's, of which more may come: reasoning, words and calls are one message
     for index, item in enumerate(request.input):
         param = f"input[{index}]"
@@ -94,7 +95,7 @@ def _messages(request: ResponsesRequest) -> list[Message]:
                 if turn is None or not _goes_on(turn, kind):
                     turn = Message("assistant")
                     messages.append(turn)
-                _extend(turn, kind, item, param)
+                _extend(turn, kind, item, param, tally)
             case other:
                 raise errors.invalid(
                     f"'{param}' is of type '{other[:64]}'; this server takes messages, reasoning, and calls of "
@@ -119,7 +120,7 @@ def _goes_on(turn: Message, kind: str) -> bool:
     return turn.tool_calls is None and turn.content is None and (kind == "message" or turn.reasoning_content is None)
 
 
-def _extend(turn: Message, kind: str, item: InputItem, param: str) -> None:
+def _extend(turn: Message, kind: str, item: InputItem, param: str, tally: Tally) -> None:
     if kind == "message":
         turn.content = _text(item.content, f"{param}.content")
     elif kind == "reasoning":
@@ -130,8 +131,8 @@ def _extend(turn: Message, kind: str, item: InputItem, param: str) -> None:
             if getattr(item, name) is None:
                 raise errors.invalid(f"'{param}.{name}' is required.", f"{param}.{name}", "missing_required_parameter")
         try:
-            msgspec.json.decode((item.arguments or "").encode())
-        except (msgspec.MsgspecError, RecursionError):
+            decode_text(item.arguments or "", tally)
+        except ValueError:
             raise errors.invalid(f"'{param}.arguments' is not valid JSON.", f"{param}.arguments") from None
         function = {"name": item.name, "arguments": item.arguments}
         call: dict[str, Any] = {"id": item.call_id, "type": "function", "function": function}

@@ -10,7 +10,9 @@ from typing import Any
 import msgspec
 
 from orcaserve.serve import errors
+from orcaserve.serve.decode_body import decode_text
 from orcaserve.serve.protocol import GenerationRequest
+from orcaserve.serve.tally import Tally
 from orcaserve.worker.grammars import Compiler, GrammarError
 
 MOST_BYTES = 1 << 17  # of a grammar's text
@@ -43,8 +45,7 @@ class Structures:
         if wish is None:
             return None
         param, grammar = wish
-        if len(grammar) > MOST_BYTES:
-            raise errors.invalid(f"'{param}' is longer than {MOST_BYTES} characters.", param)
+        _check_length(grammar, param)
         if request.ignore_eos or request.min_tokens:
             name = "ignore_eos" if request.ignore_eos else "min_tokens"
             raise errors.invalid(f"'{name}' and '{param}' cannot both decide where a response ends.", name)
@@ -68,17 +69,39 @@ def _wishes(request: GenerationRequest) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     of = request.response_format
     if of is not None and of.type == "json_object":
-        found.append(("response_format", _json({"type": "object"})))
+        found.append(("response_format", _json({"type": "object"}, "response_format")))
     elif of is not None and of.type == "json_schema":
         if of.json_schema is None:
             raise errors.invalid("'response_format.json_schema' is required.", "response_format")
-        found.append(("response_format", _json(of.json_schema.json_schema)))
+        found.append(("response_format", _json(of.json_schema.json_schema, "response_format")))
     wishes = request.structured_outputs
     if wishes is not None:
-        found += [(f"structured_outputs.{name}", text) for name, text in _each(msgspec.structs.asdict(wishes))]
+        found += _each(msgspec.structs.asdict(wishes), "structured_outputs.")
     guided = {name: getattr(request, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
-    found += [(f"guided_{name}", text) for name, text in _each(guided)]
+    found += _each(guided, "guided_")
     return found
+
+
+def _too_long(param: str) -> errors.ApiError:
+    return errors.invalid(f"'{param}' is longer than {MOST_BYTES} characters.", param)
+
+
+def _check_length(text: str, param: str) -> None:
+    if len(text) > MOST_BYTES:
+        raise _too_long(param)
+
+
+def _has_more(value: Any, most: int) -> bool:
+    """Whether so many characters are not enough for a value as JSON; it is looked at no further than that."""
+    rest = [value]
+    while rest and most >= 0:
+        one = rest.pop()
+        most -= 1 + (len(one) if isinstance(one, (str, list, dict)) else 0)
+        if isinstance(one, dict):
+            rest += [*one, *one.values()] if most >= 0 else []
+        elif isinstance(one, list):
+            rest += one if most >= 0 else []
+    return most < 0
 
 
 def _one_of(found: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
@@ -88,37 +111,44 @@ def _one_of(found: Sequence[tuple[str, str]]) -> tuple[str, str] | None:
     return found[0] if found else None
 
 
-def _each(wishes: dict[str, Any]) -> list[tuple[str, str]]:
+def _each(wishes: dict[str, Any], prefix: str) -> list[tuple[str, str]]:
     from llguidance import LLMatcher
 
     found: list[tuple[str, str]] = []
     for name, value in wishes.items():
         if value is None or value is False:
             continue
+        param = prefix + name
+        if isinstance(value, str):
+            _check_length(value, param)  # before the library reads it
         match name:
             case "json":
-                found.append((name, _json(value)))
+                found.append((param, _json(value, param)))
             case "json_object":
-                found.append((name, _json({"type": "object"})))
+                found.append((param, _json({"type": "object"}, param)))
             case "regex":
-                found.append((name, LLMatcher.grammar_from_regex(value)))
+                found.append((param, LLMatcher.grammar_from_regex(value)))
             case "choice":
                 options = " | ".join(msgspec.json.encode(option).decode() for option in value)
-                found.append((name, LLMatcher.grammar_from_lark(f"start: {options}")))
+                found.append((param, LLMatcher.grammar_from_lark(f"start: {options}")))
             case "grammar":
-                found.append((name, LLMatcher.grammar_from_lark(value)))
+                found.append((param, LLMatcher.grammar_from_lark(value)))
     return found
 
 
-def _json(schema: dict[str, Any] | bool | str) -> str:
+def _json(schema: dict[str, Any] | bool | str, param: str) -> str:
     """A schema, or its text, which is followed with limited room between the parts."""
     from llguidance import LLMatcher
 
     if isinstance(schema, str):
         try:
-            schema = msgspec.json.decode(schema, type=dict[str, Any])
-        except (msgspec.MsgspecError, RecursionError):
-            raise errors.invalid("The JSON schema is no valid JSON object.", code="invalid_grammar") from None
+            schema = decode_text(schema, Tally())
+        except ValueError:
+            schema = ""
+        if not isinstance(schema, dict):
+            raise errors.invalid("The JSON schema is no valid JSON object.", code="invalid_grammar")
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
+    if _has_more(schema, MOST_BYTES):
+        raise _too_long(param)
     return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE}))

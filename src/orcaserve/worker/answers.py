@@ -13,7 +13,7 @@ from orcaserve.core.request import TokenLogprobs
 from orcaserve.ops.kernels import Kernels, KVCache
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.sampler import SamplingState, prompt_logprobs, sample
-from orcaserve.worker.grammars import GrammarError
+from orcaserve.worker.grammars import NOT_FOLLOWED, GrammarError
 from orcaserve.worker.pooling import pool
 from orcaserve.worker.requests import Job
 
@@ -90,7 +90,7 @@ def _sample(
             try:
                 states.append(job.request.sampling_state())
             except GrammarError as error:
-                sampled[job.row.id] = f"the grammar cannot be followed: {error}"
+                sampled[job.row.id] = f"{NOT_FOLLOWED}: {error}"
                 states.append(job.request.free_state())
         for (job, _), outcome in zip(some, sample(logits, states, model.kernels), strict=True):
             sampled.setdefault(job.row.id, outcome)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+NOT_FOLLOWED = "the grammar cannot be followed"  # how the error of a response begins whose grammar proves too hard
 MOST_CACHED = 64  # compiled grammars that are kept
 # Some ten milliseconds for a grammar at first, and a few for a token, by the library's own figures.
 LIMITS = {
