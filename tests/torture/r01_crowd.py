@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import httpx
 from e2e.serving import Serving
 
-from torture.asking import Ask, Reply, ask, ask_all, faults, new_client
+from torture.asking import Ask, Reply, ask_all, faults, new_client
+from torture.neighbours import known_features, model_of
 from torture.rows import Outcome, Row, Setup
 from torture.shapes import COMMON, OURS, TWIN, draw
 from torture.shrink import shrink
@@ -188,7 +189,10 @@ def _judge(crowd: Crowd, asks: Sequence[Ask]) -> None:
     """Each reply by itself, and with its twin's."""
     for one in asks:
         reply = crowd.replies[one.number]
-        if found := faults(one, reply):
+        found = faults(one, reply)
+        if reply.is_whole and not reply.is_done:
+            found.append("it ended without [DONE]")
+        if found:
             crowd.wrong[one.number] = "; ".join(found)
         twin = crowd.replies.get(one.number - 1) if one.number % TWIN == TWIN - 1 else None
         if twin is None or not (twin.is_whole or reply.is_whole):
@@ -285,8 +289,8 @@ def _exactly_once(crowds: Mapping[str, Crowd], trace: tuple[str, ...]) -> Outcom
 
 
 def _neighbour(setup: Setup, url: str) -> Iterator[Outcome]:
-    model = setup.model or httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
-    features = asyncio.run(_known(setup, url, model))
+    model = model_of(setup, url)
+    features = asyncio.run(known_features(setup, url, model))
     count = setup.size("requests", 100, 1000)
     asks = [draw(setup, "neighbour", number, features, model) for number in range(count)]
     pid = setup.sizes.get("pid")
@@ -305,21 +309,7 @@ def _neighbour(setup: Setup, url: str) -> Iterator[Outcome]:
     same = asyncio.run(_alone(url, [one.alone(stream=one.streams) for one in chosen]))
     flipped = asyncio.run(_alone(url, [one.alone(stream=not one.streams) for one in chosen]))
     lacking = ", ".join(name for name in COMMON if name not in features)
-    yield from _of_neighbour(url, asks, crowd, (same, flipped), f"it refuses {lacking}" if lacking else "")
-
-
-async def _known(setup: Setup, url: str, model: str) -> set[str]:
-    """What the server takes: a request that asks for it is not refused."""
-    known: set[str] = set()
-    for feature in COMMON:
-        for number in range(0, 100, 5):
-            one = draw(setup, "probe", number, {*known, feature}, model)
-            if one.body.keys() != draw(setup, "probe", number, known, model).body.keys():
-                async with new_client(url, 1) as client:
-                    if (await ask(client, one.alone(stream=False))).is_whole:
-                        known.add(feature)
-                break
-    return known
+    yield from _of_neighbour(url, asks, crowd, (same, flipped), f"it has no {lacking}" if lacking else "")
 
 
 def _of_neighbour(
@@ -371,6 +361,8 @@ def _equal_to_solo(asks: Sequence[Ask], crowd: Crowd, solos: Mapping[int, Reply]
         if any(choice.logprobs for choice, _ in choices):
             count("log-probabilities", all(choice.logprobs == other.logprobs for choice, other in choices))
     figure = ", ".join(f"{equal} of {asked} {name}" for name, (equal, asked) in counts.items() if asked)
+    if not figure:
+        return Outcome(R3, "", None, "no reply was whole both in the crowd and alone")
     return Outcome(R3, f"equal to solo: {figure}", all(equal == asked for equal, asked in counts.values()), lacks)
 
 
