@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import httpx
@@ -113,21 +114,31 @@ def torture(setup: Setup) -> Iterator[Outcome]:
 def run(setup: Setup, variant: Variant, asks: Sequence[Ask]) -> Crowd:
     """The crowd, what it leaves behind, and as many of its requests as are wanted alone on a server of their own."""
     crowd = Crowd()
-    with ThreadPoolExecutor() as starting:
-        other = starting.submit(Serving, *_BOTH, "--threads", "1", *variant.alone)
-        with Serving(*_CROWDED, *variant.crowded, program=(WATCHED,)) as server, other.result() as alone:
-            warm = [draw(setup, f"warm {variant.name}", number, OURS) for number in range(IN_FLIGHT)]
-            asyncio.run(_rush(server.url, warm))
-            before = _at_rest(server.url, lambda: all_holdings(server))
-            crowd.replies = asyncio.run(_rush(server.url, asks))
-            _clean(setup, crowd, lambda: leftovers(server.url, before, all_holdings(server)))
-            crowd.preemptions = int(server.gauge("vllm:num_preemptions_total"))
-            told = [one for one in asks if crowd.replies[one.number].choices]
-            chosen = setup.random("solos").sample(told, min(len(told), setup.size("solos", 40, 2500)))
-            solos = asyncio.run(_alone(alone.url, [one.alone(stream=not one.streams) for one in chosen]))
+    with ExitStack() as servers:
+        server, alone = _started(variant, servers)
+        warm = [draw(setup, f"warm {variant.name}", number, OURS) for number in range(IN_FLIGHT)]
+        asyncio.run(_rush(server.url, warm))
+        before = _at_rest(server.url, lambda: all_holdings(server))
+        crowd.replies = asyncio.run(_rush(server.url, asks))
+        _clean(setup, crowd, lambda: leftovers(server.url, before, all_holdings(server)))
+        crowd.preemptions = int(server.gauge("vllm:num_preemptions_total"))
+        told = [one for one in asks if crowd.replies[one.number].choices]
+        chosen = setup.random("solos").sample(told, min(len(told), setup.size("solos", 40, 2500)))
+        solos = asyncio.run(_alone(alone.url, [one.alone(stream=not one.streams) for one in chosen]))
     _judge(crowd, asks)
     _compare(crowd, solos)
     return crowd
+
+
+def _started(variant: Variant, servers: ExitStack) -> tuple[Serving, Serving]:
+    """The server of the crowd and the one that answers alone, which start at the same time and end with the stack."""
+    with ThreadPoolExecutor() as starting:
+        other = starting.submit(Serving, *_BOTH, "--threads", "1", *variant.alone)
+        try:
+            server = servers.enter_context(Serving(*_CROWDED, *variant.crowded, program=(WATCHED,)))
+        finally:
+            alone = servers.enter_context(other.result())
+    return server, alone
 
 
 def _at_rest(url: str, look: Callable[[], dict[str, int]]) -> dict[str, int]:
@@ -205,14 +216,13 @@ def _judge(crowd: Crowd, asks: Sequence[Ask]) -> None:
 
 def _compare(crowd: Crowd, solos: Mapping[int, Reply]) -> None:
     """Whatever came of a request with what it gets alone, the other way, streamed or not."""
+    crowd.solos = len(solos)
     for number, solo in solos.items():
         reply = crowd.replies[number]
         if not solo.is_whole:
             crowd.unequal[number] = f"alone it gets {solo.broken or solo.error or solo.faults}"
-        elif reply.choices:
-            crowd.solos += 1
-            if difference := reply.differs(solo):
-                crowd.unequal[number] = f"not as alone: {difference}"
+        elif difference := reply.differs(solo):
+            crowd.unequal[number] = f"not as alone: {difference}"
 
 
 def _smaller(setup: Setup, variant: Variant, asks: Sequence[Ask], crowd: Crowd) -> list[str]:
@@ -258,8 +268,7 @@ def _outcomes(setup: Setup, crowds: Mapping[str, Crowd], trace: tuple[str, ...])
     unequal = sum(len(crowd.unequal) for crowd in runs)
     yield Outcome(
         R3,
-        f"{sum(crowd.solos for crowd in runs) - unequal} of "
-        + ", ".join(f"{crowd.solos} ({name})" for name, crowd in crowds.items())
+        ", ".join(f"{one.solos - len(one.unequal)} of {one.solos} ({name})" for name, one in crowds.items())
         + " have the ids and the bits of log-probability that they have alone",
         unequal == 0,
         trace=trace if unequal else (),
