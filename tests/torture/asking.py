@@ -82,8 +82,8 @@ class Choice:
 class Reply:
     """What has come of a request. Owned by the task that asks.
 
-    error: the code of the error that ended it. is_whole: it came to its end, and was no error. broken: what the
-    connection died of. faults: what no server may do.
+    error: the code of the error that ended it. is_whole: it came to its end, and was no error. is_done: [DONE] came, or
+    it was no stream. broken: what the connection died of. faults: what no server may do.
     """
 
     status: int = 0
@@ -91,6 +91,7 @@ class Reply:
     choices: dict[int, Choice] = field(default_factory=dict)
     usage: dict[str, Any] | None = None
     is_whole: bool = False
+    is_done: bool = False
     has_left: bool = False
     broken: str | None = None
     faults: list[str] = field(default_factory=list)
@@ -101,8 +102,8 @@ class Reply:
 
     def take(self, message: Mapping[str, Any]) -> None:
         """A whole body, or a chunk of a stream."""
-        if "error" in message:
-            error = message["error"]
+        if "choices" not in message:
+            error = message.get("error") or message.get("detail") or message
             self.error = str(error.get("code") or error.get("message") if isinstance(error, Mapping) else error)
             return
         self.usage = message.get("usage") or self.usage
@@ -153,7 +154,7 @@ async def ask(client: httpx.AsyncClient, one: Ask, on_piece: Callable[[Reply], N
                 response = await client.post(PATHS[one.kind], json=one.body, headers=one.headers)
                 reply.status = response.status_code
                 reply.take(msgspec.json.decode(response.content))
-                reply.is_whole = reply.status == 200 and reply.error is None
+                reply.is_whole = reply.is_done = reply.status == 200 and reply.error is None
                 return reply
             async with client.stream("POST", PATHS[one.kind], json=one.body, headers=one.headers) as response:
                 reply.status = response.status_code
@@ -172,22 +173,19 @@ async def ask(client: httpx.AsyncClient, one: Ask, on_piece: Callable[[Reply], N
 
 async def _read(response: httpx.Response, one: Ask, reply: Reply, on_piece: Callable[[Reply], None]) -> bool:
     """Reads a stream; whether the client has left it before its end."""
-    is_over = False
     async for line in response.aiter_lines():
         if not line.startswith("data:"):
             continue
-        if is_over:
+        if reply.is_done:
             reply.faults.append(f"after [DONE] came {line}")
         elif line == "data: [DONE]":
-            is_over = True
+            reply.is_done = True
         else:
             reply.take(msgspec.json.decode(line[5:]))
             on_piece(reply)
             if one.fate == "leaves" and reply.num_pieces >= one.patience[0]:
                 return True
-    if not is_over:
-        reply.faults.append("the stream ended without [DONE]")
-    reply.is_whole = is_over and reply.error is None
+    reply.is_whole = reply.error is None
     return False
 
 

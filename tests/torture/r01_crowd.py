@@ -12,12 +12,14 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import httpx
 from e2e.serving import Serving
 
-from torture.asking import Ask, Reply, ask, ask_all, faults, new_client
+from torture.asking import Ask, Reply, ask_all, faults, new_client
+from torture.neighbours import known_features, model_of
 from torture.rows import Outcome, Row, Setup
 from torture.shapes import COMMON, OURS, TWIN, draw
 from torture.shrink import shrink
@@ -112,21 +114,31 @@ def torture(setup: Setup) -> Iterator[Outcome]:
 def run(setup: Setup, variant: Variant, asks: Sequence[Ask]) -> Crowd:
     """The crowd, what it leaves behind, and as many of its requests as are wanted alone on a server of their own."""
     crowd = Crowd()
-    with ThreadPoolExecutor() as starting:
-        other = starting.submit(Serving, *_BOTH, "--threads", "1", *variant.alone)
-        with Serving(*_CROWDED, *variant.crowded, program=(WATCHED,)) as server, other.result() as alone:
-            warm = [draw(setup, f"warm {variant.name}", number, OURS) for number in range(IN_FLIGHT)]
-            asyncio.run(_rush(server.url, warm))
-            before = _at_rest(server.url, lambda: all_holdings(server))
-            crowd.replies = asyncio.run(_rush(server.url, asks))
-            _clean(setup, crowd, lambda: leftovers(server.url, before, all_holdings(server)))
-            crowd.preemptions = int(server.gauge("vllm:num_preemptions_total"))
-            told = [one for one in asks if crowd.replies[one.number].choices]
-            chosen = setup.random("solos").sample(told, min(len(told), setup.size("solos", 40, 2500)))
-            solos = asyncio.run(_alone(alone.url, [one.alone(stream=not one.streams) for one in chosen]))
+    with ExitStack() as servers:
+        server, alone = _started(variant, servers)
+        warm = [draw(setup, f"warm {variant.name}", number, OURS) for number in range(IN_FLIGHT)]
+        asyncio.run(_rush(server.url, warm))
+        before = _at_rest(server.url, lambda: all_holdings(server))
+        crowd.replies = asyncio.run(_rush(server.url, asks))
+        _clean(setup, crowd, lambda: leftovers(server.url, before, all_holdings(server)))
+        crowd.preemptions = int(server.gauge("vllm:num_preemptions_total"))
+        told = [one for one in asks if crowd.replies[one.number].choices]
+        chosen = setup.random("solos").sample(told, min(len(told), setup.size("solos", 40, 2500)))
+        solos = asyncio.run(_alone(alone.url, [one.alone(stream=not one.streams) for one in chosen]))
     _judge(crowd, asks)
     _compare(crowd, solos)
     return crowd
+
+
+def _started(variant: Variant, servers: ExitStack) -> tuple[Serving, Serving]:
+    """The server of the crowd and the one that answers alone, which start at the same time and end with the stack."""
+    with ThreadPoolExecutor() as starting:
+        other = starting.submit(Serving, *_BOTH, "--threads", "1", *variant.alone)
+        try:
+            server = servers.enter_context(Serving(*_CROWDED, *variant.crowded, program=(WATCHED,)))
+        finally:
+            alone = servers.enter_context(other.result())
+    return server, alone
 
 
 def _at_rest(url: str, look: Callable[[], dict[str, int]]) -> dict[str, int]:
@@ -188,7 +200,10 @@ def _judge(crowd: Crowd, asks: Sequence[Ask]) -> None:
     """Each reply by itself, and with its twin's."""
     for one in asks:
         reply = crowd.replies[one.number]
-        if found := faults(one, reply):
+        found = faults(one, reply)
+        if reply.is_whole and not reply.is_done:
+            found.append("it ended without [DONE]")
+        if found:
             crowd.wrong[one.number] = "; ".join(found)
         twin = crowd.replies.get(one.number - 1) if one.number % TWIN == TWIN - 1 else None
         if twin is None or not (twin.is_whole or reply.is_whole):
@@ -201,14 +216,13 @@ def _judge(crowd: Crowd, asks: Sequence[Ask]) -> None:
 
 def _compare(crowd: Crowd, solos: Mapping[int, Reply]) -> None:
     """Whatever came of a request with what it gets alone, the other way, streamed or not."""
+    crowd.solos = len(solos)
     for number, solo in solos.items():
         reply = crowd.replies[number]
         if not solo.is_whole:
             crowd.unequal[number] = f"alone it gets {solo.broken or solo.error or solo.faults}"
-        elif reply.choices:
-            crowd.solos += 1
-            if difference := reply.differs(solo):
-                crowd.unequal[number] = f"not as alone: {difference}"
+        elif difference := reply.differs(solo):
+            crowd.unequal[number] = f"not as alone: {difference}"
 
 
 def _smaller(setup: Setup, variant: Variant, asks: Sequence[Ask], crowd: Crowd) -> list[str]:
@@ -254,8 +268,7 @@ def _outcomes(setup: Setup, crowds: Mapping[str, Crowd], trace: tuple[str, ...])
     unequal = sum(len(crowd.unequal) for crowd in runs)
     yield Outcome(
         R3,
-        f"{sum(crowd.solos for crowd in runs) - unequal} of "
-        + ", ".join(f"{crowd.solos} ({name})" for name, crowd in crowds.items())
+        ", ".join(f"{one.solos - len(one.unequal)} of {one.solos} ({name})" for name, one in crowds.items())
         + " have the ids and the bits of log-probability that they have alone",
         unequal == 0,
         trace=trace if unequal else (),
@@ -285,8 +298,8 @@ def _exactly_once(crowds: Mapping[str, Crowd], trace: tuple[str, ...]) -> Outcom
 
 
 def _neighbour(setup: Setup, url: str) -> Iterator[Outcome]:
-    model = setup.model or httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
-    features = asyncio.run(_known(setup, url, model))
+    model = model_of(setup, url)
+    features = asyncio.run(known_features(setup, url, model))
     count = setup.size("requests", 100, 1000)
     asks = [draw(setup, "neighbour", number, features, model) for number in range(count)]
     pid = setup.sizes.get("pid")
@@ -305,21 +318,7 @@ def _neighbour(setup: Setup, url: str) -> Iterator[Outcome]:
     same = asyncio.run(_alone(url, [one.alone(stream=one.streams) for one in chosen]))
     flipped = asyncio.run(_alone(url, [one.alone(stream=not one.streams) for one in chosen]))
     lacking = ", ".join(name for name in COMMON if name not in features)
-    yield from _of_neighbour(url, asks, crowd, (same, flipped), f"it refuses {lacking}" if lacking else "")
-
-
-async def _known(setup: Setup, url: str, model: str) -> set[str]:
-    """What the server takes: a request that asks for it is not refused."""
-    known: set[str] = set()
-    for feature in COMMON:
-        for number in range(0, 100, 5):
-            one = draw(setup, "probe", number, {*known, feature}, model)
-            if one.body.keys() != draw(setup, "probe", number, known, model).body.keys():
-                async with new_client(url, 1) as client:
-                    if (await ask(client, one.alone(stream=False))).is_whole:
-                        known.add(feature)
-                break
-    return known
+    yield from _of_neighbour(url, asks, crowd, (same, flipped), f"it has no {lacking}" if lacking else "")
 
 
 def _of_neighbour(
@@ -371,6 +370,8 @@ def _equal_to_solo(asks: Sequence[Ask], crowd: Crowd, solos: Mapping[int, Reply]
         if any(choice.logprobs for choice, _ in choices):
             count("log-probabilities", all(choice.logprobs == other.logprobs for choice, other in choices))
     figure = ", ".join(f"{equal} of {asked} {name}" for name, (equal, asked) in counts.items() if asked)
+    if not figure:
+        return Outcome(R3, "", None, "no reply was whole both in the crowd and alone")
     return Outcome(R3, f"equal to solo: {figure}", all(equal == asked for equal, asked in counts.values()), lacks)
 
 

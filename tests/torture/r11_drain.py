@@ -11,14 +11,16 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import httpx
 from e2e.serving import Serving, is_alive
 
 from torture.asking import Ask, Reply, ask_all, faults, new_client
+from torture.neighbours import known_features, model_of
 from torture.rows import Outcome, Row, Setup
+from torture.shapes import OURS
 from torture.watching import metrics, processes
 
 ROWS = (Row("R11", "SIGTERM with 50 streams", "all finish, exit 0"),)
@@ -44,7 +46,7 @@ def torture(setup: Setup) -> Iterator[Outcome]:
     if setup.url is not None:
         yield _neighbour(setup, setup.url)
         return
-    asks = _streams(setup, {"return_token_ids": True, "logprobs": 1})
+    asks = _streams(setup, OURS, {"return_token_ids": True, "logprobs": 1})
     with Serving("--max-batch-size", "32", "--kv-memory", "16MiB") as server:
         calm = asyncio.run(_calm(server.url, asks))
         pid = server.process.pid
@@ -69,14 +71,16 @@ def torture(setup: Setup) -> Iterator[Outcome]:
     )
 
 
-def _streams(setup: Setup, more: Mapping[str, object]) -> list[Ask]:
+def _streams(setup: Setup, features: Collection[str], more: Mapping[str, object]) -> list[Ask]:
     """Long enough that all of them have begun, or wait, before the first one ends."""
     found = []
     for number in range(setup.size("streams", STREAMS, STREAMS)):
         chance = setup.random("drain", number)
-        body = {"prompt": chance.choice(_PROMPTS), "max_tokens": chance.randint(30, 80), "ignore_eos": True}
-        sampling = chance.choice(({"temperature": 0}, {"temperature": 1.0, "seed": number}))
-        found.append(Ask(number, "completions", {**body, **sampling, **more, "stream": True}))
+        body: dict[str, object] = {"prompt": chance.choice(_PROMPTS), "max_tokens": chance.randint(30, 80)}
+        body |= {"temperature": 1.0, "seed": number} if "seed" in features and number % 2 else {"temperature": 0}
+        if "ignore_eos" in features:
+            body["ignore_eos"] = True
+        found.append(Ask(number, "completions", {**body, **more, "stream": True}))
     return found
 
 
@@ -147,8 +151,8 @@ def _wrong(asks: Sequence[Ask], drain: Drain) -> tuple[str, ...]:
 def _neighbour(setup: Setup, url: str) -> Outcome:
     if (pid := setup.sizes.get("pid")) is None:
         return Outcome(ROWS[0], "", None, "it is not ours to end; --size pid=N would allow it")
-    model = setup.model or httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"]
-    asks = _streams(setup, {"model": model})
+    model = model_of(setup, url)
+    asks = _streams(setup, asyncio.run(known_features(setup, url, model)), {"model": model})
     time_is_up = time.monotonic() + setup.size("lead", 2, 2)  # seconds that it has to take all of them
     drain = asyncio.run(_drained(url, pid, asks, lambda: time.monotonic() > time_is_up))
     end = time.monotonic() + 60

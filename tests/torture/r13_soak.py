@@ -23,7 +23,7 @@ from torture.asking import Ask, Reply, ask, ask_all, faults, new_client
 from torture.rows import Outcome, Row, Setup
 from torture.shapes import OURS, draw
 from torture.slopes import Points, ends, settled, slope
-from torture.watching import leftovers, processes
+from torture.watching import leftovers, metrics, processes
 
 ROWS = (Row("R13", "one-hour soak", "RSS slope ≤ 0.1 KiB per request; fds flat"),)
 
@@ -33,6 +33,7 @@ LOAD = 0.8
 IN_FLIGHT = 32
 JUDGED_FROM = 600  # seconds of a process's life; what it grows by in less is its warming up
 _WARM_UP = 0.25  # of each life
+_LAST_LOOKS = 5  # at rest: a run of seconds may end while an engine starts, which needs descriptors of its own
 
 
 @dataclass
@@ -72,6 +73,8 @@ def torture(setup: Setup) -> Iterator[Outcome]:
         soaking = _Soaking(setup, server, asks, solos, record)
         asyncio.run(soaking.run(rate, kill_every))
         left = _rest(server)
+        for _ in range(_LAST_LOOKS):
+            soaking.look()
         yield _outcome(setup, soaking.soak, capacity, rate, left)
 
 
@@ -158,10 +161,10 @@ class _Soaking:
 
     async def _observe(self) -> None:
         while True:
-            await asyncio.to_thread(self._look)
+            await asyncio.to_thread(self.look)
             await asyncio.sleep(self._setup.size("look_every", 1, 5))
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Processes come and go while they are looked at."""
         soak = self.soak
         try:
@@ -188,11 +191,13 @@ class _Soaking:
 
 
 def _rest(server: Serving) -> list[str]:
-    """What its gauges say is still there, ten seconds later at most."""
-    end = time.monotonic() + 10
-    while (left := leftovers(server.url, {}, {})) and time.monotonic() < end:
+    """What its gauges say is still there once it has an engine and was given a while."""
+    end = time.monotonic() + 60
+    while (left := leftovers(server.url, {}, {})) or not metrics(server.url)["orcaserve:replica_ready"]:
+        if time.monotonic() > end:
+            return left or ["no engine"]
         time.sleep(0.1)
-    return left
+    return []
 
 
 def _slope(soak: Soak, least_seconds: float, *names: str) -> float | None:

@@ -10,7 +10,7 @@ from torture.asking import Ask, Fate
 from torture.rows import Setup
 
 # What some servers know and others refuse. "ours": the fields that only this project has.
-COMMON = ("chat", "n", "seed", "penalties", "stop", "logprobs", "top_logprobs")
+COMMON = ("token ids", "ignore_eos", "chat", "n", "seed", "top_k", "penalties", "stop", "logprobs", "top_logprobs")
 OURS = (*COMMON, "ours")
 TWIN = 5  # every fifth request is the one before it once more: streamed, if that was not
 MOST_TOKENS = 90  # to generate
@@ -57,9 +57,10 @@ def _body(chance: random.Random, stems: random.Random, features: Collection[str]
     body |= _sampling(chance, features)
     if "n" in features and chance.random() < 0.2:
         body["n"] = chance.randint(2, 3)
-    if chance.random() < 0.7:
+    if "ignore_eos" in features and chance.random() < 0.7:
         body["ignore_eos"] = True
-    body["return_token_ids"] = True
+    if "token ids" in features:
+        body["return_token_ids"] = True
     if "logprobs" in features and kind == "completions" and chance.random() < 0.6:
         body["logprobs"] = chance.randint(0, 5)
     if "top_logprobs" in features and kind == "chat" and chance.random() < 0.6:
@@ -83,6 +84,8 @@ def _sampling(chance: random.Random, features: Collection[str]) -> dict[str, Any
     if "seed" in features and chance.random() < 0.5:
         found = {"temperature": chance.choice((0.5, 1.0, 1.3)), "seed": chance.randrange(1 << 31)}
         found |= chance.choice(({}, {"top_p": 0.9}, {"top_p": 0.95, "top_k": 50}))
+        if "top_k" not in features:
+            found.pop("top_k", None)
     if "penalties" in features and chance.random() < 0.2:
         found |= {"presence_penalty": chance.uniform(-1, 1), "frequency_penalty": chance.uniform(-1, 1)}
     if "stop" in features and chance.random() < 0.25:
