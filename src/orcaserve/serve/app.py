@@ -50,6 +50,9 @@ class Writer(Protocol):
         ...
 
 
+BODIES_AT_ONCE = 4  # of the longest: more than that is not read at the same time
+_BODY_RETRY_SECONDS = 1.0
+
 _GENERATE = (400, 401, 404, 408, 413, 429, 500, 503)
 _HEADERS = ((TTFT_HEADER.decode(), "Milliseconds in which the first token is due."),)
 _LOOK = (400, 401, 404, 413, 503)
@@ -232,6 +235,7 @@ class _Api:
     def __init__(self, frontend: Frontend, door: Door) -> None:
         self._frontend = frontend
         self._door = door
+        self._unread = 0  # bytes of bodies that are being read or decoded
 
     async def completions(self, request: Request) -> Answer:
         frontend = self._frontend
@@ -376,7 +380,7 @@ class _Api:
         return Response(self._frontend.metrics.render(), headers={"content-type": metrics.CONTENT_TYPE})
 
     async def _body(self, request: Request, type: type[T]) -> T:
-        """The request's body, read no further than is allowed."""
+        """The request's body, read no further than is allowed, and no further than all of them together are."""
         limit = self._frontend.options.max_body_bytes
         check_length(request.headers.get("content-length", "0").encode(), limit)
         parts = []
@@ -384,12 +388,18 @@ class _Api:
         try:
             async for part in request.stream():
                 size += len(part)
+                self._unread += len(part)
                 if size > limit:
                     raise errors.body_too_large(limit)
+                if self._unread > BODIES_AT_ONCE * limit:
+                    self._frontend.metrics.rejected("queue_full")
+                    raise errors.refused("queue_full", _BODY_RETRY_SECONDS)
                 parts.append(part)
+            return decode(b"".join(parts), type, self._frontend.unknown_fields)
         except ClientDisconnect:
             raise ClientGone from None
-        return decode(b"".join(parts), type, self._frontend.unknown_fields)
+        finally:
+            self._unread -= size
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
