@@ -74,6 +74,7 @@ def kinds(setup: Setup) -> dict[str, Callable[[int], Body]]:
     """
     draw = setup.random("R14")
     tokens = setup.size("tokens", 4, 100)
+    before_choices = setup.size("prompt", 32, CONTEXT - 100)
     body_bytes = setup.size("body", 4, 31) << 20
 
     def ids(count: int) -> list[int]:
@@ -86,7 +87,7 @@ def kinds(setup: Setup) -> dict[str, Callable[[int], Body]]:
     schema = {"type": "object", "properties": {"a": {"enum": enum}}, "required": ["a"], "additionalProperties": False}
     return {
         "longest prompt": lambda i: completion(prompt=ids(CONTEXT - 1), max_tokens=1),
-        "most choices": lambda i: completion(prompt=ids(CONTEXT - tokens), max_tokens=tokens, n=128),
+        "most choices": lambda i: completion(prompt=ids(before_choices), max_tokens=tokens, n=128),
         "logprobs": lambda i: completion(
             prompt=ids(9), max_tokens=tokens, n=setup.size("n", 16, 128), logprobs=20, return_token_ids=True
         ),
