@@ -28,6 +28,16 @@ def memory(pids: Iterable[int]) -> int:
     return total
 
 
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """Of work that the processes have done."""
+    total = 0.0
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = psutil.Process(pid).cpu_times()
+            total += times.user + times.system
+    return total
+
+
 def unacknowledged(port: int) -> list[int]:
     """Bytes that the kernel holds of each connection that this port has accepted, until their readers take them."""
     found = []

@@ -2,8 +2,8 @@
 
     python -m torture.mutants orcaserve.core.swap 17 -- pytest's arguments
 
-runs pytest with the 17th mutant in the place of that module. Nothing is written: the module is compiled from a changed
-tree when it is imported.
+runs pytest with the 17th mutant in the place of that module; without a name, with everything as it is. Nothing is
+written: the module is compiled from a changed tree when it is imported.
 """
 
 from __future__ import annotations
@@ -163,6 +163,8 @@ class _Finder:
 def main(name: str, index: str, dashes: str, *arguments: str) -> int:
     import pytest
 
+    if not name:
+        return int(pytest.main(list(arguments)))
     finder = _Finder(name, int(index))
     for loaded in [one for one in sys.modules if one.startswith("orcaserve.")]:
         del sys.modules[loaded]  # who has it already would keep the original

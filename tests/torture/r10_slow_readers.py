@@ -8,7 +8,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 from e2e.serving import Serving
@@ -16,7 +16,7 @@ from e2e.serving import Serving
 from orcaserve.bench import client
 from orcaserve.bench.client import Reply, Server
 from orcaserve.bench.workloads import Item
-from torture.footprint import memory, unacknowledged
+from torture.footprint import cpu_seconds, family, memory, unacknowledged
 from torture.rows import Outcome, Row, Setup
 
 ROWS = (Row("R10", "clients that read 1 B/s", "≤ 256 KiB buffered each, the others keep ≥ 95 %"),)
@@ -31,6 +31,14 @@ PATIENCE = 900.0
 def torture(setup: Setup) -> Iterator[Outcome]:
     with Serving("--threads", "1", "--kv-memory", "128MiB", "--log-level", "warning") as server:
         yield asyncio.run(_Run(setup, server).outcome())
+
+
+class Window(NamedTuple):
+    """Of time, by time.perf_counter(), and what CPU the server used in it, in seconds."""
+
+    start: float
+    end: float
+    cpu: float
 
 
 class SlowReader:
@@ -108,14 +116,18 @@ class _Run:
             await self._until_few_run()
             windows.append(await self._watch())
         wrong = await self._compare(checked)
-        return self._judge((peak - before) / self._num_slow, kernel, self._rates(windows), len(checked), wrong)
+        return self._judge((peak - before) / self._num_slow, kernel, windows, len(checked), wrong)
 
-    def _judge(self, each: float, kernel: int, rates: list[float], num_checked: int, wrong: list[str]) -> Outcome:
+    def _judge(self, each: float, kernel: int, windows: list[Window], num_checked: int, wrong: list[str]) -> Outcome:
+        counts = self._counts(windows)
+        rates = [count / (window.end - window.start) for count, window in zip(counts, windows, strict=True)]
+        work = [count / window.cpu for count, window in zip(counts, windows, strict=True)]
         kept = rates[1] / ((rates[0] + rates[2]) / 2)
         figure = (
             f"{self._num_slow} readers: {each / 1024:.0f} KiB each in the frontend, {kernel / 1024:.0f} KiB at most in "
             f"the kernel; others {rates[0]:.0f}, with them {rates[1]:.0f}, after them {rates[2]:.0f} tokens/s: "
-            f"{kept:.0%}; {num_checked - len(wrong)} of {num_checked} streams, when read on, equal to a run alone"
+            f"{kept:.0%} (for each second of the server's CPU {work[0]:.0f}, {work[1]:.0f}, {work[2]:.0f} tokens); "
+            f"{num_checked - len(wrong)} of {num_checked} streams, when read on, equal to a run alone"
         )
         is_right = each + kernel <= MOST_BUFFERED and not wrong
         is_quick = kept >= LEAST_KEPT or self._is_short  # windows of a second say what else the machine does
@@ -141,11 +153,14 @@ class _Run:
             reader.close()
         return checked
 
-    async def _watch(self) -> tuple[float, float]:
+    async def _watch(self) -> Window:
         """A window in which the others' tokens count, while the slow ones take their bytes."""
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), self._cpu()
         await self._take(self._window)
-        return start, time.perf_counter()
+        return Window(start, time.perf_counter(), self._cpu() - cpu)
+
+    def _cpu(self) -> float:
+        return cpu_seconds(family(self._server.process.pid))
 
     async def _take(self, seconds: float) -> None:
         end = time.perf_counter() + seconds
@@ -205,7 +220,7 @@ class _Run:
                     wrong.append(f"seed {reader.body['seed']}: {error}"[:300])
         return wrong
 
-    def _rates(self, windows: list[tuple[float, float]]) -> list[float]:
-        """Tokens a second that the others got in each window."""
+    def _counts(self, windows: list[Window]) -> list[int]:
+        """Tokens that the others got in each window."""
         times = [began + at for began, reply in self._replies if reply.arrived for at in reply.record().token_times]
-        return [sum(start <= at < end for at in times) / (end - start) for start, end in windows]
+        return [sum(window.start <= at < window.end for at in times) for window in windows]

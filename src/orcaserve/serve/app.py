@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
@@ -10,7 +9,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -18,11 +17,11 @@ from starlette.types import ASGIApp
 from orcaserve import __version__
 from orcaserve.core.config import EngineInfo
 from orcaserve.serve import docs, embeddings, errors, metrics, protocol, responses_chat, responses_protocol
+from orcaserve.serve.bodies import Bodies
 from orcaserve.serve.chat import ChatWriter
 from orcaserve.serve.completions import CompletionWriter
-from orcaserve.serve.decode_body import decode
-from orcaserve.serve.disconnect import ClientGone, while_connected
-from orcaserve.serve.door import Door, check_length
+from orcaserve.serve.disconnect import while_connected
+from orcaserve.serve.door import Door
 from orcaserve.serve.embeddings import EmbeddingWriter, as_completion, embedding_job
 from orcaserve.serve.errors import ApiError
 from orcaserve.serve.frontend import LOADING_RETRY_SECONDS, Frontend
@@ -37,7 +36,6 @@ from orcaserve.serve.responses import ResponsesWriter
 from orcaserve.serve.responses_chat import as_chat
 from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.sse import EventStream
-from orcaserve.serve.tally import Tally
 from orcaserve.serve.terms import TTFT_HEADER, Arrival, Terms
 
 Answer = Response | EventStream
@@ -54,7 +52,6 @@ class Writer(Protocol):
         ...
 
 
-_LARGE_BODY = 1 << 20  # bytes; parsed in a thread, so that others have their turn between its steps
 _GENERATE = (400, 401, 404, 408, 413, 429, 500, 503)
 _HEADERS = ((TTFT_HEADER.decode(), "Milliseconds in which the first token is due."),)
 _LOOK = (400, 401, 404, 413, 503)
@@ -241,11 +238,11 @@ class _Api:
     def __init__(self, frontend: Frontend, door: Door) -> None:
         self._frontend = frontend
         self._door = door
-        self._large = asyncio.Semaphore(1)  # of large bodies one is parsed at a time
+        self._bodies = Bodies(frontend)
 
     async def completions(self, request: Request) -> Answer:
         frontend = self._frontend
-        body = await self._body(request, protocol.CompletionRequest)
+        body = await self._bodies.read(request, protocol.CompletionRequest)
         model, info = frontend.available(body.model)
         terms = self._terms(request, body, model, info)
         job = await completion_job(body, model, info)
@@ -256,7 +253,7 @@ class _Api:
 
     async def chat(self, request: Request) -> Answer:
         frontend = self._frontend
-        body = await self._body(request, protocol.ChatRequest)
+        body = await self._bodies.read(request, protocol.ChatRequest)
         model, info = frontend.available(body.model)
         terms = self._terms(request, body, model, info)
         job = await chat_job(body, model, info)
@@ -267,7 +264,7 @@ class _Api:
 
     async def responses(self, request: Request) -> Answer:
         frontend = self._frontend
-        body = await self._body(request, responses_protocol.ResponsesRequest)
+        body = await self._bodies.read(request, responses_protocol.ResponsesRequest)
         model, info = frontend.available(body.model)
         asked = as_chat(body)
         with errors.renaming(responses_chat.NAMES):
@@ -282,7 +279,7 @@ class _Api:
 
     async def embeddings(self, request: Request) -> Answer:
         frontend = self._frontend
-        body = await self._body(request, protocol.EmbeddingRequest)
+        body = await self._bodies.read(request, protocol.EmbeddingRequest)
         model, info = frontend.available(body.model)
         asked = as_completion(body)
         with errors.renaming(embeddings.NAMES):
@@ -337,7 +334,7 @@ class _Api:
         )
 
     async def tokenize(self, request: Request) -> Answer:
-        body = await self._body(request, protocol.TokenizeRequest)
+        body = await self._bodies.read(request, protocol.TokenizeRequest)
         model, info = self._frontend.available(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise errors.invalid("Give either 'prompt' or 'messages'.", "prompt")
@@ -352,7 +349,7 @@ class _Api:
         return _encoded(protocol.TokenizeResponse(ids, len(ids), info.max_model_len))
 
     async def detokenize(self, request: Request) -> Answer:
-        body = await self._body(request, protocol.DetokenizeRequest)
+        body = await self._bodies.read(request, protocol.DetokenizeRequest)
         model, info = self._frontend.available(body.model)
         check_ids(body.tokens, info, "tokens")
         return _encoded(protocol.DetokenizeResponse(model.tokenizer.decode(body.tokens)))
@@ -394,36 +391,6 @@ class _Api:
 
     async def metrics(self, request: Request) -> Answer:
         return Response(self._frontend.metrics.render(), headers={"content-type": metrics.CONTENT_TYPE})
-
-    async def _body(self, request: Request, type: type[T]) -> T:
-        """The request's body, read no further than is allowed, and parsed only if that will not take long."""
-        limit = self._frontend.options.max_body_bytes
-        check_length(request.headers.get("content-length", "0").encode(), limit)
-        parts: list[bytes] = []
-        size = 0
-        tally = Tally()
-        try:
-            async for part in request.stream():
-                size += len(part)
-                if size > limit:
-                    raise errors.body_too_large(limit)
-                if tally.excess is None:
-                    tally.add(part)
-                    parts.append(part)
-                else:
-                    parts.clear()
-        except ClientDisconnect:
-            raise ClientGone from None
-        if tally.excess is not None:
-            raise errors.body_too_complex(*tally.excess)
-
-        def read() -> T:
-            return decode(b"".join(parts), type, self._frontend.unknown_fields)
-
-        if size <= _LARGE_BODY:
-            return read()
-        async with self._large:
-            return await asyncio.to_thread(read)
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:

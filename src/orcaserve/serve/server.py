@@ -27,17 +27,18 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
+from orcaserve.core.config import BudgetLine, EngineInfo, EngineOptions, ModelError
 from orcaserve.engine.messages import Step
+from orcaserve.serve import timeline
 from orcaserve.serve.admission import Limits
 from orcaserve.serve.app import make_app
+from orcaserve.serve.bodies import BODIES_AT_ONCE
 from orcaserve.serve.frontend import Frontend, HttpOptions
 from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.page import Page, changed_options
 from orcaserve.serve.pool import EngineFailed, Pool, Replication
 from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.terms import api_key
-from orcaserve.serve.timeline import Timeline
 
 _log = logging.getLogger("orcaserve.serve")
 _FLUSH_SECONDS = 5  # what a slow reader gets to fetch the rest of a response that has ended
@@ -47,6 +48,8 @@ _WATCH_SECONDS = 0.5
 _BACKLOG = 2048
 _UNSENT_BYTES = 32 << 10  # of a connection that the kernel may hold beside what is under way; else it takes megabytes
 _UNREAD_BYTES = 16 << 10  # of a connection: then its stream waits. As small events they cost several times as much
+_TOKEN_BYTES = 80  # of a token of a prompt: a number, and a place for it where it waits and where it goes
+_PARTS = ("longest context",)  # lines of an engine's table that are part of others
 _MOST_FILES = 1 << 16
 _METRICS_PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -163,6 +166,38 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
+def whole_budget(
+    engine: Sequence[BudgetLine], engines: int, http: HttpOptions, limits: Limits
+) -> tuple[BudgetLine, ...]:
+    """An engine's memory table, continued by this process's part, and by the sum.
+
+    engines: of the same size, on this host. Of this process: what it takes now, and what it may hold of requests before
+    they run and of what happened. Not in it are responses that are no streams, which are kept until they are whole.
+    """
+    bodies = 2 * BODIES_AT_ONCE * http.max_body_bytes  # as bytes, and decoded
+    prompts = limits.max_queue_tokens * _TOKEN_BYTES
+    frontend = _resident() + bodies + prompts + timeline.MOST_BYTES
+    total = engines * sum(line.num_bytes for line in engine if line.name not in _PARTS) + frontend
+    note = f"{_size(bodies)} of it for request bodies, {_size(prompts)} for prompts that wait"
+    return (
+        *engine,
+        BudgetLine("HTTP process", frontend, note),
+        BudgetLine("total", total, f"of {engines} engines and the HTTP process" if engines > 1 else ""),
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):.0f} MiB"
+
+
+def _resident() -> int:
+    """Bytes of memory that this process takes now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 class _Connection(AutoHTTPProtocol):
     """Uvicorn's, which has its stream wait sooner."""
 
@@ -252,7 +287,7 @@ async def _serve(
 
     if len({api_key(text).tenant for text in http.api_keys}) == 1:  # there is nobody to share the queue with
         limits = msgspec.structs.replace(limits or Limits(), tenant_queue_share=1.0)
-    timeline = Timeline()
+    events = timeline.Timeline()
     pool = Pool(
         engine,
         replication=replication,
@@ -260,12 +295,12 @@ async def _serve(
         command=command,
         on_progress=on_progress,
         on_step=on_step,
-        timeline=timeline,
+        timeline=events,
     )
     metrics.watch(lambda: pool.stats, lambda: pool.info, pool.replicas)
     frontend = Frontend(name, pool, metrics, http)
     changed = changed_options(engine, http, limits or Limits(), replication or Replication())
-    page = Page(frontend, timeline, engine, changed)
+    page = Page(frontend, events, engine, changed)
     if http.otlp_traces_endpoint is not None:
         frontend.tracing = _tracing(http.otlp_traces_endpoint, name, metrics)
     config = _uvicorn_config(make_app(frontend, page), http)
@@ -284,7 +319,9 @@ async def _serve(
         frontend.model = await asyncio.to_thread(ServedModel, name, engine.model)
         info = await pool.ready()
         if on_ready is not None:
-            on_ready(info, _url(listener, http))
+            engines = 1 if replication is None or replication.commands is not None else replication.replicas
+            budget = whole_budget(info.budget, engines, http, limits or Limits())
+            on_ready(msgspec.structs.replace(info, budget=budget), _url(listener, http))
         while pool.state != "failed":
             await asyncio.sleep(_WATCH_SECONDS)
         raise EngineFailed(pool.failure or "the engine failed")
