@@ -46,7 +46,7 @@ from orcaserve.executors.messages import (
 )
 from orcaserve.parallel.world import Hidden, World
 from orcaserve.worker.grammars import Grammars
-from orcaserve.worker.process import die_with_parent, in_one_line, keep_freed_memory
+from orcaserve.worker.process import die_with_parent, dump_when_told, in_one_line, keep_freed_memory, tell
 from orcaserve.worker.stage import StageWorker
 
 BEAT_SECONDS = 0.25
@@ -75,6 +75,7 @@ def main(report_fd: int, inbox_fd: int, out_fds: Sequence[int]) -> int:
     for fd in (report_fd, inbox_fd, *out_fds):
         os.set_inheritable(fd, False)
     die_with_parent()
+    dump_when_told()
     sock = socket.socket(fileno=report_fd)
     report = Report(sock)
     begin: queue.SimpleQueue[Begin] = queue.SimpleQueue()
@@ -149,7 +150,7 @@ def _serve(
             if answers and result is not None:
                 report.put(Result(result, worker.busy_seconds))
     except Exception as error:
-        print(f"orcaserve worker {place.rank}: an iteration failed: {in_one_line(error)}", file=sys.stderr, flush=True)
+        tell(f"orcaserve worker {place.rank}: an iteration failed: {in_one_line(error)}")
         return EXIT_ITERATION
 
 
@@ -221,7 +222,7 @@ def _read_in_background(
         except OSError:
             pass
         except Exception as error:
-            print(f"orcaserve worker: the link failed: {in_one_line(error)}", file=sys.stderr, flush=True)
+            tell(f"orcaserve worker: the link failed: {in_one_line(error)}")
             os._exit(EXIT_ITERATION)
         at_end()
 
@@ -230,5 +231,4 @@ def _read_in_background(
 
 if __name__ == "__main__":
     code = main(int(sys.argv[1]), int(sys.argv[2]), [int(fd) for fd in sys.argv[3:]])
-    sys.stderr.flush()
     os._exit(code)
