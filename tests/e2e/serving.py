@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
 
 import httpx
@@ -20,9 +22,15 @@ _URL = re.compile(r"http://[\d.]+:\d+")
 class Serving:
     """`orcaserve serve MODEL …` on a free port. Owner of the process; ends it, and checks that nothing is left."""
 
-    def __init__(self, *arguments: str, timeout: float = 120) -> None:
+    def __init__(self, *arguments: str, timeout: float = 120, environment: Mapping[str, str] | None = None) -> None:
         command = [sys.executable, "-m", "orcaserve", "serve", *arguments, "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
         self.lines: list[str] = []
         self.url = ""
         self._up = threading.Event()
