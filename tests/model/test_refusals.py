@@ -176,3 +176,13 @@ def test_variants_that_compute_something_else(tmp_path: Path) -> None:
     make_model(*CASES["gpt2"], 0).save_pretrained(tmp_path)
     change(tmp_path, scale_attn_by_inverse_layer_idx=True)
     assert "scale_attn_by_inverse_layer_idx = true is not supported" in refusal(tmp_path)
+
+
+def test_json_that_is_too_deep(folder: Path) -> None:
+    (folder / "config.json").write_text('{"a": ' + "[" * 200_000)
+    assert "config.json cannot be read: maximum recursion depth" in refusal(folder)
+
+
+def test_an_index_that_is_too_deep(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": ' + "[" * 200_000)
+    assert "index.json cannot be read: maximum recursion depth" in refusal(folder)

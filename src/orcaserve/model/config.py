@@ -369,7 +369,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path.parent.name}/{path.name} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{path.parent.name}/{path.name} is not a JSON object")

@@ -101,6 +101,10 @@ class Weights:
             if not path.is_file():
                 raise ModelError(f"{self._folder.name}: the shard {file} is missing")
             try:
+                path.open("rb").close()  # what the library says of a file that may not be read is that there is none
+            except OSError as error:
+                raise ModelError(f"{self._folder.name}: {file} cannot be read: {error.strerror}") from error
+            try:
                 self._files[file] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
                 raise ModelError(
@@ -114,7 +118,7 @@ class Weights:
         try:
             listed = json.loads(path.read_bytes())["weight_map"]
             names = {str(tensor): str(file) for tensor, file in listed.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ModelError(f"{self._folder.name}/{path.name} cannot be read: {_line(error)}") from error
         for file in names.values():
             if Path(file).name != file:  # a checkpoint names its neighbours, nothing elsewhere
