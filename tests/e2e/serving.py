@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import httpx
@@ -22,8 +22,15 @@ _URL = re.compile(r"http://[\d.]+:\d+")
 class Serving:
     """`orcaserve serve MODEL …` on a free port. Owner of the process; ends it, and checks that nothing is left."""
 
-    def __init__(self, *arguments: str, timeout: float = 120, environment: Mapping[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "orcaserve", "serve", *arguments, "--port", "0"]
+    def __init__(
+        self,
+        *arguments: str,
+        timeout: float = 120,
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        """prefix: argv of what becomes the server, such as a tracer."""
+        command = [*prefix, sys.executable, "-m", "orcaserve", "serve", *arguments, "--port", "0"]
         self.process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,

@@ -35,7 +35,7 @@ from orcaserve.serve.frames import (
     Start,
     ToEngine,
 )
-from orcaserve.worker.process import DUMP, pulse
+from orcaserve.worker.process import DUMP, DUMP_SECONDS, pulse
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ COMMAND = (sys.executable, "-m", "orcaserve.serve.engine_process")
 STUCK_SECONDS = 30.0
 STUCK_FACTOR = 20.0
 STOP_SECONDS = 1.0
-DUMP_SECONDS = 0.5
 BACKOFF_SECONDS = (0.1, 5.0)
 LASTING_SECONDS = 10.0  # an engine that was ready for so long was worth its start, even if nobody asked for anything
 MOST_FRUITLESS = 8

@@ -13,6 +13,7 @@ from pathlib import Path
 
 KEPT_BYTES = 32 << 20  # of one array; as much as glibc allows
 DUMP = signal.SIGUSR1  # of an engine or worker process: write down every thread's stack, and end
+DUMP_SECONDS = 0.5  # that it gets for that
 
 
 def die_with_parent() -> None:
