@@ -196,8 +196,6 @@ def frontend() -> list[str]:
         )
         next(answer.iter_lines())
         left = _left_of(server.process, temporary)
-        with contextlib.suppress(httpx.HTTPError):
-            answer.read()
         with contextlib.suppress(httpx.TransportError):
             httpx.get(f"{server.url}/health", timeout=5)
             left.append("somebody answers at its port")
