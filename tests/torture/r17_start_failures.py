@@ -258,4 +258,4 @@ STARTS: tuple[Start, ...] = (
     Start("a folder that may not be read", locked("."), "model", without_powers=True),
     Start("a step log that may not be written", step_log, "Permission denied", without_powers=True),
 )
-SHORT = ("weights cut short", "a broken config.json", "an occupied port", "weights that may not be read")
+SHORT = ("weights cut short", "a folder that may not be read", "an occupied port")
