@@ -45,6 +45,7 @@ FROZEN_SECONDS = 1.5  # three missed beats of 0.25 s, the one that was heard bef
 AGAIN_SECONDS = 5.0
 LEFT_SECONDS = 2.0
 PATIENCE = 120.0
+RESTARTS = "orcaserve:replica_restarts_total"
 
 LAUNCHER = """
 from orcaserve import LLM, SamplingParams
@@ -57,7 +58,7 @@ with LLM(threads=1, kv_memory=8 << 20) as llm:
 
 @dataclass
 class Round:
-    """What came of one death. again: seconds until the server said that it is ready; None: it did not."""
+    """What came of one death, in seconds from then on. again: until another engine was ready; None: it was not."""
 
     what: str
     is_frozen: bool
@@ -82,7 +83,7 @@ def torture(setup: Setup) -> Iterator[Outcome]:
         same, asked = sum(one.same for one in done), STREAMS * len(done)
         figures.append(
             f"{name}: {len(done)} deaths, noticed after {_spread(kills)} (killed) and {_spread(stops)} (frozen), "
-            f"ready again after {_spread(again)} (first start {start_seconds:.1f} s), {same} of {asked} streams "
+            f"another ready after {_spread(again)} (first start {start_seconds:.1f} s), {same} of {asked} streams "
             "bit-identical"
         )
         trace += [f"{name}, {one.what}: {fault}" for one in done for fault in one.faults]
@@ -133,6 +134,7 @@ async def _death(
     family = [engine, *_workers(server)]
     what = f"{number.name} of {'the engine' if victim == 0 else f'worker {victim - 1}'} after {when:.0f} tokens"
     one = Round(what, number == signal.SIGSTOP, None, None, 0)
+    restarts = server.gauge(RESTARTS)
     progress = [0] * STREAMS
     running = asyncio.ensure_future(crowd(server.url, progress))
     while sum(progress) < when and not running.done():
@@ -145,8 +147,8 @@ async def _death(
                 await asyncio.sleep(0.002)
             one.noticed = time.monotonic() - began
             async with httpx.AsyncClient(base_url=server.url) as client:
-                while (await client.get("/ready")).status_code != 200:
-                    await asyncio.sleep(0.02)
+                while _gauge((await client.get("/metrics")).text, RESTARTS) == restarts:
+                    await asyncio.sleep(0.05)
             one.again = time.monotonic() - began
     if one.again is None:
         one.faults.append("it did not serve again")
@@ -161,6 +163,10 @@ async def _death(
             one.faults.append(f"stream {i}: {errors.get(i, got)} instead of {expected}")
     one.faults += [f"process {orphan.pid} lives on" for orphan in family if is_alive(orphan.pid)]
     return one
+
+
+def _gauge(metrics: str, name: str) -> float:
+    return next(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith(name + "{"))
 
 
 def _workers(server: Serving) -> list[psutil.Process]:
