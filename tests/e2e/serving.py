@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 import httpx
@@ -21,12 +22,25 @@ _URL = re.compile(r"http://[\d.]+:\d+")
 class Serving:
     """`orcaserve serve MODEL …` on a free port. Owner of the process; ends it, and checks that nothing is left.
 
-    program: what Python runs in the place of the command.
+    program: what Python runs in the place of the command. prefix: argv of what becomes the server, such as a tracer.
     """
 
-    def __init__(self, *arguments: str, timeout: float = 120, program: Sequence[str] = ("-m", "orcaserve")) -> None:
-        command = [sys.executable, *program, "serve", *arguments, "--port", "0"]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    def __init__(
+        self,
+        *arguments: str,
+        timeout: float = 120,
+        program: Sequence[str] = ("-m", "orcaserve"),
+        environment: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        command = [*prefix, sys.executable, *program, "serve", *arguments, "--port", "0"]
+        self.process = subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
         self.lines: list[str] = []
         self.url = ""
         self._up = threading.Event()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import kernel_sets
@@ -55,3 +57,10 @@ def test_streams_survive_their_workers() -> None:
         last = [p.pid for p in workers(server)]
     time.sleep(1)
     assert not any(map(is_alive, last)), "workers outlived the server by a second"
+    assert any("orcaserve/executors/worker_process.py" in line for line in server.lines), "the frozen one's stacks"
+
+
+def test_a_worker_beats_before_it_loads_torch() -> None:
+    """Where that takes longer than silence is borne: the first import on a slow disk, or among many."""
+    code = "import sys, orcaserve.executors.worker_process; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,35 +19,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TypeVar, cast
-
-import msgspec
-import numpy as np
-import torch
-import torch.distributed as dist
 
 from orcaserve.core.batch import Batch
 from orcaserve.core.config import ModelError
 from orcaserve.engine.framing import FrameReader, encode
-from orcaserve.executors.loading import load_part
 from orcaserve.executors.messages import (
     Alive,
     Begin,
     FromWorker,
-    Loaded,
     MakeCache,
-    Place,
-    Progress,
     Refused,
-    Result,
-    Serving,
     ToWorker,
 )
-from orcaserve.parallel.world import Hidden, World
-from orcaserve.worker.grammars import Grammars
-from orcaserve.worker.process import die_with_parent, in_one_line, keep_freed_memory
-from orcaserve.worker.stage import StageWorker
+from orcaserve.worker.process import die_with_parent, dump_when_told, in_one_line, tell
 
 BEAT_SECONDS = 0.25
 RECEIVE_BYTES = 1 << 18
@@ -75,6 +60,7 @@ def main(report_fd: int, inbox_fd: int, out_fds: Sequence[int]) -> int:
     for fd in (report_fd, inbox_fd, *out_fds):
         os.set_inheritable(fd, False)
     die_with_parent()
+    dump_when_told()
     sock = socket.socket(fileno=report_fd)
     report = Report(sock)
     begin: queue.SimpleQueue[Begin] = queue.SimpleQueue()
@@ -85,120 +71,37 @@ def main(report_fd: int, inbox_fd: int, out_fds: Sequence[int]) -> int:
         begin.put(frame) if isinstance(frame, Begin) else make.put(frame)
 
     _read_in_background(sock, cast(type[ToWorker], ToWorker), on_command, (), lambda: os._exit(0))
-    worker: list[StageWorker] = []
-    threading.Thread(target=_beat, args=(report, worker), name="beat", daemon=True).start()
+    pulse = _Pulse(report)
     try:
         first = begin.get()
         outs = [socket.socket(fileno=fd) for fd in out_fds] if first.options.control_plane == "separate" else []
         # A neighbour that is gone is the engine's business, which ends everybody.
         _read_in_background(socket.socket(fileno=inbox_fd), Batch, batches.put, outs, lambda: None)
-        return _serve(first, make, batches, report, worker)
+        from orcaserve.executors.rank import serve  # torch comes with it: late, so that beats tell that we live
+
+        return serve(first, make, batches, report.put, pulse.watch)
     except ModelError as error:
         report.put(Refused(str(error)))
         return EXIT_MODEL
 
 
-def _serve(
-    begin: Begin,
-    make: queue.SimpleQueue[MakeCache],
-    batches: queue.SimpleQueue[Batch],
-    report: Report,
-    beating: list[StageWorker],
-) -> int:
-    options, place = begin.options, begin.place
-    world = World(_meet(begin), place.rank, place.tensor, len(place.stages))
-    part = load_part(
-        options,
-        available=begin.available,
-        threads=begin.threads,
-        progress=lambda done, total: report.put(Progress(done, total)),
-        layers=place.layers,
-        group=world.group,
-    )
-    model, budget = part.model, part.budget
-    report.put(
-        Loaded(
-            num_blocks=budget.num_blocks,
-            num_slots=budget.num_slots,
-            max_model_len=budget.max_model_len,
-            budget=budget.lines,
-            profile=part.profile,
-            dtype=part.dtype,
-            threads=begin.threads,
-        )
-    )
-    hidden = Hidden(world, model.config.hidden_size, model.dtype)
-    size = make.get()
-    answers = world.is_last and place.is_first_of_stage
-    worker = StageWorker(
-        model,
-        hidden,
-        num_blocks=size.num_blocks,
-        block_size=options.block_size,
-        num_slots=size.num_slots,
-        swap_dir=options.swap_dir,
-        grammars=Grammars(Path(options.model), model.config.vocab_size) if answers else None,
-    )
-    beating.append(worker)
-    keep_freed_memory()
-    report.put(Serving())
-    take = batches.get if options.control_plane == "separate" else _Mixed(world, place, batches).take
-    try:
-        while True:
-            result = worker.run(take())
-            if answers and result is not None:
-                report.put(Result(result, worker.busy_seconds))
-    except Exception as error:
-        print(f"orcaserve worker {place.rank}: an iteration failed: {in_one_line(error)}", file=sys.stderr, flush=True)
-        return EXIT_ITERATION
+class _Pulse:
+    """The heart beat, from the start on: it goes on while the main thread loads torch, or is inside a kernel."""
 
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._busy_seconds: Callable[[], float] = lambda: 0.0
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
-def _meet(begin: Begin) -> dist.Store:
-    """Where the ranks find each other."""
-    at, place = begin.store, begin.place
-    world = len(place.stages) * place.tensor
-    if not at.host:
-        return dist.FileStore(f"/proc/self/fd/{at.fd}", world)
-    if place.rank:
-        return dist.TCPStore(at.host, at.port, world, is_master=False)
-    return dist.TCPStore(at.host, at.port, world, is_master=True, wait_for_workers=False, master_listen_fd=at.fd)
+    def watch(self, busy_seconds: Callable[[], float]) -> None:
+        """Reports these seconds from now on."""
+        self._busy_seconds = busy_seconds
 
-
-class _Mixed:
-    """Batches that travel with the activations, for comparison: each stage waits for one, sends it on, then works.
-
-    What the first stage has comes from the engine all the same.
-    """
-
-    def __init__(self, world: World, place: Place, batches: queue.SimpleQueue[Batch]) -> None:
-        self._world, self._place, self._batches = world, place, batches
-        self._decoder = msgspec.msgpack.Decoder(Batch)
-
-    def take(self) -> Batch:
-        world = self._world
-        data = torch.empty(0, dtype=torch.uint8)
-        length = torch.zeros(1, dtype=torch.int64)
-        if self._place.is_first_of_stage:
-            if world.is_first:
-                data = torch.from_numpy(np.frombuffer(msgspec.msgpack.encode(self._batches.get()), np.uint8).copy())
-            else:
-                data = world.receive_bytes(int(world.receive_bytes(8).view(torch.int64)))
-            length[0] = data.shape[0]
-        world.share_bytes(length.view(torch.uint8))
-        if not self._place.is_first_of_stage:
-            data = torch.empty(int(length), dtype=torch.uint8)
-        world.share_bytes(data)
-        if self._place.is_first_of_stage and not world.is_last:
-            world.send_bytes(length.view(torch.uint8))
-            world.send_bytes(data)
-        return self._decoder.decode(data.numpy().tobytes())
-
-
-def _beat(report: Report, worker: Sequence[StageWorker]) -> None:
-    with contextlib.suppress(OSError):  # the engine is gone
-        while True:
-            report.put(Alive(worker[0].busy_seconds if worker else 0.0))
-            time.sleep(BEAT_SECONDS)
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):  # the engine is gone
+            while True:
+                self._report.put(Alive(self._busy_seconds()))
+                time.sleep(BEAT_SECONDS)
 
 
 def _read_in_background(
@@ -221,7 +124,7 @@ def _read_in_background(
         except OSError:
             pass
         except Exception as error:
-            print(f"orcaserve worker: the link failed: {in_one_line(error)}", file=sys.stderr, flush=True)
+            tell(f"orcaserve worker: the link failed: {in_one_line(error)}")
             os._exit(EXIT_ITERATION)
         at_end()
 
@@ -230,5 +133,4 @@ def _read_in_background(
 
 if __name__ == "__main__":
     code = main(int(sys.argv[1]), int(sys.argv[2]), [int(fd) for fd in sys.argv[3:]])
-    sys.stderr.flush()
     os._exit(code)

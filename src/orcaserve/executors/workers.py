@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
+import signal
 import socket
 import subprocess  # an argument list, never a shell
 import sys
@@ -18,7 +19,7 @@ from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.silence import Silence
 from orcaserve.executors.messages import Begin, FromWorker, Place, Serving, StoreAt, ToWorker
 from orcaserve.worker.machine import available_memory, usable_cpus
-from orcaserve.worker.process import pulse
+from orcaserve.worker.process import DUMP, DUMP_SECONDS, pulse
 
 COMMAND = (sys.executable, "-m", "orcaserve.executors.worker_process")
 TICK_SECONDS = 0.25  # as often as workers say that they are alive
@@ -151,11 +152,20 @@ class Workers:
                     ticked = time.monotonic()
                     for index, silence in enumerate(silences):
                         if silence.tick(pulse(self._processes[index].pid)):
+                            self._dump(index)
                             return self._lose(f"worker {ranks[index]} is frozen")
 
     def _lose(self, why: str) -> None:
         if not self._ended.is_set():
             self._on_lost(why)
+
+    def _dump(self, index: int) -> None:
+        """Has it write down what every thread is doing, of which it dies; gives it a moment for that."""
+        process = self._processes[index]
+        process.send_signal(DUMP)
+        process.send_signal(signal.SIGCONT)  # a stopped one hears nothing else
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(DUMP_SECONDS)
 
     def _manner(self, index: int) -> str:
         try:

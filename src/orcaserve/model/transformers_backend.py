@@ -188,6 +188,8 @@ class TransformersDecoder:
     @classmethod
     def _load(cls, known: type[Any], folder: Path, dtype: torch.dtype) -> TransformersDecoder:
         transformers.AttentionInterface.register(_NAME, _attend)
+        transformers.logging.set_verbosity_error()  # of a checkpoint that does not fit we say in a line
+        transformers.logging.disable_progress_bar()
         model, report = known.from_pretrained(
             folder,
             dtype=dtype,

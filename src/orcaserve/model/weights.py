@@ -101,6 +101,10 @@ class Weights:
             if not path.is_file():
                 raise ModelError(f"{self._folder.name}: the shard {file} is missing")
             try:
+                path.open("rb").close()  # what the library says of a file that may not be read is that there is none
+            except OSError as error:
+                raise ModelError(f"{self._folder.name}: {file} cannot be read: {error.strerror}") from error
+            try:
                 self._files[file] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
                 raise ModelError(

@@ -213,9 +213,8 @@ def make_app(frontend: Frontend, page: Page | None = None) -> ASGIApp:
     routes += [Route("/openapi.json", openapi, methods=["GET"]), Route("/docs", read_docs, methods=["GET"])]
     if page is not None:
         routes += page.routes
-    app = Starlette(
-        routes=routes, exception_handlers={HTTPException: _not_routed, ApiError: _refused, Exception: _refused}
-    )
+    handlers = {HTTPException: _not_routed, ApiError: _refused, Exception: _unforeseen}
+    app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     guarded = [operation.path for operation, _ in table if 429 in operation.statuses]
     gated: ASGIApp = Gate(app, frontend.options.api_keys, door, guarded)
@@ -401,6 +400,11 @@ async def _not_routed(request: Request, error: Exception) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     return _error(error if isinstance(error, ApiError) else errors.internal())
+
+
+async def _unforeseen(request: Request, error: Exception) -> Response:
+    """The gate logs it and answers; without this, Starlette would answer before it, in words of its own."""
+    raise error
 
 
 def _error(error: ApiError) -> Response:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -29,7 +31,8 @@ class Console:
 
     def say(self, line: str) -> None:
         """One line. Plain text: nothing in it is taken for markup."""
-        self._terminal.print(line, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # what cannot be written is no reason to fail
+            self._terminal.print(line, markup=False, soft_wrap=True)
 
     def on_progress(self, stage: str, done: int, total: int) -> None:
         """A stage of the start has come so far; a bar on a terminal, nothing in a file."""
@@ -57,7 +60,8 @@ class Console:
             table.add_row(line.name, in_bytes(line.num_bytes), line.note)
         if replicas > 1:
             self.say(f"{replicas} replicas, each with its part of threads and memory; of one of them:")
-        self._terminal.print(table)
+        with contextlib.suppress(OSError):
+            self._terminal.print(table)
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in info.timings)
         promise = "bit-exact whatever the load" if info.deterministic else "outside the promise of equal bits"
         self.say(

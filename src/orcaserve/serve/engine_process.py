@@ -45,7 +45,7 @@ from orcaserve.serve.frames import (
 )
 from orcaserve.serve.step_log_file import StepLogFile
 from orcaserve.worker.machine import cpu_name
-from orcaserve.worker.process import die_with_parent, in_one_line, keep_freed_memory
+from orcaserve.worker.process import die_with_parent, dump_when_told, in_one_line, keep_freed_memory, tell
 
 FLUSH_SECONDS = 1.0
 RECEIVE_BYTES = 1 << 18
@@ -125,6 +125,7 @@ def main(socket_fd: int, recorder_fd: int, build: Build | None = None) -> int:
     for fd in (socket_fd, recorder_fd):
         os.set_inheritable(fd, False)
     die_with_parent()
+    dump_when_told()
     os.nice(YIELDS)
     sock = socket.socket(fileno=socket_fd)
     start: queue.SimpleQueue[EngineOptions] = queue.SimpleQueue()
@@ -167,7 +168,7 @@ def _serve(
     try:
         loop.run()
     except Exception as error:
-        print(f"orcaserve engine: the loop failed: {in_one_line(error)}", file=sys.stderr, flush=True)
+        tell(f"orcaserve engine: the loop failed: {in_one_line(error)}")
         return EXIT_LOOP
     finally:
         if file is not None:
@@ -177,7 +178,7 @@ def _serve(
 
 def _end(why: str) -> None:
     """The executor is lost, and with it this process: the supervisor starts everything again."""
-    print(f"orcaserve engine: {why}", file=sys.stderr, flush=True)
+    tell(f"orcaserve engine: {why}")
     os._exit(EXIT_LOOP)
 
 
@@ -224,7 +225,7 @@ def _read(
                 else:
                     inbox.put(cast(Command, frame))
     except Exception as error:
-        print(f"orcaserve engine: the link failed: {in_one_line(error)}", file=sys.stderr, flush=True)
+        tell(f"orcaserve engine: the link failed: {in_one_line(error)}")
     os._exit(0)
 
 
@@ -262,5 +263,4 @@ def _header(options: EngineOptions, info: EngineInfo) -> Header:
 
 if __name__ == "__main__":
     code = main(int(sys.argv[1]), int(sys.argv[2]))
-    sys.stderr.flush()
     os._exit(code)  # a model's threads and caches need no tidy end

@@ -21,7 +21,7 @@ from orcaserve.engine.silence import Silence
 from orcaserve.executors.link import Link, LinkError, accept, parse_address
 from orcaserve.serve.flight_recorder import FlightRecorder
 from orcaserve.serve.frames import BEAT_SECONDS, Beat, Failed, Loading
-from orcaserve.worker.process import die_with_parent
+from orcaserve.worker.process import die_with_parent, tell
 
 RECEIVE_BYTES = 1 << 18
 EXIT_REFUSED, EXIT_LOST = 1, 75
@@ -118,7 +118,7 @@ class _Session:
                     self._recorder.write(frame.in_flight)
                     return frame.code if frame.code >= 0 else EXIT_LOST
         except (LinkError, msgspec.MsgspecError) as error:
-            print(f"orcaserve relay: the host is gone: {error}", file=sys.stderr, flush=True)
+            tell(f"orcaserve relay: the host is gone: {error}")
             return EXIT_LOST
         except OSError:
             return 0  # the frontend is gone
@@ -142,11 +142,10 @@ class _Session:
             except LinkError:
                 return
             if self._silence.tick(pulse="not seen from here"):
-                print("orcaserve relay: nothing is heard of the host", file=sys.stderr, flush=True)
+                tell("orcaserve relay: nothing is heard of the host")
                 os._exit(EXIT_LOST)
 
 
 if __name__ == "__main__":
     code = main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
-    sys.stderr.flush()
     os._exit(code)

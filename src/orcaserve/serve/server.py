@@ -16,7 +16,6 @@ import resource
 import signal
 import socket
 import ssl
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from orcaserve.serve.page import Page, changed_options
 from orcaserve.serve.pool import EngineFailed, Pool, Replication
 from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.terms import api_key
+from orcaserve.worker.process import tell
 
 _log = logging.getLogger("orcaserve.serve")
 _FLUSH_SECONDS = 5  # what a slow reader gets to fetch the rest of a response that has ended
@@ -97,7 +97,7 @@ def run(
                 )
             )
     except (StartError, ModelError, EngineFailed) as error:
-        print(f"orcaserve: {error}", file=sys.stderr, flush=True)
+        tell(f"orcaserve: {error}")
         return 1
 
 

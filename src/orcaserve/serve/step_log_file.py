@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from pathlib import Path
+
+from orcaserve.worker.process import tell
 
 WRITE_SECONDS = 0.5
 MOST_BYTES = 64 << 20  # that wait for a disk; if there are more, the log ends
@@ -60,4 +61,4 @@ class StepLogFile:
             was_lost, self._is_lost = self._is_lost, True
             self._lines, self._size = [], 0
         if not was_lost:
-            print(f"orcaserve engine: the step log {self._path} ends here: {why}", file=sys.stderr, flush=True)
+            tell(f"orcaserve engine: the step log {self._path} ends here: {why}")

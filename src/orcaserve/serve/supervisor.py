@@ -1,8 +1,9 @@
 """`Supervisor`: keeps one engine process alive: starts it, notices death, freezing and stuck steps, starts it again.
 
 Death is the socket's end. Freezing is three beats missed by a process that gets no work done. A stuck step is a batch
-that takes far longer than its tokens should. Whichever it is, the process is killed, reaped, and its owner is told who
-was in flight; then comes another one, after a back-off that grows while nothing is gained in between.
+that takes far longer than its tokens should; of both the log gets the stacks of all threads. Whichever it is, the
+process is killed, reaped, and its owner is told who was in flight; then comes another one, after a back-off that grows
+while nothing is gained in between.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from orcaserve.serve.frames import (
     Start,
     ToEngine,
 )
-from orcaserve.worker.process import pulse
+from orcaserve.worker.process import DUMP, DUMP_SECONDS, pulse
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,12 @@ class EngineProcess(asyncio.Protocol):
     def kill(self) -> None:
         self._process.kill()
 
+    async def dump(self) -> None:
+        """Has it write down what every thread is doing, of which it dies; gives it a moment for that."""
+        self._process.send_signal(DUMP)
+        self._process.send_signal(signal.SIGCONT)  # a stopped one hears nothing else
+        await self._exit_code(within=DUMP_SECONDS)
+
     async def reap(self) -> Death:
         """Makes sure that the process is dead and lets go of everything."""
         if self._lost.is_set():  # it may be about to exit by itself, with a code that says more than a signal
@@ -176,6 +183,12 @@ class EngineProcess(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._lost.set()
+
+
+def backoff(fruitless: int) -> float:
+    """Seconds from one start to the next, after so many starts in a row that led nowhere."""
+    least, most = BACKOFF_SECONDS
+    return min(most, least * 2 ** max(0, fruitless - 1))
 
 
 def _manner(code: int) -> str:
@@ -318,10 +331,9 @@ class Supervisor:
             if fruitless >= MOST_FRUITLESS:
                 return self._give_up(self._failure or f"the engine process died {fruitless} times in a row ({reason})")
             log.warning("the engine process died (%s); starting another", self._failure or reason)
-            least, most = BACKOFF_SECONDS
-            pause = min(most, least * 2 ** max(0, fruitless - 1))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), max(0.0, began + pause - time.monotonic()))
+                pause = began + backoff(fruitless) - time.monotonic()
+                await asyncio.wait_for(self._stopping.wait(), max(0.0, pause))
                 return
 
     async def _live(self) -> Death:
@@ -329,7 +341,11 @@ class Supervisor:
         self._watch = watch = Watch(time.monotonic())
         began = time.monotonic()
 
+        verdict: str | None = None
+
         def on_frame(frame: FromEngine) -> None:
+            if verdict is not None:
+                return  # the last words of one that is given up
             watch.hear(frame, time.monotonic())
             self._hear(frame, began)
 
@@ -338,7 +354,6 @@ class Supervisor:
         except OSError as error:
             return Death(f"it could not be started: {error.strerror}")
         self._engine = engine
-        verdict = None
         if self._stopping.is_set():
             engine.kill()
         try:
@@ -348,6 +363,9 @@ class Supervisor:
             self._engine = None
             if self.state == "ready":
                 self.state = "restarting"
+            if verdict is not None:
+                log.warning("the engine process %d is %s; its stacks:", engine.pid, verdict)
+                await engine.dump()
             death = await engine.reap()
         return death if verdict is None else Death(verdict, death.in_flight)
 

@@ -47,10 +47,14 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise ModelError(f"{folder.name} has no tokenizer.json: without a tokenizer the model cannot be served")
         try:
             data = path.read_bytes()
+        except FileNotFoundError:
+            missing = f"{folder.name} has no tokenizer.json: without a tokenizer the model cannot be served"
+            raise ModelError(missing) from None
+        except OSError as error:
+            raise ModelError(f"{folder.name}/tokenizer.json cannot be read: {error.strerror}") from None
+        try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
             file = msgspec.json.decode(data, type=_TokenizerFile)
         except Exception as error:  # the library raises bare Exception
@@ -186,7 +190,7 @@ def _read_config(path: Path) -> _TokenizerConfig:
         return _TokenizerConfig()
     try:
         return msgspec.json.decode(path.read_bytes(), type=_TokenizerConfig)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path.parent.name}/{path.name} cannot be read: {_line(error)}") from None
 
 

@@ -1,8 +1,10 @@
-"""What a process asks of its system: to die with its parent, to keep memory; and how it is seen from outside."""
+"""What a process asks of its system: to die with its parent, to keep memory; its last words; how it is seen outside."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import faulthandler
 import signal
 import sys
 import time
@@ -10,6 +12,8 @@ import traceback
 from pathlib import Path
 
 KEPT_BYTES = 32 << 20  # of one array; as much as glibc allows
+DUMP = signal.SIGUSR1  # of an engine or worker process: write down every thread's stack, and end
+DUMP_SECONDS = 0.5  # that it gets for that
 
 
 def die_with_parent() -> None:
@@ -34,6 +38,21 @@ def keep_freed_memory() -> None:
         libc.malloc_trim(0)
         libc.mallopt(mmap_threshold, KEPT_BYTES)
         libc.mallopt(trim_threshold, 2 * KEPT_BYTES)
+
+
+def dump_when_told() -> None:
+    """Has DUMP and fatal signals write the stacks of all threads to stderr, and then end this process as ever.
+
+    That needs no lock: it works in a process that computes for ever, or waits for what never comes.
+    """
+    faulthandler.enable()
+    faulthandler.register(DUMP, all_threads=True, chain=True)
+
+
+def tell(line: str) -> None:
+    """A line for the operator, on stderr. One that cannot be written, for the disk is full, is no reason to fail."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def in_one_line(error: Exception) -> str:

@@ -1,0 +1,121 @@
+"""One rank of a model that several share: meets the others, loads its part, and runs batches for ever."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from orcaserve.core.batch import Batch
+from orcaserve.executors.loading import load_part
+from orcaserve.executors.messages import Begin, FromWorker, Loaded, MakeCache, Place, Progress, Result, Serving
+from orcaserve.parallel.world import Hidden, World
+from orcaserve.worker.grammars import Grammars
+from orcaserve.worker.process import in_one_line, keep_freed_memory, tell
+from orcaserve.worker.stage import StageWorker
+
+EXIT_ITERATION = 70
+
+Put = Callable[[FromWorker], None]
+OnServing = Callable[[Callable[[], float]], None]
+
+
+def serve(
+    begin: Begin, make: queue.SimpleQueue[MakeCache], batches: queue.SimpleQueue[Batch], put: Put, on_serving: OnServing
+) -> int:
+    """Returns the exit code, if an iteration fails; raises ModelError if the model cannot be served.
+
+    put: what the engine is to hear. on_serving: is given, once, what tells how many seconds this rank has computed.
+    """
+    options, place = begin.options, begin.place
+    world = World(_meet(begin), place.rank, place.tensor, len(place.stages))
+    part = load_part(
+        options,
+        available=begin.available,
+        threads=begin.threads,
+        progress=lambda done, total: put(Progress(done, total)),
+        layers=place.layers,
+        group=world.group,
+    )
+    model, budget = part.model, part.budget
+    put(
+        Loaded(
+            num_blocks=budget.num_blocks,
+            num_slots=budget.num_slots,
+            max_model_len=budget.max_model_len,
+            budget=budget.lines,
+            profile=part.profile,
+            dtype=part.dtype,
+            threads=begin.threads,
+        )
+    )
+    hidden = Hidden(world, model.config.hidden_size, model.dtype)
+    size = make.get()
+    answers = world.is_last and place.is_first_of_stage
+    worker = StageWorker(
+        model,
+        hidden,
+        num_blocks=size.num_blocks,
+        block_size=options.block_size,
+        num_slots=size.num_slots,
+        swap_dir=options.swap_dir,
+        grammars=Grammars(Path(options.model), model.config.vocab_size) if answers else None,
+    )
+    on_serving(lambda: worker.busy_seconds)
+    keep_freed_memory()
+    put(Serving())
+    take = batches.get if options.control_plane == "separate" else _Mixed(world, place, batches).take
+    try:
+        while True:
+            result = worker.run(take())
+            if answers and result is not None:
+                put(Result(result, worker.busy_seconds))
+    except Exception as error:
+        tell(f"orcaserve worker {place.rank}: an iteration failed: {in_one_line(error)}")
+        return EXIT_ITERATION
+
+
+def _meet(begin: Begin) -> dist.Store:
+    """Where the ranks find each other."""
+    at, place = begin.store, begin.place
+    world = len(place.stages) * place.tensor
+    if not at.host:
+        return dist.FileStore(f"/proc/self/fd/{at.fd}", world)
+    if place.rank:
+        return dist.TCPStore(at.host, at.port, world, is_master=False)
+    return dist.TCPStore(at.host, at.port, world, is_master=True, wait_for_workers=False, master_listen_fd=at.fd)
+
+
+class _Mixed:
+    """Batches that travel with the activations, for comparison: each stage waits for one, sends it on, then works.
+
+    What the first stage has comes from the engine all the same.
+    """
+
+    def __init__(self, world: World, place: Place, batches: queue.SimpleQueue[Batch]) -> None:
+        self._world, self._place, self._batches = world, place, batches
+        self._decoder = msgspec.msgpack.Decoder(Batch)
+
+    def take(self) -> Batch:
+        world = self._world
+        data = torch.empty(0, dtype=torch.uint8)
+        length = torch.zeros(1, dtype=torch.int64)
+        if self._place.is_first_of_stage:
+            if world.is_first:
+                data = torch.from_numpy(np.frombuffer(msgspec.msgpack.encode(self._batches.get()), np.uint8).copy())
+            else:
+                data = world.receive_bytes(int(world.receive_bytes(8).view(torch.int64)))
+            length[0] = data.shape[0]
+        world.share_bytes(length.view(torch.uint8))
+        if not self._place.is_first_of_stage:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        world.share_bytes(data)
+        if self._place.is_first_of_stage and not world.is_last:
+            world.send_bytes(length.view(torch.uint8))
+            world.send_bytes(data)
+        return self._decoder.decode(data.numpy().tobytes())
