@@ -7,7 +7,7 @@ from typing import Literal
 import checks
 import instructor
 from openai import OpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 URL, MODEL, *_ = checks.arguments()
 CLIENT = OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
@@ -21,7 +21,9 @@ ASKED = {
 
 
 class Animal(BaseModel):
-    """What is known of an animal."""
+    """What is known of an animal; nothing else, since the small model would never end."""
+
+    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(max_length=20)
     legs: int = Field(ge=0, le=8)
