@@ -37,7 +37,7 @@ def test_three_missed_beats_of_a_process_that_does_nothing() -> None:
     [
         (range(1000), READY, 40),
         ([None] * 1000, READY, 40),
-        (["asleep"] * 1000, Loading("weights", 1, 2), 240),
+        (["asleep"] * 1000, Loading("weights", 1, 2), 40),
         (range(1000), Loading("weights", 1, 2), 240),
     ],
 )

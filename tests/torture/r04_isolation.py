@@ -95,7 +95,7 @@ def guilts(ids: dict[str, int]) -> list[Guilt]:
             "a grammar that no token of the vocabulary can follow",
             complete,
             {"prompt": story, "guided_regex": f"{GONE}+", "max_tokens": 8},
-            500,
+            400,
         ),
         Guilt("detokenise", "a tokenizer that raises on one token", complete, {"prompt": story, **few, **forced}, 500),
         Guilt("forward", "a model that raises on one token", complete, {"prompt": [*SHARED, ids[FORWARD]], **few}, 500),

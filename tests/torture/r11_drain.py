@@ -115,7 +115,8 @@ async def _refusals(url: str, drain: Drain) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
             try:
                 response = await client.post("/v1/completions", json=body)
-            except httpx.ConnectError:
+            except (httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError):
+                # The kernel may have taken a connection up that the server, at its end, did not see any more.
                 drain.refusals["nobody listens"] += 1
             except httpx.HTTPError as error:
                 drain.refusals[type(error).__name__] += 1

@@ -10,8 +10,8 @@ LOADING_TICKS = 240
 class Silence:
     """Owner of what was heard and seen of one process since the last tick.
 
-    is_loading: until `loaded` it may be silent for a minute: it waits for disks, and for libraries that hold Python's
-        lock, which on a busy machine takes longer than three beats.
+    is_loading: until `loaded` it may be idle for ten seconds, and silent for a minute: it waits for disks, and for
+        libraries that hold Python's lock.
     """
 
     def __init__(self, is_loading: bool = False) -> None:
@@ -36,6 +36,5 @@ class Silence:
         worked = pulse is None or pulse != self._pulse
         self._idle = 0 if self._heard or worked else self._idle + 1
         self._heard, self._pulse = False, pulse
-        if self._is_loading:
-            return self._silent >= LOADING_TICKS
-        return self._idle >= FROZEN_TICKS or self._silent >= SILENT_TICKS
+        idle, silent = (SILENT_TICKS, LOADING_TICKS) if self._is_loading else (FROZEN_TICKS, SILENT_TICKS)
+        return self._idle >= idle or self._silent >= silent
