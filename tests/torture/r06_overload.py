@@ -213,7 +213,9 @@ def _judge(loads: list[Load], capacity: float, setup: Setup) -> Outcome:
     )
     is_right = not server_errors and not unexplained and not others
     is_quick = share >= LEAST_GOODPUT and p99 <= MOST_REFUSAL_SECONDS and None not in recoveries
-    return Outcome(ROWS[0], figure, is_right and (is_quick or setup.scale == "short"), trace=tuple(others[:5]))
+    is_short = setup.scale == "short"
+    cause = "too short to judge goodput and times by" if is_short else ""
+    return Outcome(ROWS[0], figure, is_right and (is_quick or is_short), cause, tuple(others[:5]))
 
 
 def _table(loads: list[Load], setup: Setup) -> str:
