@@ -18,7 +18,7 @@ from orcaserve.serve.supervisor import backoff
 POISON = 999
 
 
-def test_the_stacks_of_a_stopped_engine_are_written_down(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_engine_is_replaced_and_its_stacks_are_written_down(capfd: pytest.CaptureFixture[str]) -> None:
     async def main() -> None:
         async with pool_of("--step-seconds", "0.002") as pool:
             wish = Wish((1, 2, 3), 4, 200)
@@ -30,6 +30,7 @@ def test_the_stacks_of_a_stopped_engine_are_written_down(capfd: pytest.CaptureFi
             tokens, reason, _ = await gather(stream)
             assert reason == "length" and wish.answer()[0][-len(tokens) :] == tokens
             assert not is_alive(pid)
+            assert pool.engine_pid not in (None, pid)
 
     run(main())
     said = capfd.readouterr().err

@@ -145,23 +145,6 @@ def test_log_probabilities_and_choices_survive_a_kill() -> None:
     run(main())
 
 
-def test_a_stopped_engine_is_replaced() -> None:
-    async def main() -> None:
-        async with pool_of("--step-seconds", "0.002") as pool:
-            wish = Wish((1, 2, 3), 4, 200)
-            stream = submit(pool, wish)
-            await anext(stream)
-            pid = pool.engine_pid
-            assert pid is not None
-            os.kill(pid, signal.SIGSTOP)
-            await replaced(pool, pid)
-            assert not is_alive(pid)
-            tokens, _, _ = await gather(stream)
-            assert wish.answer()[0][-len(tokens) :] == tokens
-
-    run(main())
-
-
 def test_an_idle_engine_that_dies_is_replaced() -> None:
     async def main() -> None:
         async with pool_of() as pool:
