@@ -25,7 +25,8 @@ PLAIN = Policy(name="plain", prefix_cache=False)
 def test_a_story_tells_what_the_scheduler_has_counted(policy: str | None) -> None:
     base = random.SystemRandom().randrange(10**9)
     waits = losses = 0
-    for seed in range(base, base + (100 if policy is None else 25)):
+    # The last one let in for a moment who never ran, and lost his place a second time.
+    for seed in [*range(base, base + (100 if policy is None else 25)), 100610698]:
         world = logged_life(seed, policy)
         [log] = read(bytes(world.data))
         assert replay(log) == [event.rows for event in log.events if isinstance(event, Submitted)], f"seed {seed}"
@@ -56,7 +57,8 @@ def test_a_story_tells_what_the_scheduler_has_counted(policy: str | None) -> Non
             until = story.began if story.began is not None else story.ended
             first = sum(wait.seconds for wait in in_queue if wait.end <= until)
             assert first == pytest.approx(until - story.arrived, abs=1e-6), where
-            again = sum((loss.resumed or story.ended) - loss.at for loss in story.losses)
+            untils = [*(loss.at for loss in story.losses[1:]), story.ended]
+            again = sum((loss.resumed or until) - loss.at for loss, until in zip(story.losses, untils, strict=False))
             assert story.waited == pytest.approx(first + again, abs=1e-6), where
             waits += len(in_queue)
             losses += len(story.losses)

@@ -59,7 +59,8 @@ class Wait(msgspec.Struct, frozen=True, kw_only=True):
 class Loss(msgspec.Struct, frozen=True, kw_only=True):
     """A preemption. by: for whom, where the log says so. tokens: whose K and V were lost.
 
-    resumed: when it ran again. caught_up: when it had computed as much as before.
+    resumed: when it ran again; None also if it was preempted before it did. caught_up: when it had computed as much as
+    before.
     """
 
     at: float
@@ -229,7 +230,8 @@ class _Teller:
         life.reached = max(life.reached, num_tokens)
         life.sent = 0
         life.enter("lost", at)
-        life.waits_since, life.waits_from_head = at, len(self._heads)
+        if life.waits_since is None:  # else it was let in for a moment, never ran, and goes on waiting
+            life.waits_since, life.waits_from_head = at, len(self._heads)
 
     def _left_out(self, decision: Waits, at: float) -> None:
         life = self._lives.get(decision.id)
