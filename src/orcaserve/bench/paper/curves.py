@@ -15,6 +15,7 @@ from orcaserve.bench.report import number
 
 TITLES = {"mixed": "Latency against throughput (Fig. 10)", "equal": "Equal requests (Fig. 11)"}
 PROMPT, OUTPUT = (32, 512), (1, 128)
+EQUAL = ((32, 32), (256, 256))  # tokens in, tokens out
 BOUND = 2.0  # latency bound, as a multiple of the least latency that any setup has at the lowest rate
 OFF = 25.0  # a curve ends at the first point above so many times that latency: the queue only grows
 
@@ -70,12 +71,12 @@ def mixed(lab: Lab) -> list[Curves]:
 
 def equal(lab: Lab) -> list[Curves]:
     """Lengths that are all the same (Fig. 11)."""
-    factor = lab.factor(sum(lab.effort.equal[-1]))
+    factor = lab.factor(sum(EQUAL[-1]))
     setups = [static(8), orca(8), default(8)]
     requests = lab.effort.requests * lab.effort.equal_times
     return [
         _curves(lab, f"in={scaled(a, factor)},out={scaled(b, factor)}", setups, lab.effort.equal_shares, requests)
-        for a, b in lab.effort.equal
+        for a, b in EQUAL
     ]
 
 

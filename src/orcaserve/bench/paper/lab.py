@@ -23,9 +23,9 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
     requests: of a curve's point at saturation; below it fewer, down to `fewest`, since nothing waits there and the time
         goes by in waiting for arrivals. Where all come at once there are `burst` times as many. rounds: of the engine
         alone.
-    shares: rates of Fig. 10, as shares of the measured saturation; equal_shares: of Fig. 11, whose requests are of the
-    lengths `equal`, `equal_times` as many, for static batches must come and go. orca_sizes: batches of the
-    iteration-level curves. longest: the total length, in tokens, that may stand for the note's 2048.
+    shares: rates of Fig. 10, as shares of the measured saturation; equal_shares: of Fig. 11, whose requests are
+    `equal_times` as many, for static batches must come and go. orca_sizes: batches of the iteration-level curves.
+    scale: what all lengths are multiplied by.
     """
 
     name: str
@@ -35,24 +35,22 @@ class Effort(msgspec.Struct, frozen=True, kw_only=True):
     rounds: int
     shares: tuple[float, ...]
     equal_shares: tuple[float, ...]
-    equal: tuple[tuple[int, int], ...]
     equal_times: int
     orca_sizes: tuple[int, ...]
-    longest: int
+    scale: float
 
 
 QUICK = Effort(
     name="quick",
     requests=24,
     fewest=24,
-    burst=3,
+    burst=2,
     rounds=3,
-    shares=(0.25, 0.5, 0.8, 1.2, 2.0),  # so few requests make a queue only if they come fast
-    equal_shares=(0.4, 0.8, 1.2, 2.0),
-    equal=((32, 32), (128, 128)),
+    shares=(0.4, 0.8, 1.2, 2.0),  # so few requests make a queue only if they come fast
+    equal_shares=(0.5, 1.0, 2.0),
     equal_times=2,
     orca_sizes=(1, 8, 32),
-    longest=1024,
+    scale=0.5,
 )
 FULL = Effort(
     name="full",
@@ -62,10 +60,9 @@ FULL = Effort(
     rounds=3,
     shares=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
     equal_shares=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5),
-    equal=((32, 32), (256, 256)),
     equal_times=1,
     orca_sizes=(1, 8, 16, 32),
-    longest=2048,
+    scale=1.0,
 )
 
 
@@ -97,13 +94,13 @@ class Lab(msgspec.Struct, frozen=True):
             return drive(self.engine, work, setup, watch.ended)
 
     def factor(self, longest: int) -> float:
-        """What lengths are multiplied by, so that requests of `longest` tokens become such as the model takes."""
+        """What lengths are multiplied by: the effort's scale, or less where `longest` tokens are too many."""
         if self.engine.max_model_len < SHORTEST:
             raise BenchError(
                 f"the model takes {self.engine.max_model_len} tokens, which is too short for the paper's requests: "
                 f"take one of at least {SHORTEST}"
             )
-        return min(1.0, self.engine.max_model_len / longest)
+        return min(self.effort.scale, self.engine.max_model_len / longest)
 
 
 def scaled(tokens: int, factor: float) -> int:

@@ -43,7 +43,7 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 def measure(lab: Lab) -> Memory:
-    factor = min(lab.factor(LONGEST), lab.effort.longest / LONGEST)
+    factor = lab.factor(LONGEST)
     low, high, mean, limit = (scaled(tokens, factor) for tokens in (*PROMPT, MEAN, LIMIT))
     text = f"burst:in={low}-{high},out=exp{mean}max{limit},n={lab.effort.requests * lab.effort.burst}"
     work, slots = lab.work(text), scaled(AT_ONCE * LONGEST, factor)

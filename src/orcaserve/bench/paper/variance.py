@@ -64,7 +64,7 @@ class Variance(msgspec.Struct, frozen=True):
 
 
 def measure(lab: Lab) -> Variance:
-    factor = min(lab.factor(LONGEST), lab.effort.longest / LONGEST)
+    factor = lab.factor(LONGEST)
     prompt, mean, slots = (scaled(tokens, factor) for tokens in (PROMPT, MEAN, MEMORY))
     rows = []
     for note_limit in LIMITS:

@@ -12,7 +12,7 @@ from orcaserve.bench.gpu.report import Line
 from orcaserve.bench.paper import ladder
 from orcaserve.bench.paper.drive import drive
 from orcaserve.bench.paper.engine import default, orca, static
-from orcaserve.bench.paper.lab import QUICK, Watch
+from orcaserve.bench.paper.lab import FULL, Watch
 from orcaserve.bench.paper.lab import Lab as PaperLab
 from orcaserve.bench.workloads.spec import make
 from orcaserve.executors.gpu_bench.lab import Lab
@@ -39,7 +39,7 @@ def paper(lab: Lab) -> Iterator[Line]:
             unit="requests/s",
             note=f"{latency:.3g} ms/token in the median",
         )
-    effort = msgspec.structs.replace(QUICK, requests=plan.sessions)  # three times as many sessions / 3
+    effort = msgspec.structs.replace(FULL, requests=plan.sessions)  # three times as many sessions / 3
     found = ladder.measure(PaperLab(engine, effort, 0, _Nobody()))
     below = found.rungs[0].throughput
     for rung in found.rungs:
