@@ -31,6 +31,7 @@ from orcaserve.serve.job import Job, chat_job, chat_prompt, check_ids, completio
 from orcaserve.serve.openapi import Operation, describe
 from orcaserve.serve.page import Page
 from orcaserve.serve.protocol import GenerationRequest
+from orcaserve.serve.replies import Replies
 from orcaserve.serve.request_trace import TRACE, RequestTrace
 from orcaserve.serve.responses import ResponsesWriter
 from orcaserve.serve.responses_chat import as_chat
@@ -238,6 +239,7 @@ class _Api:
         self._frontend = frontend
         self._door = door
         self._bodies = Bodies(frontend)
+        self._replies = Replies(frontend.options.whole_bytes)
 
     async def completions(self, request: Request) -> Answer:
         frontend = self._frontend
@@ -301,8 +303,11 @@ class _Api:
         """Hands the job in. id: of the response. Raises ApiError."""
         frontend = self._frontend
         trace: RequestTrace | None = request.scope.get(TRACE)
+        streams = bool(getattr(body, "stream", False))
+        if not streams:
+            self._replies.check(job)
         if trace is not None:
-            trace.asked(id, body.model, streams=bool(getattr(body, "stream", False)))
+            trace.asked(id, body.model, streams=streams)
         return Generation(job, terms, frontend.pool, model.tokenizer, frontend.metrics, id, trace)
 
     async def _answer(
@@ -311,8 +316,10 @@ class _Api:
         return EventStream(writer.chunks(generation)) if stream else await self._whole(request, generation, writer)
 
     async def _whole(self, request: Request, generation: Generation, writer: Writer) -> Answer:
-        async with generation:
-            return _json(await while_connected(writer.whole(generation), request.receive))
+        with self._replies.reply() as reply:
+            async with generation:
+                generation.keep_in(reply)
+                return _json(await while_connected(writer.whole(generation), request.receive))
 
     async def models(self, request: Request) -> Answer:
         return _encoded(protocol.ModelList(data=[self._card(name) for name in self._frontend.model_names]))

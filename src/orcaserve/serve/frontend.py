@@ -25,10 +25,12 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     api_keys: KEY or NAME=KEY; one of them is required of every client, if there are any. served_model_names: how
     clients may call the model; responses and metrics have the first. None given: the last part of its path.
-    max_body_bytes: larger requests are refused. drain_seconds: how long running requests may go on after SIGTERM.
-    stuck_seconds: /health fails when no iteration has ended for so long, with work waiting. cors_origins: web pages
-    that may call from a browser. log_seconds: one log line per so many seconds of work. metrics_prefix: of the metrics'
-    names. grpc_port: of the gRPC endpoint; None: there is none, 0: any free one. otlp_traces_endpoint: where spans go.
+    max_body_bytes: larger requests are refused. whole_bytes: of responses that are no streams, which are kept until
+    they are whole: of all together, and of one that may come to so much by itself. drain_seconds: how long running
+    requests may go on after SIGTERM. stuck_seconds: /health fails when no iteration has ended for so long, with work
+    waiting. cors_origins: web pages that may call from a browser. log_seconds: one log line per so many seconds of
+    work. metrics_prefix: of the metrics' names. grpc_port: of the gRPC endpoint; None: there is none, 0: any free one.
+    otlp_traces_endpoint: where spans go.
     """
 
     host: str = "127.0.0.1"
@@ -36,6 +38,7 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     api_keys: tuple[str, ...] = ()
     served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = 32 << 20
+    whole_bytes: int = 160 << 20
     drain_seconds: float = 60.0
     stuck_seconds: float = 60.0
     cors_origins: tuple[str, ...] = ()

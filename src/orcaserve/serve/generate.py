@@ -15,6 +15,7 @@ from orcaserve.serve.job import Job
 from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.pool import ContextLengthError, Pool
 from orcaserve.serve.protocol import PromptTokensDetails, Usage
+from orcaserve.serve.replies import Reply
 from orcaserve.serve.request_trace import RequestTrace
 from orcaserve.serve.stream import Stream, Update
 from orcaserve.serve.terms import Terms
@@ -42,6 +43,7 @@ class Generation:
         self._job = job
         self._metrics = metrics
         self._trace = trace
+        self._reply: Reply | None = None
         self._began = time.monotonic()
         self._num_cached = [0] * len(job.prompts)
         self._choices = [ChoiceText(job, tokenizer) for _ in range(len(job.prompts) * job.n)]
@@ -70,6 +72,10 @@ class Generation:
             self._metrics.aborted()
             self._note_end(index, "abort")
         self._unfinished.clear()
+
+    def keep_in(self, reply: Reply) -> None:
+        """All that comes is kept there until the end, so that it comes only as fast as there is room."""
+        self._reply = reply
 
     def abort(self) -> None:
         """Ends what is unfinished: the iteration over it ends, without those choices' last pieces."""
@@ -124,6 +130,8 @@ class Generation:
                 self._measure(index, len(piece.token_ids))
                 if piece.finish_reason is not None:
                     self._has_ended(index, piece.finish_reason)
+                if self._reply is not None:
+                    await self._reply.take(piece)
                 yield index, piece
 
     def _measure(self, index: int, num_tokens: int) -> None:

@@ -172,13 +172,17 @@ def whole_budget(
     """An engine's memory table, continued by this process's part, and by the sum.
 
     engines: of the same size, on this host. Of this process: what it takes now, and what it may hold of requests before
-    they run and of what happened. Not in it are responses that are no streams, which are kept until they are whole.
+    they run, of what happened, and of responses that are no streams: all of them, and one that is beyond that.
     """
     bodies = 2 * BODIES_AT_ONCE * http.max_body_bytes  # as bytes, and decoded
     prompts = limits.max_queue_tokens * _TOKEN_BYTES
-    frontend = _resident() + bodies + prompts + timeline.MOST_BYTES
+    responses = 2 * http.whole_bytes
+    frontend = _resident() + bodies + prompts + responses + timeline.MOST_BYTES
     total = engines * sum(line.num_bytes for line in engine if line.name not in _PARTS) + frontend
-    note = f"{_size(bodies)} of it for request bodies, {_size(prompts)} for prompts that wait"
+    note = (
+        f"{_size(bodies)} of it for request bodies, {_size(prompts)} for prompts that wait, {_size(responses)} for "
+        "responses that are kept until they are whole"
+    )
     return (
         *engine,
         BudgetLine("HTTP process", frontend, note),

@@ -14,7 +14,8 @@ from orcaserve.core.timing import Timing
 
 Expired = Literal["deadline_passed", "timeout", "cancelled"]
 
-FULL_BYTES = 32 << 10  # of a choice's updates that nobody has taken: then it is better not to go on
+FULL_BYTES = 32 << 10  # of a stream's updates that nobody has taken: then it is better not to go on
+LEAST_BYTES = 4 << 10  # of a choice of many: one that stops for every token gets nowhere
 _TOKEN_BYTES, _ENTRY_BYTES, _TOP_BYTES = 40, 120, 140  # about what CPython takes for one of them
 
 
@@ -69,9 +70,9 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
 class Stream:
     """The updates of one request's choices, as they come. For one consumer.
 
-    Slow consumers get fewer, larger updates. A choice of which FULL_BYTES wait to be taken `is_full`: whoever pushes
-    may stop until there is room. Leaving early aborts what is unfinished: `aclose`, the end of `async with`, a
-    cancelled wait, or dropping the stream.
+    Slow consumers get fewer, larger updates. A choice of which its share of FULL_BYTES waits to be taken `is_full`:
+    whoever pushes may stop until there is room. Leaving early aborts what is unfinished: `aclose`, the end of `async
+    with`, a cancelled wait, or dropping the stream.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Stream:
         self._on_room = on_room
         self._sizes: dict[int, int] = {}  # bytes, of those whose consumer is late
         self._open = dict.fromkeys(choices)  # ordered, as a set is not
+        self._full = max(LEAST_BYTES, FULL_BYTES // max(1, len(self._open)))
         self._buffered: dict[int, Update] = {}
         self._waiter: asyncio.Future[None] | None = None
 
@@ -108,13 +110,13 @@ class Stream:
                 self._waiter = None
         choice = next(iter(self._buffered))
         update = self._buffered.pop(choice)
-        if self._sizes.pop(choice, 0) >= FULL_BYTES:
+        if self._sizes.pop(choice, 0) >= self._full:
             self._on_room(choice)
         return update
 
     def is_full(self, choice: int) -> bool:
         """Whether its consumer is so late that nothing should follow."""
-        return self._sizes.get(choice, 0) >= FULL_BYTES
+        return self._sizes.get(choice, 0) >= self._full
 
     def abort(self, choice: int | None = None) -> None:
         """Ends a choice, or all of them; no further update of it follows. Ended and unknown ones are ignored."""
