@@ -45,6 +45,10 @@ def test_streams_survive_their_workers() -> None:
     options = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2", "--kv-memory", "8MiB"]
     with Serving(*options, "--max-batch-size", "32") as server:
         calm = asyncio.run(all_streams(server.url, BODIES, [0] * STREAMS))
+        lines = server.client.get("/metrics").text.splitlines()
+        busy = [line for line in lines if line.startswith("orcaserve:rank_busy_seconds_total{")]
+        assert [line.partition('rank="')[2][0] for line in busy] == list("0123")
+        assert all(float(line.split()[-1]) > 0 for line in busy), f"every rank has worked: {busy}"
         total = sum(len(ids) for _, ids, _, _ in calm)
         began = time.monotonic()
         harm = [(3, signal.SIGKILL), (1, signal.SIGSTOP)]

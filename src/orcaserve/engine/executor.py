@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from orcaserve.core.batch import Batch, StepResult
 
@@ -12,6 +12,16 @@ class Pending(Protocol):
 
     def result(self) -> StepResult:
         """Waits for the iteration to end and gives its results; called once."""
+        ...
+
+
+@runtime_checkable
+class Timekeeping(Protocol):
+    """An executor that knows how long each of its ranks has worked."""
+
+    @property
+    def busy_seconds(self) -> tuple[float, ...]:
+        """Of each rank, so far, stage by stage; not in waiting for another. Any thread may ask."""
         ...
 
 

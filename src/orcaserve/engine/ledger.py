@@ -28,14 +28,19 @@ def ledger_entries(token_ids: Sequence[int]) -> list[int]:
     return list(accumulate(token_ids, lambda before, token_id: _hash(before, token_id), initial=0))[1:]
 
 
+def _read(entries: Sequence[int], *asked: int) -> int:
+    """The hash of what is asked and all that is read for it; it goes on from that of a part."""
+    return crc32(array("q", entries).tobytes(), _hash(*asked))
+
+
 def ledger_token(entries: Sequence[int], seed: int, choice: int, vocab_size: int) -> int:
     """The token that follows a context."""
-    return _hash(seed, choice, *entries) % vocab_size
+    return _read(entries, seed, choice) % vocab_size
 
 
 def ledger_logprobs(entries: Sequence[int], token_id: int) -> TokenLogprobs:
     """The log-probability of `token_id` after a context."""
-    return TokenLogprobs(token_id, -_hash(token_id, *entries) / 2**32, 1)
+    return TokenLogprobs(token_id, -_read(entries, token_id) / 2**32, 1)
 
 
 def ledger_vector(entries: Sequence[int], pooling: Pooling) -> bytes:
@@ -49,10 +54,14 @@ def ledger_vector(entries: Sequence[int], pooling: Pooling) -> bytes:
 def ledger_answer(new: NewRequest, vocab_size: int) -> tuple[list[int], FinishReason]:
     """What a request must get, whatever the load: the oracle."""
     tokens = list(new.token_ids)
+    entries = ledger_entries(tokens)
+    entry, read = entries[-1], _read(entries, new.seed, new.choice)
     while len(tokens) - new.num_prompt < new.max_tokens:
-        tokens.append(ledger_token(ledger_entries(tokens), new.seed, new.choice, vocab_size))
+        tokens.append(read % vocab_size)
         if tokens[-1] in new.end_token_ids:
             return tokens[new.num_prompt :], "stop"
+        entry = _hash(entry, tokens[-1])
+        read = crc32(array("q", (entry,)).tobytes(), read)
     return tokens[new.num_prompt :], "length"
 
 
@@ -144,7 +153,10 @@ class LedgerExecutor:
     def _read(self, row: ScheduledRequest) -> RowResult:
         known = self.known[row.id]
         end = row.start + row.num_tokens
-        entries = [self._slots[self._slot(known, position)] for position in range(end)]
+        entries, size = array("q"), self._block_size
+        for block in known.block_table[: -(-end // size)]:
+            entries.extend(self._slots[block * size : (block + 1) * size])
+        del entries[end:]
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if known.new.params.prompt_logprobs is not None:
             positions = range(row.start + 1, min(end + 1, known.new.num_prompt))

@@ -38,9 +38,9 @@ class DeviceExecutor:
         self._worker = worker
 
     @property
-    def busy_seconds(self) -> float:
+    def busy_seconds(self) -> tuple[float]:
         """Of the device, in the iterations that are over."""
-        return self._worker.busy_seconds
+        return (self._worker.busy_seconds,)
 
     @property
     def caches(self) -> Sequence[KVCache]:

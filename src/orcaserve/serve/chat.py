@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET
 
 from orcaserve.core.request import TokenLogprobs
-from orcaserve.serve.choice import Piece
+from orcaserve.serve.choice import Joined, Piece
 from orcaserve.serve.generate import Generation
 from orcaserve.serve.job import Job
 from orcaserve.serve.logprobs import chat_logprobs, prompt_logprobs
@@ -51,19 +51,20 @@ class ChatWriter:
         job = self._job
         choices = [ChatChoice(index, AssistantMessage("")) for index in range(job.n)]
         replies = self._replies()
-        parts: list[list[Part]] = [[] for _ in choices]
+        said = [_Said() for _ in choices]
         ids: list[list[int]] = [[] for _ in choices]
         entries: list[list[TokenLogprobs]] = [[] for _ in choices]
         prompt_entries: tuple[TokenLogprobs, ...] = ()
         async for index, piece in generation:
-            parts[index] += replies[index].feed(piece.text)
-            ids[index] += piece.token_ids
+            said[index].add(replies[index].feed(piece.text))
+            if job.return_token_ids:
+                ids[index] += piece.token_ids
             entries[index] += piece.logprobs
             prompt_entries = prompt_entries or piece.prompt_logprobs
             choices[index].finish_reason = piece.finish_reason
         for index, choice in enumerate(choices):
-            parts[index] += replies[index].finish()
-            _say(choice, parts[index])
+            said[index].add(replies[index].finish())
+            said[index].tell(choice)
             choice.logprobs = self._logprobs(entries[index])
             if job.return_token_ids:
                 choice.token_ids = ids[index]
@@ -143,18 +144,31 @@ class ChatWriter:
         return None if self._job.logprobs is None else chat_logprobs(entries, self._job.logprobs, self._token_bytes)
 
 
-def _say(choice: ChatChoice, parts: list[Part]) -> None:
-    """Puts the parts of a whole response into its message."""
-    calls = [part for part in parts if isinstance(part, Call)]
-    thoughts = [part.text for part in parts if isinstance(part, Thought)]
-    content = "".join(part for part in parts if isinstance(part, str))
-    message = choice.message
-    message.content = content or (None if calls else "")
-    if thoughts:
-        message.reasoning_content = "".join(thoughts)
-    if calls:
-        message.tool_calls = [_call(part) for part in calls]
-    choice.finish_reason = _reason(choice.finish_reason, len(calls))
+class _Said:
+    """What a whole response says so far. Owner of its parts."""
+
+    def __init__(self) -> None:
+        self._content, self._thoughts = Joined(), Joined()
+        self._calls: list[Call] = []
+
+    def add(self, parts: list[Part]) -> None:
+        for part in parts:
+            if isinstance(part, Call):
+                self._calls.append(part)
+            elif isinstance(part, Thought):
+                self._thoughts.add(part.text)
+            else:
+                self._content.add(part)
+
+    def tell(self, choice: ChatChoice) -> None:
+        """Puts it into the choice's message."""
+        message = choice.message
+        message.content = self._content.text or (None if self._calls else "")
+        if thoughts := self._thoughts.text:
+            message.reasoning_content = thoughts
+        if self._calls:
+            message.tool_calls = [_call(call) for call in self._calls]
+        choice.finish_reason = _reason(choice.finish_reason, len(self._calls))
 
 
 def _delta(parts: list[Part], reply: Reply) -> ChatDelta:

@@ -12,6 +12,8 @@ from orcaserve.serve.job import Job
 from orcaserve.serve.stream import Update
 from orcaserve.serve.tokenizer import Tokenizer
 
+_MOST_PIECES = 256  # of a text before they are joined
+
 
 class Piece(msgspec.Struct):
     """What a choice gained. The last token may be the one that completed a stop string or ended the choice.
@@ -28,6 +30,22 @@ class Piece(msgspec.Struct):
     pooled: bytes = b""
     finish_reason: Literal["stop", "length"] | None = None
     is_cut: bool = False
+
+
+class Joined:
+    """A text that comes in pieces, of which each by itself would take ten times its letters. Owner of it."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+
+    def add(self, piece: str) -> None:
+        self._pieces.append(piece)
+        if len(self._pieces) == _MOST_PIECES:
+            self._pieces = ["".join(self._pieces)]
+
+    @property
+    def text(self) -> str:
+        return "".join(self._pieces)
 
 
 class ChoiceText:

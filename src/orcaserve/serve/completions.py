@@ -9,7 +9,7 @@ import msgspec
 from msgspec import UNSET
 
 from orcaserve.core.request import TokenLogprobs
-from orcaserve.serve.choice import Piece
+from orcaserve.serve.choice import Joined, Piece
 from orcaserve.serve.generate import Generation
 from orcaserve.serve.job import Job
 from orcaserve.serve.logprobs import Offsets, completion_logprobs, prompt_logprobs
@@ -39,11 +39,11 @@ class CompletionWriter:
     async def whole(self, generation: Generation) -> bytes:
         """The response's JSON."""
         choices = [CompletionChoice(index, "") for index in range(len(self._has_begun))]
-        texts: list[list[str]] = [[] for _ in choices]
+        texts = [Joined() for _ in choices]
         async for index, piece in generation:
             _extend(choices[index], self._choice(index, piece), texts[index])
-        for choice, parts in zip(choices, texts, strict=True):
-            choice.text = "".join(parts)
+        for choice, text in zip(choices, texts, strict=True):
+            choice.text = text.text
         return _encode(self._completion(choices, generation.usage, self._timing(generation)))
 
     async def chunks(self, generation: Generation) -> AsyncGenerator[bytes]:
@@ -107,8 +107,8 @@ class CompletionWriter:
         return choice
 
 
-def _extend(choice: CompletionChoice, more: CompletionChoice, texts: list[str]) -> None:
-    texts.append(more.text)
+def _extend(choice: CompletionChoice, more: CompletionChoice, text: Joined) -> None:
+    text.add(more.text)
     choice.finish_reason = more.finish_reason
     if choice.logprobs is None:
         choice.logprobs = more.logprobs

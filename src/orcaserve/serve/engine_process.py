@@ -26,10 +26,10 @@ from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.order import OrderError
 from orcaserve.core.policy import parse_policy
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
-from orcaserve.engine.executor import Executor
+from orcaserve.engine.executor import Executor, Timekeeping
 from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.loop import EngineLoop
-from orcaserve.engine.messages import Command, Stats, Submit
+from orcaserve.engine.messages import Command, Submit
 from orcaserve.engine.step_log import Header, StepLog, log_clock
 from orcaserve.serve.flight_recorder import FlightRecorder, RecordingExecutor
 from orcaserve.serve.frames import (
@@ -163,7 +163,7 @@ def _serve(
         outbox.put(Failed(f"the engine could not start: {in_one_line(error)}"))
         return EXIT_MODEL
     keep_freed_memory()
-    pulse.watch(lambda: recording.num_tokens, loop.stats)
+    pulse.watch(lambda: Beat(recording.num_tokens, loop.stats(), _busy_seconds(executor)))
     outbox.put(Ready(info))
     try:
         loop.run()
@@ -174,6 +174,10 @@ def _serve(
         if file is not None:
             file.close(FLUSH_SECONDS)
     return 0
+
+
+def _busy_seconds(executor: Executor) -> tuple[float, ...]:
+    return executor.busy_seconds if isinstance(executor, Timekeeping) else ()
 
 
 def _end(why: str) -> None:
@@ -196,9 +200,9 @@ class _Pulse:
         self._read: Callable[[], Beat] = Beat
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
 
-    def watch(self, num_tokens: Callable[[], int], stats: Callable[[], Stats]) -> None:
-        """Reports these from now on. Both only read numbers that the loop owns."""
-        self._read = lambda: Beat(num_tokens(), stats())
+    def watch(self, read: Callable[[], Beat]) -> None:
+        """Reports this from now on. It only reads numbers that the loop owns."""
+        self._read = read
 
     def _beat(self) -> None:
         while True:

@@ -38,11 +38,13 @@ class Beat(msgspec.Struct, frozen=True, tag=True):
     """The engine process is alive.
 
     num_tokens: tokens of the batches in flight, 0 when there is none. stats: None until the loop runs; they keep the
-    frontend's picture fresh when an abort leaves nothing to iterate over.
+    frontend's picture fresh when an abort leaves nothing to iterate over. busy_seconds: that each rank has worked,
+    where there are several, or a device that works by itself.
     """
 
     num_tokens: int = 0
     stats: Stats | None = None
+    busy_seconds: tuple[float, ...] = ()
 
 
 class Watch(msgspec.Struct, frozen=True, tag=True):

@@ -236,3 +236,12 @@ class _ReplicaCollector:
             for replica in self._replicas:
                 counter.add_metric([self._model_name, str(replica.index)], read(replica))
             yield counter
+        busy = CounterMetricFamily(
+            "orcaserve:rank_busy_seconds",
+            "Seconds that a rank of the replica's engine has worked, not waited for another; ranks stage by stage.",
+            labels=[*labels, "rank"],
+        )
+        for replica in self._replicas:
+            for rank, seconds in enumerate(replica.busy_seconds):
+                busy.add_metric([self._model_name, str(replica.index), str(rank)], seconds)
+        yield busy

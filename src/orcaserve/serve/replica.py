@@ -40,7 +40,7 @@ class Replica:
     """Owner of a supervisor and, while its engine lives, of the record of what that has been given.
 
     submitted: by engine id, in the order of submission. unstarted: those of them that await their first iteration here.
-    load: how many they are. info: of its latest engine.
+    load: how many they are. info: of its latest engine. busy_seconds: of that one's ranks, as frames.Beat has them.
     """
 
     def __init__(self, index: int, options: EngineOptions, keeper: Keeper, command: Sequence[str] | None) -> None:
@@ -48,6 +48,7 @@ class Replica:
         self.submitted: dict[int, Choice] = {}
         self.unstarted: dict[int, Choice] = {}
         self.info: EngineInfo | None = None
+        self.busy_seconds: tuple[float, ...] = ()
         self._keeper = keeper
         self._supervisor = Supervisor(options, self, command)
         self._stats = Stats()  # of the engine that lives
@@ -137,6 +138,7 @@ class Replica:
     def on_beat(self, beat: Beat) -> None:
         if beat.stats is not None:
             self._stats = beat.stats
+        self.busy_seconds = beat.busy_seconds
 
     def on_step(self, step: Step) -> None:
         self._stats = step.stats
@@ -147,6 +149,7 @@ class Replica:
     def on_death(self, death: Death) -> bool:
         self._before = Stats(**_counted((self._before, self._stats)))
         self._stats = Stats()
+        self.busy_seconds = ()
         return self._keeper.on_death(self, death)
 
     def on_failed(self, message: str) -> None:

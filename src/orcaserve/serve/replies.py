@@ -11,7 +11,9 @@ from orcaserve.serve.choice import Piece
 from orcaserve.serve.job import Job
 
 # What a part takes until the response has been sent: as Python has it, and as JSON.
-_TOKEN_BYTES = 80
+_TEXT_BYTES = 4  # of a character
+_TOKEN_BYTES = 16  # of a token's text
+_ID_BYTES = 48  # of a token's id, where they are returned
 _LOGPROB_BYTES = 300  # a token and its log-probability
 _FLOAT_BYTES = 60  # of a vector
 
@@ -40,7 +42,7 @@ class Replies:
                 entries += generated * (1 + params.logprobs)
             if params.prompt_logprobs is not None:
                 entries += params.n * len(prompt.ids) * (1 + params.prompt_logprobs)
-        most = _TOKEN_BYTES * tokens + _LOGPROB_BYTES * entries
+        most = (_TOKEN_BYTES + _ID_BYTES * job.return_token_ids) * tokens + _LOGPROB_BYTES * entries
         if most > self._most:
             raise errors.invalid(
                 f"The response could take {most} bytes of memory, more than the {self._most} of one that is not a "
@@ -49,9 +51,9 @@ class Replies:
             )
 
     @contextmanager
-    def reply(self) -> Iterator[Reply]:
-        """One more response."""
-        reply = Reply(self)
+    def reply(self, *, keeps_ids: bool) -> Iterator[Reply]:
+        """One more response. keeps_ids: of its tokens."""
+        reply = Reply(self, keeps_ids)
         self._open[reply] = None
         try:
             yield reply
@@ -71,19 +73,21 @@ class Replies:
 class Reply:
     """One whole response. num_bytes: that it holds so far."""
 
-    def __init__(self, replies: Replies) -> None:
+    def __init__(self, replies: Replies, keeps_ids: bool) -> None:
         self._replies = replies
+        self._keeps_ids = keeps_ids
         self.num_bytes = 0
 
     async def take(self, piece: Piece) -> None:
         """It keeps a piece. Returns when it may have the next one."""
-        num_bytes = size_of(piece)
+        num_bytes = size_of(piece, self._keeps_ids)
         self.num_bytes += num_bytes
         await self._replies.grown(self, num_bytes)
 
 
-def size_of(piece: Piece) -> int:
+def size_of(piece: Piece, keeps_ids: bool) -> int:
     """Bytes that a response takes for it."""
+    ids = len(piece.token_ids) if keeps_ids else 0
     entries = sum(1 + len(entry.top) for entry in (*piece.logprobs, *piece.prompt_logprobs))
-    vector = len(piece.pooled) // 4 * _FLOAT_BYTES
-    return len(piece.text) + _TOKEN_BYTES * len(piece.token_ids) + _LOGPROB_BYTES * entries + vector
+    vector = len(piece.pooled) // 4
+    return _TEXT_BYTES * len(piece.text) + _ID_BYTES * ids + _LOGPROB_BYTES * entries + _FLOAT_BYTES * vector
