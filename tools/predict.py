@@ -2,9 +2,10 @@
 
     python tools/predict.py --rates 5,20,40 --out predictions
 
-Serves a checkpoint with a step log, puts one workload on it (--learn) and fits a cost model; predicts another workload
-(--predict, with RATE for the rate) at several rates; puts that on the server twice at each rate; and prints every
-figure with the two real runs beside it. Nothing else should run on the machine meanwhile.
+Serves a checkpoint with a step log, puts one workload on it (--learn), then another one (--predict, with RATE for the
+rate) at several rates, and that in rounds, so that a machine that is slower for a while is so for both. Fits a cost
+model to the first workload, predicts the other one, and prints every figure with the real runs beside it. Nothing else
+should run on the machine meanwhile.
 
 What happens outside of the engine (HTTP, tokens on their way to the client) is measured in the learning run, too: from
 when a request was due to when the engine took it, and from an iteration's results to when the client had them.
@@ -39,6 +40,7 @@ FIGURES = {
     **{f"{name} p{share}": (name, share / 100) for name in ("ttft", "tpot", "normalised") for share in (50, 90, 99)},
 }
 LEARN = "poisson:rate=30,in=32-512,out=1-128,n=300 + burst:in=16-600,out=1-60,n=40,start=14"
+DRAWS = 15
 PREDICT = "poisson:rate=RATE,in=32-400,out=20-100,n=200"
 
 
@@ -177,6 +179,17 @@ def way_in(spans: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
     return best[1], best[2]
 
 
+def mean_door(doors: Sequence[Door]) -> Door:
+    return Door(**{name: statistics.mean(getattr(one, name) for one in doors) for name in Door.__struct_fields__})
+
+
+def predicted(work: Work, fitted: Fitted) -> dict[str, float]:
+    """The median of each figure over draws of the noise: one draw is one run, and may be any."""
+    arrivals = simulation.arrivals_of(work)
+    runs = [figures(simulation.run(arrivals, fitted.config, fitted.cost, seed=seed)) for seed in range(DRAWS)]
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
 def figures(records: Sequence[Record]) -> dict[str, float]:
     found = {
         title: value
@@ -197,44 +210,50 @@ def main() -> None:
     parser.add_argument("--learn", default=LEARN)
     parser.add_argument("--predict", default=PREDICT)
     parser.add_argument("--rates", default="5,20,40")
-    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=3072)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for the cost model, the figures and all records")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=["--threads", "1"], help="of `orcaserve serve`")
     arguments = parser.parse_args()
-    work = spec.make(arguments.learn, vocab=arguments.vocab, seed=arguments.seed)
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-    keep = arguments.out / "learned.jsonl" if arguments.out else None
-    records, log = measure(work, arguments.serve, arguments.vocab, keep)
-    cost = msgspec.structs.replace(fit([log], "the learning run"), door=door(records, log))
-    fitted = Fitted(cost=cost, config=log.header.config, model=log.header.model, machine=log.header.machine)
-    print(msgspec.json.encode(msgspec.structs.replace(cost, residuals=())).decode(), file=sys.stderr)
-    if arguments.out:
-        (arguments.out / "cost.json").write_bytes(msgspec.json.format(msgspec.json.encode(fitted)))
+
+    def work_of(text: str, seed: int) -> Work:
+        return spec.make(text, vocab=arguments.vocab, seed=seed)
+
+    learning = work_of(arguments.learn, arguments.seed)
+    rates = arguments.rates.split(",")
+    works = {rate: work_of(arguments.predict.replace("RATE", rate), arguments.seed + 1) for rate in rates}
+    logs, doors, raw = [], [], []
+    seen: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for number in range(arguments.rounds):
+        keep = arguments.out / f"learned-{number}.jsonl" if arguments.out else None
+        records, log = measure(learning, arguments.serve, arguments.vocab, keep)
+        logs.append(log)
+        doors.append(door(records, log))
+        for rate, work in works.items():
+            print(f"round {number + 1} of {arguments.rounds}: {rate} requests/s", file=sys.stderr)
+            found = measure(work, arguments.serve, arguments.vocab)[0]
+            seen[rate].append(figures(found))
+            raw += [row(rate, number, record) for record in found]
+        seen["learned"].append(figures(records))
+        raw += [row("learned", number, record) for record in records]
+    cost = msgspec.structs.replace(fit(logs, "the learning runs"), door=mean_door(doors))
+    fitted = Fitted(cost=cost, config=logs[0].header.config, model=logs[0].header.model, machine=logs[0].header.machine)
     table = []
-    raw = [row("learned", 0, record) for record in records]
-    own = figures(simulation.run(simulation.arrivals_of(work), log.header.config, cost))
-    lines = [("learned", own, [figures(records)])]
-    for rate in arguments.rates.split(","):
-        text = arguments.predict.replace("RATE", rate)
-        work = spec.make(text, vocab=arguments.vocab, seed=arguments.seed + 1)
-        predicted = figures(simulation.run(simulation.arrivals_of(work), log.header.config, cost))
-        runs = [measure(work, arguments.serve, arguments.vocab)[0] for _ in range(arguments.runs)]
-        lines.append((rate, predicted, [figures(run) for run in runs]))
-        raw += [row(rate, number, record) for number, run in enumerate(runs) for record in run]
     print("| rate | figure | predicted | real runs | error | spread of the runs |")
     print("|---|---|---|---|---|---|")
-    for rate, predicted, real in lines:
-        for name, value in predicted.items():
-            seen = [run[name] for run in real]
-            middle = statistics.mean(seen)
-            error, spread = value / middle - 1, (max(seen) - min(seen)) / middle
-            shown = " / ".join(f"{one:.4g}" for one in seen)
+    for rate, work in {"learned": learning, **works}.items():
+        for name, value in predicted(work, fitted).items():
+            real = [run[name] for run in seen[rate]]
+            middle = statistics.mean(real)
+            error, spread = value / middle - 1, (max(real) - min(real)) / middle
+            shown = " / ".join(f"{one:.4g}" for one in real)
             print(f"| {rate} | {name} | {value:.4g} | {shown} | {error:+.1%} | {spread:.1%} |")
-            table.append({"rate": rate, "figure": name, "predicted": value, "real": seen})
+            table.append({"rate": rate, "figure": name, "predicted": value, "real": real})
     if arguments.out:
+        (arguments.out / "cost.json").write_bytes(msgspec.json.format(msgspec.json.encode(fitted)))
         (arguments.out / "predictions.json").write_text(json.dumps(table, indent=2))
         (arguments.out / "records.jsonl").write_text("".join(json.dumps(one) + "\n" for one in raw))
 
