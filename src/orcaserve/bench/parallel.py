@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import msgspec
@@ -33,8 +33,15 @@ SETTLE = 0.5  # seconds until every rank has said how busy it was
 MICROBATCHED = msgspec.structs.replace(STATIC, name="microbatched", deal=True)
 _POLICIES = {policy.name: policy for policy in (DEFAULT, STATIC, MICROBATCHED)}
 
-# (tensor, pipeline, threads of all, control plane) -> an engine, and the busy seconds of its ranks so far
-Ranks = Callable[[int, int, int, str], AbstractContextManager[tuple[Engine, Callable[[], tuple[float, ...]]]]]
+Layout = tuple[int, int, int, str]  # tensor, pipeline, threads of all, control plane
+ONE: Layout = (1, 1, 1, "separate")
+STAGES: Layout = (1, 2, 2, "separate")
+SHARED: Layout = (2, 1, 2, "separate")
+MIXED: Layout = (1, 2, 2, "mixed")
+
+Running = tuple[Engine, Callable[[], tuple[float, ...]]]  # and the busy seconds of its ranks so far
+Ranks = Callable[[int, int, int, str], AbstractContextManager[Running]]
+Layouts = Mapping[Layout, Running]
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,11 +112,16 @@ def run(plan: Plan, say: Callable[[str], None]) -> Found:
     a, b = min(512, longest * 4 // 5), min(128, longest // 5)
     text = f"burst:in=32-{a},out=1-{b},n={plan.requests}"
     work = make(text, vocab=plan.inside.vocab_size, seed=plan.seed)
-    stage, turn = _learn(plan, say)
     say("what an exchange between two ranks costs")
     joins = plan.joins()
-    runs = [_foretold(plan, work, stage, turn, joins, one) for one in _trace(plan, work, say)]
-    return Found(text, runs, _iterations(plan, say), joins)
+    with ExitStack() as stack:
+        layouts = {
+            layout: stack.enter_context(plan.ranks(*layout))
+            for layout in (ONE, STAGES, SHARED, MIXED)  # all there at once: who has no batch waits for one
+        }
+        stage, turn = _learn(plan, layouts, say)
+        runs = [_foretold(plan, work, stage, turn, joins, one) for one in _trace(plan, layouts, work, say)]
+        return Found(text, runs, _iterations(plan, layouts, say), joins)
 
 
 class _Timed:
@@ -138,16 +150,16 @@ class _Timed:
         self._device.forget_all()
 
 
-def _learn(plan: Plan, say: Callable[[str], None]) -> tuple[StageCost, float]:
+def _learn(plan: Plan, layouts: Layouts, say: Callable[[str], None]) -> tuple[StageCost, float]:
     """What one stage's iterations cost, from another work than the one that is foretold; and a turn of the host."""
     say("what an iteration costs")
     longest = plan.inside.max_model_len
     text = f"burst:in=16-{min(600, longest * 4 // 5)},out=1-{min(60, longest // 5)},n={max(16, plan.requests // 2)}"
-    with plan.ranks(1, 1, 1, "separate") as (engine, _):
-        timed = _Timed(engine.device)
-        setup = Setup(name="learn", policy=DEFAULT, max_batch_size=plan.batch)
-        learning = msgspec.structs.replace(engine, device=timed)
-        drive(learning, make(text, vocab=engine.vocab_size, seed=plan.seed + 1), setup)
+    engine, _ = layouts[ONE]
+    timed = _Timed(engine.device)
+    setup = Setup(name="learn", policy=DEFAULT, max_batch_size=plan.batch)
+    learning = msgspec.structs.replace(engine, device=timed)
+    drive(learning, make(text, vocab=engine.vocab_size, seed=plan.seed + 1), setup)
     return fit_stage(timed.samples[2:]), statistics.median(timed.between)
 
 
@@ -167,28 +179,29 @@ def _foretold(plan: Plan, work: Work, stage: StageCost, turn: float, joins: Sequ
     return msgspec.structs.replace(one, predicted=tokens / seconds)
 
 
-def _trace(plan: Plan, work: Work, say: Callable[[str], None]) -> list[Run]:
+def _trace(plan: Plan, layouts: Layouts, work: Work, say: Callable[[str], None]) -> list[Run]:
     """One stage of one thread, then two: continuous, and static with a batch's rows dealt out as microbatches."""
     ways = [
-        ("one stage", 1, 1, 1, DEFAULT),
-        ("two stages", 1, 2, 2, DEFAULT),
-        ("two ranks share the layers", 2, 1, 2, DEFAULT),
-        ("two stages, static microbatches", 1, 2, 2, MICROBATCHED),
-        ("one stage, static", 1, 1, 1, STATIC),
+        ("one stage", ONE, DEFAULT),
+        ("two stages", STAGES, DEFAULT),
+        ("two ranks share the layers", SHARED, DEFAULT),
+        ("two stages, static microbatches", STAGES, MICROBATCHED),
+        ("one stage, static", ONE, STATIC),
     ]
     found: dict[str, list[Run]] = {name: [] for name, *_ in ways}
     for number in range(plan.rounds):
-        for name, tensor, pipeline, threads, policy in ways:
+        for name, layout, policy in ways:
             say(f"round {number + 1} of {plan.rounds}: {name}")
-            with plan.ranks(tensor, pipeline, threads, "separate") as (engine, busy):
-                setup = Setup(name=name, policy=policy, max_batch_size=plan.batch, depth=pipeline)
-                drive(engine, make("burst:in=40,out=8,n=4", vocab=engine.vocab_size, seed=1), setup)
-                time.sleep(SETTLE)
-                before = busy()
-                trial = drive(engine, work, setup)
-                seconds = measures.wall(trial.records)
-                time.sleep(SETTLE)
-                shares = tuple((after - then) / seconds for after, then in zip(busy(), before, strict=True))
+            tensor, pipeline, threads, _ = layout
+            engine, busy = layouts[layout]
+            setup = Setup(name=name, policy=policy, max_batch_size=plan.batch, depth=pipeline)
+            drive(engine, make("burst:in=40,out=8,n=4", vocab=engine.vocab_size, seed=1), setup)
+            time.sleep(SETTLE)
+            before = busy()
+            trial = drive(engine, work, setup)
+            seconds = measures.wall(trial.records)
+            time.sleep(SETTLE)
+            shares = tuple((after - then) / seconds for after, then in zip(busy(), before, strict=True))
             found[name].append(
                 Run(
                     name=name,
@@ -205,28 +218,20 @@ def _trace(plan: Plan, work: Work, say: Callable[[str], None]) -> list[Run]:
     return [sorted(runs, key=lambda one: one.rate)[len(runs) // 2] for runs in found.values()]
 
 
-def _iterations(plan: Plan, say: Callable[[str], None]) -> list[Iteration]:
-    """How long iterations take, in turns, so that the machine's moods meet all alike."""
+def _iterations(plan: Plan, layouts: Layouts, say: Callable[[str], None]) -> list[Iteration]:
+    """How long iterations take, in turns, so that the machine's moods meet all alike; of sizes near the trace's."""
     found = []
-    sizes = [size for size in (1, 16, 256) if 24 * size <= plan.inside.num_slots]
-    with (
-        plan.ranks(1, 1, 1, "separate") as (worker, _),
-        plan.ranks(1, 2, 2, "separate") as (separate, _),
-        plan.ranks(1, 2, 2, "mixed") as (mixed, _),
-    ):
-        for size in sizes:
-            say(f"iterations of {size} requests")
-            took: dict[str, list[float]] = {}
-            for _ in range(max(3, plan.rounds)):
-                for name, engine in (
-                    ("inside", plan.inside),
-                    ("worker", worker),
-                    ("separate", separate),
-                    ("mixed", mixed),
-                ):
-                    took.setdefault(name, []).append(_decode(engine, size))
-            medians = {name: 1e6 * statistics.median(each) for name, each in took.items()}
-            found.append(Iteration(requests=size, **medians))
+    most = min(plan.inside.num_slots // 24, 4 * plan.requests)
+    sizes = [count for count in (1, 16, 256) if count <= most]
+    engines = {"worker": layouts[ONE][0], "separate": layouts[STAGES][0], "mixed": layouts[MIXED][0]}
+    for count in sizes:
+        say(f"iterations of {count} requests")
+        took: dict[str, list[float]] = {}
+        for _ in range(max(3, plan.rounds)):
+            for name, engine in {"inside": plan.inside, **engines}.items():
+                took.setdefault(name, []).append(_decode(engine, count))
+        medians = {name: 1e6 * statistics.median(each) for name, each in took.items()}
+        found.append(Iteration(requests=count, **medians))
     return found
 
 
