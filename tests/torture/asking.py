@@ -218,9 +218,10 @@ def faults(one: Ask, reply: Reply) -> list[str]:
     return found
 
 
-def new_client(url: str, in_flight: int) -> httpx.AsyncClient:
+def new_client(url: str, in_flight: int, silence: float = 600) -> httpx.AsyncClient:
+    """silence: seconds without a word after which a connection counts as broken."""
     limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight, keepalive_expiry=2)
-    return httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(600), limits=limits, trust_env=False)
+    return httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(silence), limits=limits, trust_env=False)
 
 
 async def ask_all(

@@ -132,10 +132,10 @@ _BROKEN_CHUNKS = (
 
 
 class Mutator:
-    """fields: by path, the names that a body may have there."""
+    """valid: the requests to change. fields: by path, the names that a body may have there."""
 
-    def __init__(self, model: str, fields: Mapping[str, Sequence[str]]) -> None:
-        self._originals = originals(model)
+    def __init__(self, valid: Sequence[bytes], fields: Mapping[str, Sequence[str]]) -> None:
+        self._originals = list(valid)
         self._fields = {path: list(names) for path, names in fields.items() if names}
         self._kinds: tuple[Callable[[random.Random], Mutant], ...] = (
             self._bytes,

@@ -89,11 +89,11 @@ async def _calm(url: str, asks: Sequence[Ask]) -> dict[int, Reply]:
         return await ask_all(client, asks, len(asks))
 
 
-async def _drained(url: str, pid: int, asks: Sequence[Ask], is_time: Callable[[], bool]) -> Drain:
+async def _drained(url: str, pid: int, asks: Sequence[Ask], is_time: Callable[[], bool], silence: float = 600) -> Drain:
     """The streams, and the signal when some of them have begun and it is time; new requests all the while."""
     drain = Drain()
     seen: dict[int, Reply] = {}
-    async with new_client(url, len(asks)) as client:
+    async with new_client(url, len(asks), silence) as client:
         running = asyncio.create_task(ask_all(client, asks, len(asks), lambda reply: seen.update({id(reply): reply})))
         while not (seen and await asyncio.to_thread(is_time)) and not running.done():
             await asyncio.sleep(0.01)
@@ -155,7 +155,7 @@ def _neighbour(setup: Setup, url: str) -> Outcome:
     model = model_of(setup, url)
     asks = _streams(setup, asyncio.run(known_features(setup, url, model)), {"model": model})
     time_is_up = time.monotonic() + setup.size("lead", 2, 2)  # seconds that it has to take all of them
-    drain = asyncio.run(_drained(url, pid, asks, lambda: time.monotonic() > time_is_up))
+    drain = asyncio.run(_drained(url, pid, asks, lambda: time.monotonic() > time_is_up, setup.size("silence", 30, 60)))
     end = time.monotonic() + 60
     while is_alive(pid) and time.monotonic() < end:
         time.sleep(0.1)

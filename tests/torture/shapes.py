@@ -10,7 +10,11 @@ from torture.asking import Ask, Fate
 from torture.rows import Setup
 
 # What some servers know and others refuse. "ours": the fields that only this project has.
-COMMON = ("token ids", "ignore_eos", "chat", "n", "seed", "top_k", "penalties", "stop", "logprobs", "top_logprobs")
+# "greedy n": several choices at temperature 0, which are all the same.
+COMMON = (
+    *("token ids", "ignore_eos", "chat", "seed", "n", "greedy n", "top_k", "penalties", "stop"),
+    *("logprobs", "top_logprobs"),
+)
 OURS = (*COMMON, "ours")
 TWIN = 5  # every fifth request is the one before it once more: streamed, if that was not
 MOST_TOKENS = 90  # to generate
@@ -56,7 +60,9 @@ def _body(chance: random.Random, stems: random.Random, features: Collection[str]
         body["prompt"] = _ids(chance, stems) if "ours" in features and chance.random() < 0.7 else text
     body |= _sampling(chance, features)
     if "n" in features and chance.random() < 0.2:
-        body["n"] = chance.randint(2, 3)
+        count = chance.randint(2, 3)
+        if "greedy n" in features or body["temperature"]:
+            body["n"] = count
     if "ignore_eos" in features and chance.random() < 0.7:
         body["ignore_eos"] = True
     if "token ids" in features:
