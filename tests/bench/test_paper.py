@@ -85,7 +85,7 @@ def test_json_has_the_numbers_behind_the_tables(report: dict[str, Any]) -> None:
     assert {point["batch"] for point in found["alone"]["points"]} == set(alone.BATCHES)
     names = {point["setup"] for point in found["mixed"][0]["points"]}
     assert {"static(1)", "static(8)", "orca(1)", "orca(8)", "orca(32)", "default(32)"} <= names
-    assert [curves["lengths"] for curves in found["equal"]] == ["in=20,out=20", "in=80,out=80"], "160 tokens, not 256"
+    assert [curves["lengths"] for curves in found["equal"]] == ["in=10,out=10", "in=80,out=80"], "160 tokens for 512"
     assert [row["note_limit"] for row in found["variance"]["rows"]] == list(variance.LIMITS)
     assert all(len(row["rates"]) == 3 and min(row["rates"]) > 0 for row in found["variance"]["rows"])
     assert [rung["name"] for rung in found["ladder"]["rungs"]] == list(ladder.RUNGS)
