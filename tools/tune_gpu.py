@@ -299,7 +299,7 @@ class Layers:
         first = torch.randn((m, self.hidden), dtype=torch.bfloat16, device="cuda")
         ints = torch.arange(m, dtype=torch.int32, device="cuda")
         none = ints[:0]
-        layout = DeviceLayout(ints % 8, ints, none, none, 64, m, none, none, none)
+        layout = DeviceLayout(ints % 8, ints, none, none, 64, none, none)
 
         def run(tiles: Sequence[Tile]) -> Tensor:
             x = first

@@ -142,8 +142,6 @@ def layout_of(positions: list[int], slots: list[int], device: torch.device) -> D
         seats=nothing,
         tables=nothing,
         block_size=BLOCK_SIZE,
-        num_decodes=len(positions),
-        items=nothing,
-        first_items=nothing,
         tiles=nothing,
+        num_tiles=nothing,
     )

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from orcaserve.ops.gpu.attention import Scratch, Tuning, attention, tile_tokens
+from orcaserve.ops.gpu.attention import Scratch, Tuning, attention
 from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
-from orcaserve.ops.gpu.pieces import chunk_tiles, decode_items
+from orcaserve.ops.gpu.pieces import FIELDS, Cutter
 
 DTYPES = [torch.bfloat16, torch.float32]
 ERRORS = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -87,39 +89,46 @@ class World:
         chunks: Sequence[tuple[int, int, int]] = (),
         *,
         tile: int | None = None,
-        items_window: int | None = None,
+        programs: int = 4,
         tuning: Tuning | None = None,
     ) -> Tensor:
-        """[M, heads * d] for decodes (request, position), None for padding, then chunks (request, start, count)."""
-        tuning = Tuning.of(self.d) if tuning is None else tuning
-        longest = tile_tokens(self.group, self.k.dtype, tuning)
-        rows = [(0, -1) if decode is None else decode for decode in decodes]
+        """[M, heads * d] for decodes (request, position), None for padding, then chunks (request, start, count).
+
+        programs: that the device is taken to run at a time: the more, the sooner spans are dealt out.
+        """
+        usual = Tuning.of(self.d, self.group, self.k.dtype)
+        longest = usual.tile_tokens(self.group)
+        cutter = Cutter(longest if tile is None else min(tile, longest), self.heads // self.group, programs)
+        rows = [(0, 0) if decode is None else decode for decode in decodes]
         rows += [(request, start + i) for request, start, count in chunks for i in range(count)]
-        counts = np.array([count for _, _, count in chunks], np.int64)
-        firsts = len(decodes) + np.cumsum(counts) - counts
-        seats = np.array([request for request, _, _ in chunks], np.int64)
-        positions = np.array([position for _, position in rows])
-        items, first_items = decode_items(positions[: len(decodes)], items_window)
-        tiles = chunk_tiles(firsts, counts, seats, longest if tile is None else min(tile, longest))
+        parts = [(i, 1, *decode[::-1]) for i, decode in enumerate(decodes) if decode is not None]
+        first = len(decodes)
+        for request, start, count in chunks:
+            parts.append((first, count, start, request))
+            first += count
+        tiles = cutter.cut(*np.array(parts).T)
+        self.dealt = int((tiles[:, 6] > 1).sum())
+        positions = self._int32(np.array([position for _, position in rows]))
         layout = DeviceLayout(
-            positions=self._int32(positions),
-            slots=self._int32(positions),
+            positions=positions,
+            slots=positions,
             seats=self._int32(np.array([request for request, _ in rows])),
             tables=self._int32(self.tables),
             block_size=self.block_size,
-            num_decodes=len(decodes),
-            items=self._int32(np.concatenate([items, np.full(5, -1)])),
-            first_items=self._int32(first_items),
-            tiles=self._int32(tiles.reshape(-1, 3)),
+            tiles=self._int32(np.concatenate([tiles, np.full((2, FIELDS), 1 << 30)])),
+            num_tiles=self._int32(np.array([len(tiles)])),
         )
-        scratch = Scratch.empty(len(items) + 7, self.heads, self.d, self.device)
+        spans = max(position for _, position in rows) // SPAN + 1
+        scratch = Scratch.empty(max(cutter.most_dealt, 1) * spans, self.heads, self.d, self.device)
         for part in (scratch.gathered, scratch.peaks, scratch.masses):
             part.fill_(math.nan)
         q = torch.stack([self.requests[request].queries[position] for request, position in rows])
-        return attention(
+        out = attention(
             q, self.k, self.v, layout, scratch, scale=self.scale, window=self.window, softcap=self.softcap,
             slopes=self.slopes, tuning=tuning,
         )  # fmt: skip
+        assert not scratch.arrived.any()
+        return out
 
     def expect(self, request: int, position: int) -> Tensor:
         """float64 [heads * d]."""
@@ -168,9 +177,7 @@ def test_agrees_with_a_plain_softmax(
     got = world.run(decodes, chunks)
     wanted = [*decodes, *((request, start + i) for request, start, count in chunks for i in range(count))]
     for row, place in zip(got, wanted, strict=True):
-        if place is None:
-            assert torch.equal(row, torch.zeros_like(row))
-        else:
+        if place is not None:
             torch.testing.assert_close(row.double(), world.expect(*place), rtol=0, atol=ERRORS[dtype])
 
 
@@ -187,11 +194,13 @@ def test_a_token_has_the_same_bits_decoded_and_in_any_chunk(
     wanted = whole[[position - start for position in at]]
 
     crowd = [(1, 3), None, *((0, position) for position in reversed(at)), None]
-    mixed = world.run(crowd, [(1, 0, 3), (0, SPAN + 1, 8)], tile=5, items_window=world.window)
-    assert same_bits(mixed[2 : 2 + len(at)].flip(0), wanted)
-    assert same_bits(mixed[len(crowd) + 3 :], whole[SPAN + 1 - start : SPAN + 9 - start])
+    for programs, dealt in ((1, 0), (100, 6)):
+        mixed = world.run(crowd, [(1, 0, 3), (0, SPAN + 1, 8)], tile=5, programs=programs)
+        assert world.dealt == dealt  # three tokens see two spans
+        assert same_bits(mixed[2 : 2 + len(at)].flip(0), wanted)
+        assert same_bits(mixed[len(crowd) + 3 :], whole[SPAN + 1 - start : SPAN + 9 - start])
 
-    other = Tuning(decode_stages=2, decode_programs=1, prefill_stages=2, prefill_rows=64)
+    other = Tuning(stages=2, rows=128 if dtype == torch.bfloat16 else 16)
     cut = world.run([(0, SPAN)], [(0, SPAN - 1, 3)], tuning=other)
     assert same_bits(cut[0], whole[SPAN - start])
     assert same_bits(cut[1:], whole[SPAN - 1 - start : SPAN + 2 - start])
@@ -205,7 +214,9 @@ def test_a_long_context_has_the_same_bits_decoded_and_in_any_chunk(
     world = World(device, [length], dtype=torch.bfloat16, **options)
     whole = world.run([], [(0, 2 * SPAN - 12, 57)])
     at = [2 * SPAN - 1, 2 * SPAN, length - 1]
-    assert same_bits(world.run([(0, position) for position in at]), whole[[p - 2 * SPAN + 12 for p in at]])
+    for programs, dealt in ((1, 0), (4, 4), (100, 8)):
+        assert same_bits(world.run([(0, p) for p in at], programs=programs), whole[[p - 2 * SPAN + 12 for p in at]])
+        assert world.dealt == dealt
 
 
 @pytest.mark.skipif(
@@ -220,48 +231,52 @@ def test_all_of_a_prompt_has_the_bits_of_decodes(device: torch.device, dtype: to
     world = World(device, [length], dtype=dtype, d=d, group=group, kv_heads=2)
     whole = world.run([], [(0, 0, length)])
     assert same_bits(world.run([(0, position) for position in range(length)]), whole)
+    assert same_bits(world.run([(0, length - 1)], programs=100), whole[-1:])
+    assert world.dealt == 4
     assert same_bits(world.run([], [(0, 0, 100), (0, 100, length - 100)], tile=3), whole)
 
 
-def test_refuses_more_items_than_the_scratch_holds(device: torch.device) -> None:
-    world = World(device, [3], dtype=torch.float16)
-    none = torch.zeros(2, dtype=torch.int32, device=device)
-    layout = DeviceLayout(none, none, none, none[None], 64, 2, torch.zeros(9).int(), none, none.new_empty(0, 3))
-    scratch = Scratch.empty(8, world.heads, world.d, device)
-    with pytest.raises(ValueError, match="9 items"):
-        attention(world.requests[0].queries, world.k, world.v, layout, scratch, scale=1.0)
-
-
-@pytest.mark.parametrize("window", [None, 1, 100, SPAN, 3 * SPAN])
-def test_items_are_the_spans_that_a_window_shows(window: int | None) -> None:
-    rng = random.Random(f"items {window}")
-    positions = [rng.choice([-1, rng.randrange(9 * SPAN), SPAN * rng.randrange(1, 9)]) for _ in range(50)]
-    wanted, firsts = [], [0]
-    for token, position in enumerate(positions):
-        low = 0 if window is None else max(0, position - window + 1)
-        wanted += [token << 16 | span for span in sorted({p // SPAN for p in range(low, position + 1)})]
-        firsts.append(len(wanted))
-    items, first_items = decode_items(np.array(positions), window)
-    assert (items.dtype, first_items.dtype) == (np.int32, np.int32)
-    assert items.tolist() == wanted
-    assert first_items.tolist() == firsts
-
-
-def test_no_decodes_have_no_items() -> None:
-    items, first_items = decode_items(np.zeros(0, np.int32))
-    assert (items.tolist(), first_items.tolist()) == ([], [0])
-
-
-def test_tiles_cover_each_chunk_in_order() -> None:
-    rng = random.Random("tiles")
-    counts = [rng.choice([1, 7, 8, 9, rng.randrange(1, 100)]) for _ in range(30)]
-    firsts = np.cumsum(counts) - counts + 5
-    wanted = [
-        [first + i, min(8, count - i), seat]
-        for first, count, seat in zip(firsts, counts, range(30), strict=True)
-        for i in range(0, count, 8)
-    ]
-    tiles = chunk_tiles(firsts, np.array(counts), np.arange(30), 8)
-    assert tiles.dtype == np.int32
-    assert tiles.tolist() == wanted
-    assert chunk_tiles(*[np.zeros(0, np.int64)] * 3, 8).shape == (0, 3)
+@given(
+    rows=st.lists(st.tuples(st.just(1) | st.integers(1, 300), st.integers(0, 40 * SPAN)), min_size=1, max_size=40),
+    tile_tokens=st.sampled_from([1, 3, 64]),
+    kv_heads=st.integers(1, 8),
+    programs=st.integers(1, 264),
+)
+def test_every_token_meets_all_its_spans_once(
+    rows: list[tuple[int, int]], tile_tokens: int, kv_heads: int, programs: int
+) -> None:
+    counts, starts = np.array(rows).T
+    firsts, seats = np.cumsum(counts) - counts, np.arange(len(rows)) * 3
+    cutter = Cutter(tile_tokens, kv_heads, programs)
+    tiles = cutter.cut(firsts, counts, starts, seats)
+    assert (tiles.dtype, tiles.shape[1]) == (np.int32, FIELDS)
+    row_of = np.repeat(np.arange(len(rows)), counts)
+    spans_of: dict[int, list[int]] = {token: [] for token in range(counts.sum())}
+    states: dict[int, tuple[int, int]] = {}
+    for first, count, start, seat, begin, end, shares, place in tiles.tolist():
+        row = row_of[first]
+        assert 1 <= count <= tile_tokens
+        assert row == row_of[first + count - 1]
+        assert (start, seat) == (starts[row] + first - firsts[row], seats[row])
+        assert begin < end
+        for token in range(first, first + count):
+            spans_of[token] += range(begin, end)
+        if shares > 1:
+            assert count == 1
+            states[first] = (place, start // SPAN + 1)
+            assert sum(1 for tile in tiles if tile[0] == first) == shares
+        else:
+            assert (begin, end) == (0, (start + count - 1) // SPAN + 1)
+    for token, spans in spans_of.items():
+        last = starts[row_of[token]] + token - firsts[row_of[token]]
+        assert sorted(spans)[: last // SPAN + 1] == list(range(last // SPAN + 1))
+        assert len(set(spans)) == len(spans)
+    lengths = (tiles[:, 5] - tiles[:, 4]).tolist()
+    assert lengths == sorted(lengths, reverse=True)
+    # the states of the tokens that are dealt out lie side by side, and both bounds hold
+    at = 0
+    for place, count in sorted(states.values()):
+        assert place == at
+        at += count
+    assert len(states) <= cutter.most_dealt
+    assert len(tiles) <= sum(-(-count // tile_tokens) for count, _ in rows) + cutter.most_dealt

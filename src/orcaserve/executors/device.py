@@ -89,9 +89,10 @@ def start_device(
     block_size = -(-options.block_size // kernels.block_multiple) * kernels.block_multiple
     longest = options.max_model_len or config.max_positions
     tokens = step_tokens(options, policy_of(options), config.max_positions)
+    cutter = kernels.cutter(config.num_heads, model.num_kv_heads, config.head_dim, model.dtype)
     activations = activation_bytes(
         tokens, config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim, 0
-    ) + scratch_bytes(options.max_batch_size, longest, config.num_heads, config.head_dim, config.vocab_size)
+    ) + scratch_bytes(cutter, options.max_batch_size, longest, config.num_heads, config.head_dim, config.vocab_size)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory(most=options.memory)
     budget = make_budget(
         available=free + model.weight_bytes,

@@ -7,7 +7,7 @@ turn, that no cache still holds one when its turn comes. Data are random: zeros 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -21,10 +21,9 @@ from orcaserve.bench.gpu.plan import Decode, Plan
 from orcaserve.bench.gpu.report import Line
 from orcaserve.bench.gpu.roofline import Card
 from orcaserve.bench.kernels import Kernel, Shape, kernels, work
-from orcaserve.ops.gpu.attention import Tuning, tile_tokens
 from orcaserve.ops.gpu.kernels import TritonKernels
 from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
-from orcaserve.ops.gpu.pieces import chunk_tiles, decode_items
+from orcaserve.ops.gpu.pieces import Cutter
 from orcaserve.ops.gpu.sampling import Scratch, Wishes, sample
 from orcaserve.ops.gpu.stopwatch import Call, Stopwatch
 from orcaserve.ops.kernels import KVCache
@@ -80,16 +79,10 @@ def measure_card(device: torch.device, watch: Stopwatch, plan: Plan) -> tuple[Ca
 
 
 def device_layout(
-    parts: Sequence[tuple[int, int, Sequence[int]]],
-    block_size: int,
-    heads_per_kv: int,
-    head_dim: int,
-    device: torch.device,
-    tuning: Tuning | None = None,
+    parts: Sequence[tuple[int, int, Sequence[int]]], block_size: int, cutter: Cutter, device: torch.device
 ) -> DeviceLayout:
-    """From (start, number of tokens, block table) of each request: first those of one token, then the others."""
-    num_decodes = sum(count == 1 for _, count, _ in parts)
-    counts = np.array([count for _, count, _ in parts])
+    """From (start, number of tokens, block table) of each request."""
+    starts, counts = (np.array([part[field] for part in parts]) for field in range(2))
     firsts = np.cumsum(counts) - counts
     seats = np.repeat(np.arange(len(parts)), counts)
     positions = np.concatenate([np.arange(start, start + count) for start, count, _ in parts])
@@ -97,31 +90,24 @@ def device_layout(
     for seat, (_, _, table) in enumerate(parts):
         tables[seat, : len(table)] = table
     slots = tables[seats, positions // block_size] * block_size + positions % block_size
-    items, first_items = decode_items(positions[:num_decodes])
-    rest = slice(num_decodes, None)
-    tokens = tile_tokens(heads_per_kv, DTYPE, tuning or Tuning.of(head_dim))
-    tiles = chunk_tiles(firsts[rest], counts[rest], np.arange(len(parts))[rest], tokens)
+    tiles = cutter.cut(firsts, counts, starts, np.arange(len(parts)))
 
     def on_device(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values, np.int32)).to(device)
 
     return DeviceLayout(
-        *map(on_device, (positions, slots, seats, tables)),
-        block_size,
-        num_decodes,
-        *map(on_device, (items, first_items, tiles)),
+        *map(on_device, (positions, slots, seats, tables)), block_size, *map(on_device, (tiles, np.array([len(tiles)])))
     )
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Kernels and what they are measured against. make_layout: `device_layout` but for its last three arguments."""
+    """Kernels and what they are measured against."""
 
     kernels: TritonKernels
     watch: Stopwatch
     plan: Plan
     card: Card
-    make_layout: Callable[..., DeviceLayout] = field(default=device_layout)
 
     def lines(self) -> Iterator[Line]:
         """Everything in turn. What raises is said in a line of its own, and the others are measured all the same."""
@@ -179,7 +165,8 @@ class Benchmark:
         d = self.plan.head_dim
         shape = Shape("", 0, 0, of.heads, of.kv_heads, d, 0)
         moved = work(shape, Kernel("decode", "", (of.context,)), of.batch, DTYPE.itemsize)
-        self.kernels.reserve(of.batch * -(-of.context // SPAN), of.heads, d)
+        cutter = self.kernels.cutter(of.heads, of.kv_heads, d, DTYPE)
+        self.kernels.reserve(cutter.most_dealt * -(-of.context // SPAN), of.heads, d)
         blocks = -(-of.context // BLOCK)
         copies = self._copies(moved.bytes)
         cache = self._cache(copies * of.batch * blocks, of.kv_heads)
@@ -189,7 +176,7 @@ class Benchmark:
         calls: list[Call] = []
         for some in tables:
             parts = [(of.context - 1, 1, table) for table in some]
-            layout = self.make_layout(parts, BLOCK, of.heads // of.kv_heads, d, self.kernels.device)
+            layout = device_layout(parts, BLOCK, cutter, self.kernels.device)
             calls.append(partial(self.kernels.attention, q, cache, layout, scale=d**-0.5))
         return self._line(what, calls, moved.bytes, moved.flops, {})
 
@@ -198,8 +185,9 @@ class Benchmark:
         of = work(shape, Kernel("prefill", ""), m, DTYPE.itemsize)
         blocks = -(-m // BLOCK)
         cache = self._cache(blocks, shape.kv_heads)
-        layout = self.make_layout([(0, m, range(blocks))], BLOCK, shape.heads // shape.kv_heads, d, self.kernels.device)
-        self.kernels.reserve(1, shape.heads, d)
+        cutter = self.kernels.cutter(shape.heads, shape.kv_heads, d, DTYPE)
+        layout = device_layout([(0, m, range(blocks))], BLOCK, cutter, self.kernels.device)
+        self.kernels.reserve(cutter.most_dealt * -(-m // SPAN), shape.heads, d)
         q = self._draw(m, shape.heads * d)
         call = partial(self.kernels.attention, q, cache, layout, scale=d**-0.5)
         by_head = q.view(1, m, shape.heads, d).transpose(1, 2).contiguous()
@@ -242,7 +230,8 @@ class Benchmark:
         heads = self.kernels.heads(shape.heads, shape.kv_heads, d, weight, weight, _EPS, False, rotary)
         blocks = -(-m // BLOCK)
         cache = self._cache(blocks, shape.kv_heads)
-        layout = self.make_layout([(0, m, range(blocks))], BLOCK, shape.heads // shape.kv_heads, d, self.kernels.device)
+        cutter = self.kernels.cutter(shape.heads, shape.kv_heads, d, DTYPE)
+        layout = device_layout([(0, m, range(blocks))], BLOCK, cutter, self.kernels.device)
         qkv = self._draw(m, shape.qkv)
         return self._line(what, [partial(heads, qkv, layout, cache)], 2 * qkv.nbytes, 0, {})
 

@@ -17,11 +17,12 @@ from orcaserve.core.config import KVDtype, Numerics
 from orcaserve.ops.activation import ACTIVATIONS
 from orcaserve.ops.draw import Draw, draw
 from orcaserve.ops.gpu.activation import act_mul
-from orcaserve.ops.gpu.attention import Scratch, attention
+from orcaserve.ops.gpu.attention import Scratch, Tuning, attention, concurrent_programs
 from orcaserve.ops.gpu.heads import heads
 from orcaserve.ops.gpu.layout import DeviceLayout
 from orcaserve.ops.gpu.matmul import MatmulScratch, gated, matmul
 from orcaserve.ops.gpu.norm import layer_norm, rms_norm
+from orcaserve.ops.gpu.pieces import Cutter
 from orcaserve.ops.halves import ComposedAttention, ComposedMLP
 from orcaserve.ops.kernels import Heads, Linear, Norm, Part
 from orcaserve.ops.linear import embedding
@@ -135,9 +136,15 @@ class TritonKernels:
         self._partials: Scratch | None = None
         self._tables: dict[Rotary, Tensor] = {}
 
-    def reserve(self, max_items: int, num_heads: int, head_dim: int) -> None:
-        """Makes room for so many items of a layout (spans of decodes)."""
-        self._partials = Scratch.empty(max_items, num_heads, head_dim, self.device)
+    def cutter(self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Cutter:
+        """What cuts the attention of such heads into tiles."""
+        group = num_heads // num_kv_heads
+        tokens = Tuning.of(head_dim, group, dtype).tile_tokens(group)
+        return Cutter(tokens, num_kv_heads, concurrent_programs(self.device))
+
+    def reserve(self, max_states: int, num_heads: int, head_dim: int) -> None:
+        """Makes room for the states of so many spans that are dealt out."""
+        self._partials = Scratch.empty(max_states, num_heads, head_dim, self.device)
 
     def linear(
         self,

@@ -13,16 +13,16 @@ SPAN = 256  # positions over which attention is summed in one piece, aligned; pi
 class DeviceLayout:
     """Tensors on the device, int32, which kernels read and the worker fills in.
 
-    The first `num_decodes` (D) tokens are rows of one token each. The others are those of chunks of prompts, one chunk
-    after the other, cut into tiles. Tokens may be there for padding, anywhere among the first D: they have the slot -1,
-    so that nothing is stored, and no items.
+    The tokens of a request lie side by side, in order. Tokens may be there for padding, anywhere: they have the slot
+    -1, so that nothing is stored, and no tile.
 
     positions: [M], each token's place in its request. slots: [M], its place in the KV cache (block * block_size +
     offset), or -1. seats: [M], the row of `tables` of its request.
     tables: [seats, W], the requests' block tables.
-    items: [at least first_items[D]], the spans that the decodes attend over: token << 16 | span.
-    first_items: [D + 1], where each decode's items begin, and their number; a token's items are in order of the spans.
-    tiles: [T, 3], pieces of chunks: (first token, number of tokens, seat). No piece is longer than the kernels' tile.
+    tiles: [T, 8], of which the first num_tiles [1] count: pieces of the work of attention. Each is (first token, number
+    of tokens, position of the first, seat, first span, behind the last span, shares, states). Usually a tile has all
+    the spans that its tokens see, and `shares` is 1. Else it is one of so many tiles of one token, and `states` is
+    where the states of that token's spans begin in the scratch.
     """
 
     positions: Tensor
@@ -30,10 +30,8 @@ class DeviceLayout:
     seats: Tensor
     tables: Tensor
     block_size: int
-    num_decodes: int
-    items: Tensor
-    first_items: Tensor
     tiles: Tensor
+    num_tiles: Tensor
 
     @property
     def num_tokens(self) -> int:

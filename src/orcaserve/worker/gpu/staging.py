@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from orcaserve.ops.gpu.pieces import FIELDS
+
 
 def _aligned(length: int) -> int:
     """Kernels are compiled anew for pointers that are not on a boundary of 16 bytes: there are none."""
@@ -16,17 +18,15 @@ def _aligned(length: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """tokens: of the iteration, `decodes` of which are rows of one token. samples: rows that get a token.
+    """tokens: of the iteration. samples: rows that get a token. updates: block tables' entries that are new.
 
-    tiles: pieces of chunks. updates: block tables' entries that are new. items: spans that decodes attend over.
+    tiles: pieces of attention's work.
     """
 
     tokens: int
-    decodes: int
     samples: int
-    tiles: int
     updates: int
-    items: int
+    tiles: int
 
     @property
     def total(self) -> int:
@@ -47,11 +47,10 @@ class Sizes:
             ("top_k", samples),
             ("top_p", samples),
             ("min_p", samples),
-            ("first_items", self.decodes + 1),
-            ("tiles", 3 * self.tiles),
             ("num_updates", 1),
             ("updates", 3 * self.updates),
-            ("items", self.items),
+            ("num_tiles", 1),
+            ("tiles", FIELDS * self.tiles),
         ]
 
 
@@ -67,8 +66,8 @@ class Sections:
     bases: int64 [samples], keys of the noise. sample_rows: [samples], tokens whose hidden values give them.
     sample_seats: [samples], -1 for padding. sample_positions: [samples], of the tokens that are drawn.
     temperatures, top_p, min_p: float32 [samples]. top_k: [samples].
-    first_items: [decodes + 1]; tiles: [tiles, 3]; items: [items]: as DeviceLayout has them.
     num_updates: [1]; updates: [updates, 3] of (seat, place in its table, block).
+    num_tiles: [1]; tiles: [tiles, FIELDS]: as DeviceLayout has them.
     """
 
     bases: Tensor
@@ -82,11 +81,10 @@ class Sections:
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
-    first_items: Tensor
-    tiles: Tensor
     num_updates: Tensor
     updates: Tensor
-    items: Tensor
+    num_tiles: Tensor
+    tiles: Tensor
 
     @classmethod
     def of(cls, flat: Tensor, sizes: Sizes) -> Sections:
@@ -98,8 +96,8 @@ class Sections:
             at += _aligned(length)
         for name in ("temperatures", "top_p", "min_p"):
             parts[name] = parts[name].view(torch.float32)
-        for name in ("tiles", "updates"):
-            parts[name] = parts[name].view(-1, 3)
+        parts["updates"] = parts["updates"].view(-1, 3)
+        parts["tiles"] = parts["tiles"].view(-1, FIELDS)
         return cls(**parts)
 
     def on_host(self) -> HostSections:

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from orcaserve.core.batch import Batch, RowResult, StepResult
-from orcaserve.ops.gpu.attention import Tuning, tile_tokens
 from orcaserve.ops.gpu.kernels import TritonKernels
 from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
-from orcaserve.ops.gpu.pieces import chunk_tiles, decode_items
+from orcaserve.ops.gpu.pieces import FIELDS, Cutter
 from orcaserve.ops.gpu.prepare import Staged, commit, prepare
 from orcaserve.ops.gpu.sampling import Scratch, Wishes, sample
 from orcaserve.ops.kernels import Kernels, KVCache
@@ -94,10 +93,16 @@ class DevicePending:
         return in_order(self.batch, results)
 
 
-def scratch_bytes(max_batch_size: int, max_model_len: int, num_heads: int, head_dim: int, vocab_size: int) -> int:
-    """What a worker takes beside weights, KV and activations: the logits of a batch, and parts of attention."""
-    partials = max_batch_size * -(-max_model_len // SPAN) * num_heads * (head_dim + 2)
-    return 4 * (partials + 2 * max_batch_size * vocab_size)
+def scratch_bytes(
+    cutter: Cutter, max_batch_size: int, max_model_len: int, num_heads: int, head_dim: int, vocab_size: int
+) -> int:
+    """What a worker takes beside weights, KV and activations: the logits of a batch, and states of attention."""
+    states = _most_states(cutter, max_model_len) * num_heads * (head_dim + 3)
+    return 4 * (states + 2 * max_batch_size * vocab_size)
+
+
+def _most_states(cutter: Cutter, max_model_len: int) -> int:
+    return cutter.most_dealt * -(-max_model_len // SPAN)
 
 
 class DeviceWorker:
@@ -132,15 +137,14 @@ class DeviceWorker:
         self._requests = Requests(model.vocab_size, num_blocks, block_size, ahead=1)
         self._kv: Sequence[KVCache] = make_caches(model, num_blocks, block_size)
         self._swapper = Swapper(self._kv, num_slots, swap_dir) if num_slots else None
-        self._tile_tokens = tile_tokens(num_heads // model.num_kv_heads, model.dtype, Tuning.of(model.head_dim))
-        self._most_spans = -(-max_model_len // SPAN)
+        self._cutter = kernels.cutter(num_heads, model.num_kv_heads, model.head_dim, model.dtype)
         num_seats = _SEATS_PER_ROW * max_batch_size
         self._seats = Seats(num_seats)
         device = stream.device
         self._tables = torch.zeros((num_seats, -(-max_model_len // block_size)), dtype=torch.int32, device=device)
         self._last_tokens = torch.zeros(num_seats, dtype=torch.int32, device=device)
         self._scratch = Scratch.make(2 * max_batch_size, model.vocab_size, device)
-        kernels.reserve(max_batch_size * self._most_spans, num_heads, model.head_dim)
+        kernels.reserve(_most_states(self._cutter, max_model_len), num_heads, model.head_dim)
         # One for each iteration in flight, and one to fill meanwhile.
         self._hosts = [stream.host_buffer(1 << 16) for _ in range(in_flight + 1)]
         self._drawn = [stream.host_buffer(2 * max_batch_size) for _ in range(in_flight + 1)]
@@ -161,7 +165,7 @@ class DeviceWorker:
     @torch.inference_mode()
     def record(self, size: int) -> None:
         """Records the iteration in which up to `size` requests decode."""
-        sizes = Sizes(size, size, size, 0, size + _UPDATES, size * self._most_spans)
+        sizes = Sizes(size, size, size + _UPDATES, size + self._cutter.most_dealt)
         device = self._stream.device
         staged = torch.zeros(sizes.total, dtype=torch.int32, device=device)
         told = Sections.of(staged, sizes)
@@ -169,20 +173,21 @@ class DeviceWorker:
         told.sample_seats.fill_(-1)
         told.sample_rows.copy_(torch.arange(size, device=device))
         tokens = torch.zeros(size, dtype=torch.int32, device=device)
-        run = self._stream.record(lambda: self._iterate(told, size, tokens, gather=False))
+        run = self._stream.record(lambda: self._iterate(told, tokens, gather=False))
         hosts = [_Host.of(self._stream.host_buffer(sizes.total), sizes) for _ in self._hosts]
         self._graphs[size] = _Graph(sizes, staged, hosts, tokens, run)
 
     @torch.inference_mode()
     def warm(self, num_tokens: int) -> None:
         """Reads a prompt of nobody: compiles what is not compiled yet, and shows that there is memory for it."""
-        pieces = chunk_tiles(np.array([0]), np.array([num_tokens]), np.array([0]), self._tile_tokens)
-        sizes = Sizes(num_tokens, 0, 1, len(pieces), 0, 0)
+        tiles = self._cutter.cut(np.array([0]), np.array([num_tokens]), np.array([0]), np.array([0]))
+        sizes = Sizes(num_tokens, 1, 0, len(tiles))
         told = Sections.of(torch.zeros(sizes.total, dtype=torch.int32, device=self._stream.device), sizes)
         told.seats.fill_(-1)
         told.sample_seats.fill_(-1)
-        told.tiles.copy_(torch.from_numpy(pieces))
-        self._iterate(told, 0, torch.zeros(1, dtype=torch.int32, device=self._stream.device), gather=True)
+        told.tiles.copy_(torch.from_numpy(tiles))
+        told.num_tiles.fill_(len(tiles))
+        self._iterate(told, torch.zeros(1, dtype=torch.int32, device=self._stream.device), gather=True)
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> DevicePending:
@@ -195,14 +200,14 @@ class DeviceWorker:
         self._seats.leave(batch.freed)
         for new in batch.new:
             self._seats.take(new)
-        plan = _Plan.of(self._requests.take(batch), self._max_batch_size)
+        plan = _Plan.of(self._requests.take(batch))
         updates = self._updates(plan.jobs)
         turn, self._turn = self._turn, (self._turn + 1) % len(self._hosts)
         drawn = self._drawn[turn][: len(plan.drawing)]
         known: dict[int, RowResult] = {}
         began = self._stream.mark()
         if (graph := self._graph(plan, updates)) is not None:
-            self._fill(graph.hosts[turn], graph.sizes, graph.staged, plan, updates)
+            self._fill(graph.hosts[turn], graph.sizes, graph.staged, plan, updates, self._cut(plan))
             graph.run()
             self._stream.copy(graph.tokens[: len(plan.drawing)], drawn)
         elif plan.jobs:
@@ -233,21 +238,19 @@ class DeviceWorker:
 
     def _compute(self, turn: int, plan: _Plan, updates: np.ndarray, drawn: Tensor) -> Tensor:
         """An iteration of any kind, kernel by kernel; the hidden values of its tokens [M, H]."""
-        device, n, chunks = self._stream.device, plan.num_decodes, plan.jobs[plan.num_decodes :]
-        tokens = n + sum(job.row.num_tokens for job in chunks)
-        tiles = sum(-(-job.row.num_tokens // self._tile_tokens) for job in chunks)
-        spans = sum(job.row.start // SPAN + 1 for job in plan.jobs[:n])
-        sizes = Sizes(tokens, n, len(plan.drawing), tiles, updates.shape[0], spans)
+        device, tiles = self._stream.device, self._cut(plan)
+        tokens = sum(job.row.num_tokens for job in plan.jobs)
+        sizes = Sizes(tokens, len(plan.drawing), updates.shape[0], len(tiles))
         staged = torch.empty(sizes.total, dtype=torch.int32, device=device)
         if self._hosts[turn].shape[0] < sizes.total:
             self._hosts[turn] = self._stream.host_buffer(2 * sizes.total)
-        self._fill(_Host.of(self._hosts[turn], sizes), sizes, staged, plan, updates)
+        self._fill(_Host.of(self._hosts[turn], sizes), sizes, staged, plan, updates, tiles)
         own = torch.empty(len(plan.drawing), dtype=torch.int32, device=device)
-        hidden = self._iterate(Sections.of(staged, sizes), n, own, gather=True)
+        hidden = self._iterate(Sections.of(staged, sizes), own, gather=True)
         self._stream.copy(own, drawn)
         return hidden
 
-    def _iterate(self, told: Sections, num_decodes: int, tokens: Tensor, *, gather: bool) -> Tensor:
+    def _iterate(self, told: Sections, tokens: Tensor, *, gather: bool) -> Tensor:
         """All that the device does in an iteration; writes the tokens that it draws. gather: not every token draws.
 
         Gives the hidden values [M, H].
@@ -258,10 +261,7 @@ class DeviceWorker:
         )
         staged = Staged(told.ids, told.seats, told.starts, told.updates, told.num_updates)
         prepare(staged, self._last_tokens, self._tables, token_ids, positions, slots, block_size=self._block_size)
-        layout = DeviceLayout(
-            positions, slots, told.seats, self._tables, self._block_size, num_decodes,
-            told.items, told.first_items, told.tiles,
-        )  # fmt: skip
+        layout = DeviceLayout(positions, slots, told.seats, self._tables, self._block_size, told.tiles, told.num_tiles)
         hidden = self._model.forward(token_ids, layout, self._kv)
         if tokens.shape[0]:
             logits = self._model.logits(hidden.index_select(0, told.sample_rows) if gather else hidden)
@@ -270,7 +270,14 @@ class DeviceWorker:
             commit(tokens, told.sample_seats, self._last_tokens)
         return hidden
 
-    def _fill(self, host: _Host, sizes: Sizes, staged: Tensor, plan: _Plan, updates: np.ndarray) -> None:
+    def _cut(self, plan: _Plan) -> np.ndarray:
+        """int32 [T, FIELDS]: the tiles of an iteration's attention."""
+        rows = [(job.row.num_tokens, job.row.start, self._seats[job.row.id]) for job in plan.jobs]
+        return self._cutter.cut(np.array(plan.firsts), *np.array(rows).T)
+
+    def _fill(
+        self, host: _Host, sizes: Sizes, staged: Tensor, plan: _Plan, updates: np.ndarray, tiles: np.ndarray
+    ) -> None:
         """Writes an iteration down on the host and sends it to `staged`, padded where `sizes` allow for more."""
         told = host.told
         n, seats = plan.num_decodes, [self._seats[job.row.id] for job in plan.jobs]
@@ -284,15 +291,12 @@ class DeviceWorker:
             told.ids[n:] = [token for job in chunks for token in job.token_ids]
             told.seats[n:] = np.repeat(places, counts)
             told.starts[n:] = np.arange(n, sizes.tokens) + np.repeat(begins - firsts, counts)
-            told.tiles[:] = chunk_tiles(firsts, counts, places, self._tile_tokens)
-        positions = np.full(sizes.decodes, -1)
-        positions[:n] = told.starts[:n]
-        items, told.first_items[:] = decode_items(positions, None)
-        told.items[: items.shape[0]] = items
+        told.num_tiles[0] = len(tiles)
+        told.tiles[: len(tiles)] = tiles
         told.num_updates[0] = updates.shape[0]
         told.updates[: updates.shape[0]] = updates
         self._fill_samples(told, plan, seats)
-        used = sizes.total - max(0, sizes.items - items.shape[0])
+        used = sizes.total - FIELDS * (sizes.tiles - len(tiles))
         self._stream.copy(host.flat[:used], staged[:used])
 
     def _fill_samples(self, told: HostSections, plan: _Plan, seats: Sequence[int]) -> None:
@@ -336,14 +340,9 @@ class _Plan:
     on_host: Sequence[int]
 
     @classmethod
-    def of(cls, jobs: Sequence[Job], most_decodes: int) -> _Plan:
-        decodes = [job for job in jobs if job.row.num_tokens == 1][:most_decodes]
-        if len(decodes) < len(jobs):
-            others = {job.row.id for job in jobs} - {job.row.id for job in decodes}
-            chunks = [job for job in jobs if job.row.id in others]
-        else:
-            chunks = []
-        ordered = decodes + chunks
+    def of(cls, jobs: Sequence[Job]) -> _Plan:
+        decodes = [job for job in jobs if job.row.num_tokens == 1]
+        ordered = decodes + [job for job in jobs if job.row.num_tokens > 1]
         ends = list(accumulate((job.row.num_tokens for job in ordered), initial=0))
         on_host = [i for i, job in enumerate(ordered) if not job.request.is_plain]
         drawing = [i for i, job in enumerate(ordered) if job.row.samples and job.request.is_plain]
