@@ -36,7 +36,7 @@ from orcaserve.ops.gpu.layout import DeviceLayout
 from orcaserve.ops.gpu.matmul import MatmulScratch, Tile
 from orcaserve.ops.gpu.norm import rms_norm
 
-TOKENS = (1, 16, 64, 128, 256)
+TOKENS = (1, 16, 32, 64, 128, 256)
 CHECKED = (1, 7, 64, 65, 130, 1024)
 CACHE_BYTES = 300 << 20  # so many bytes of weights take turns that no cache holds them
 
@@ -130,10 +130,12 @@ def _shapes(m: int) -> Iterator[tuple[int, int, int, int, int]]:
         yield from ((32, 16, 128, 4, 6), (32, 16, 256, 4, 4), (16, 16, 128, 4, 8), (16, 16, 256, 2, 5))
     elif m <= 64:
         yield from ((64, 64, 128, 4, 3), (64, 64, 128, 4, 5), (64, 64, 64, 4, 8), (128, 64, 128, 4, 4))
-        yield from ((128, 64, 128, 8, 4), (32, 64, 128, 4, 4))
+        yield from ((128, 64, 128, 8, 4), (32, 64, 128, 4, 4), (64, 16, 256, 4, 3), (64, 16, 256, 4, 4))
     elif m <= 128:
         yield from ((64, 64, 128, 4, 5), (64, 128, 64, 4, 4), (64, 128, 128, 4, 4), (128, 64, 128, 4, 4))
+        yield (64, 32, 256, 4, 3)
     else:
+        yield (64, 32, 256, 4, 3)
         yield from ((64, 128, 64, 4, 4), (64, 128, 128, 4, 4), (128, 128, 64, 8, 3))
         yield from ((64, 256, 64, 8, 4), (128, 128, 128, 8, 3))
 

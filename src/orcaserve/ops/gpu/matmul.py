@@ -75,10 +75,14 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
     # Sums that meet in memory cost their bytes; where few programs would read the weights, that is less than it gains.
     split = count > 1 and n <= 64 * 64 and k >= 2048 and 16 * count * m <= k
     large = _cdiv(n, 128) * _cdiv(m, 128)  # tiles of 128 by 128: do they occupy the device?
+    # So few outputs that programs of few tokens each, which all read the same weights, are quicker than few programs.
+    few = n <= 64 * 16 and not gated
     if m <= 16:
         if gated:
             return Tile(64, 16, 64, 4, 4) if k >= 2048 else Tile(32, 16, 256, 4, 3)
         return Tile(64, 16, 256, 4, 3, split)
+    if few and m <= 256:
+        return Tile(64, 16, 256, 4, 3 if m <= 32 else 4, split) if m <= 64 else Tile(64, 32, 256, 4, 3)
     if m <= 32:
         return Tile(64, 32, 128, 4, 3) if gated else Tile(64, 32, 128, 4, 5, split)
     if m <= 64:
