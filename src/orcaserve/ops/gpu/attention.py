@@ -134,6 +134,15 @@ def _read_queries(
 
 
 @triton.jit
+def _shown(first_span, end_span, low, last, WINDOW: tl.constexpr, SPAN: tl.constexpr):
+    """The first and the last position in spans [first_span, end_span) that tokens at positions [low, last] see."""
+    first = first_span * SPAN
+    if WINDOW is not None:
+        first = tl.maximum(first, low - WINDOW + 1)
+    return first, tl.minimum(last, end_span * SPAN - 1)
+
+
+@triton.jit
 def _walk(
     k,
     v,
@@ -142,8 +151,9 @@ def _walk(
     own,
     low,
     last,
-    first_span,
-    end_span,
+    first,
+    end,
+    pages,
     head,
     scale,
     cap,
@@ -158,18 +168,13 @@ def _walk(
     BLOCK_D: tl.constexpr,
     ONE: tl.constexpr,
 ):
-    """The state of queries [ROWS, BLOCK_D], of tokens at positions [low, last], after spans [first_span, end_span).
+    """The state of queries [ROWS, BLOCK_D], of tokens at positions [low, last], after positions [first, end].
 
-    ONE: there is one span.
+    pages: of the first block. ONE: it is all within one span.
     """
-    first = first_span * SPAN
-    if WINDOW is not None:
-        first = tl.maximum(first, low - WINDOW + 1)
-    end = tl.minimum(last, end_span * SPAN - 1)
     peak, mass, gathered = empty_state(ROWS, BLOCK_D)
     span_peak, span_mass, span_gathered = empty_state(ROWS, BLOCK_D)
     begin = first // BLOCK_N * BLOCK_N
-    pages = read_pages(table, begin, end, BLOCK_N, BLOCK_SIZE)
     for start in range(begin, end + 1, BLOCK_N):
         block_k = read_cache(k, pages, head, start, first, end, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
         block_v = read_cache(v, pages, head, start, first, end, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
@@ -262,24 +267,28 @@ def _attention_kernel(
 ):
     """One kv head of a tile."""
     let_next_begin(OVERLAP)
-    # tiles and tables are written at the beginning of an iteration, by kernels behind which nothing begins early
+    # Tiles and tables are written at the beginning of an iteration, by kernels behind which nothing begins early. What
+    # hangs on each other is read first, so that little comes one after the other before keys are on their way.
     index = tl.program_id(0) // KV_HEADS
     head = tl.program_id(0) % KV_HEADS
-    is_there = index < tl.load(num_tiles)
     tile = tiles + index * _FIELDS
-    token = tl.load(tile, mask=is_there, other=0)
-    count = tl.load(tile + 1, mask=is_there, other=0)
-    low = tl.load(tile + 2, mask=is_there, other=0)
-    seat = tl.load(tile + 3, mask=is_there, other=0)
-    first_span = tl.load(tile + 4, mask=is_there, other=0)
-    end_span = tl.load(tile + 5, mask=is_there, other=0)
-    shares = tl.load(tile + 6, mask=is_there, other=0)
-    states = tl.load(tile + 7, mask=is_there, other=0)
+    token = tl.load(tile)
+    count = tl.load(tile + 1)
+    low = tl.load(tile + 2)
+    seat = tl.load(tile + 3)
+    first_span = tl.load(tile + 4)
+    end_span = tl.load(tile + 5)
+    shares = tl.load(tile + 6)
+    states = tl.load(tile + 7)
+    is_there = index < tl.load(num_tiles)
+    table = tables + seat.to(tl.int64) * table_stride
+    last = low + count - 1
+    # all spans in one walk, or each by itself, if its state is to be merged with those of others' spans
+    first, end = _shown(first_span, tl.where(shares == 1, end_span, first_span + 1), low, last, WINDOW, SPAN)
+    pages = read_pages(table, first // BLOCK_N * BLOCK_N, tl.where(is_there, end, -1), BLOCK_N, BLOCK_SIZE)
     wait(OVERLAP)
     if not is_there:
         return
-    table = tables + seat.to(tl.int64) * table_stride
-    last = low + count - 1
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)[None, :]
     own = low + row // GROUP
@@ -291,7 +300,7 @@ def _attention_kernel(
 
     if shares == 1:
         _, mass, gathered = _walk(
-            k, v, table, queries, own, low, last, first_span, end_span, head, scale, cap, slope,
+            k, v, table, queries, own, low, last, first, end, pages, head, scale, cap, slope,
             WINDOW, SPAN, KV_HEADS, D, BLOCK_SIZE, ROWS, BLOCK_N, BLOCK_D, False,
         )  # fmt: skip
         goal = out + (token + row // GROUP).to(tl.int64)[:, None] * (HEADS * D)
@@ -301,7 +310,7 @@ def _attention_kernel(
     else:
         for span in range(first_span, end_span):
             peak, mass, gathered = _walk(
-                k, v, table, queries, own, low, last, span, span + 1, head, scale, cap, slope,
+                k, v, table, queries, own, low, last, first, end, pages, head, scale, cap, slope,
                 WINDOW, SPAN, KV_HEADS, D, BLOCK_SIZE, ROWS, BLOCK_N, BLOCK_D, True,
             )  # fmt: skip
             place = (states + span + tl.zeros([ROWS], tl.int64)) * HEADS + head * GROUP + row
@@ -309,6 +318,8 @@ def _attention_kernel(
             tl.store(masses_at + place, mass, mask=row < GROUP)
             inside = (row < GROUP)[:, None] & (column < D)
             tl.store(gathered_at + (place * D)[:, None] + column, gathered, mask=inside)
+            first, end = _shown(span + 1, span + 2, low, last, WINDOW, SPAN)
+            pages = read_pages(table, first // BLOCK_N * BLOCK_N, end, BLOCK_N, BLOCK_SIZE)
         counter = arrived + states * HEADS + head
         tl.debug_barrier()
         is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == shares - 1
