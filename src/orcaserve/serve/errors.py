@@ -218,6 +218,15 @@ def unavailable(reason: str, retry_after: float | None) -> ApiError:
     )
 
 
+def response_too_large(most: int) -> ApiError:
+    """400: it would be so again. most: bytes of memory that one response may take which is kept until it is whole."""
+    return invalid(
+        f"The response takes more than the {most} bytes of memory that one may take which is no stream. Ask for a "
+        "stream, limit its tokens, or ask for fewer log-probabilities, choices or inputs at a time.",
+        code="response_too_large",
+    )
+
+
 def generation_failed(message: str) -> ApiError:
     """500: the model, or we, failed this request. message: the engine's words, which are fit for clients."""
     return ApiError(500, message, type="server_error", code="generation_failed", headers={"x-should-retry": "false"})
