@@ -115,8 +115,18 @@ def not_found() -> ApiError:
     return ApiError(404, "There is nothing at this path. /openapi.json lists what there is.", code="not_found")
 
 
+def not_the_operator() -> ApiError:
+    """403: it tells of everybody's requests, or ends them."""
+    return ApiError(
+        403,
+        "This takes an API key of the server's operator, whose tenant the server is told with --operator.",
+        type="permission_error",
+        code="not_the_operator",
+    )
+
+
 def no_such_request(id: int) -> ApiError:
-    return ApiError(404, f"No request {id} is here, or it is not yours.", param="id", code="request_not_found")
+    return ApiError(404, f"No request {id} is here.", param="id", code="request_not_found")
 
 
 def nothing_to_compare() -> ApiError:
