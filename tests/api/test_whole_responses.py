@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import tracemalloc
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from orcaserve.core.request import SamplingParams
+from orcaserve.core.request import SamplingParams, TokenLogprobs
+from orcaserve.serve.chat import ChatWriter
 from orcaserve.serve.choice import Piece
+from orcaserve.serve.completions import CompletionWriter
 from orcaserve.serve.detokenize import StopStrings
 from orcaserve.serve.errors import ApiError
 from orcaserve.serve.job import Job, Prompt
+from orcaserve.serve.protocol import PromptTokensDetails, Usage
 from orcaserve.serve.replies import Replies, size_of
+from orcaserve.serve.responses import ResponsesWriter
+from orcaserve.serve.responses_protocol import ResponsesRequest
+from orcaserve.serve.served_model import ServedModel
 
-BOUND = 2 << 20
+BOUND = 5 << 19
 
 
 JOB = Job(
@@ -89,6 +97,45 @@ def test_what_a_response_keeps_has_a_size() -> None:
     assert size_of(Piece(pooled=bytes(4 * 64)), packed) >= 64 * (4 + 2 * 16 / 3)  # as they came, and as text twice
 
 
+class Told:
+    """A generation of one choice. num_bytes: what its response is counted to take so far."""
+
+    def __init__(self, job: Job, num_tokens: int) -> None:
+        self.job, self.num_tokens, self.num_bytes = job, num_tokens, 0
+        self.usage = Usage(1, num_tokens, 1 + num_tokens, PromptTokensDetails(0))
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+        draw = random.Random(0)
+        for at in range(self.num_tokens):
+            top = tuple((draw.randrange(400), -9 * draw.random()) for _ in range(self.job.logprobs or 0))
+            entry = TokenLogprobs(draw.randrange(400), -draw.random(), 1, top)
+            reason = "length" if at == self.num_tokens - 1 else None
+            piece = Piece(text="abcd", token_ids=[entry.token_id], logprobs=[entry], finish_reason=reason)
+            self.num_bytes += size_of(piece, self.job)
+            yield 0, piece
+
+
+@pytest.mark.parametrize("num_top", [0, 5])
+@pytest.mark.parametrize("writer", [CompletionWriter, ChatWriter, ResponsesWriter])
+def test_log_probabilities_take_about_what_is_counted(model_dir: Path, writer: type, num_top: int) -> None:
+    told = Told(replace(JOB, logprobs=num_top), 3000)
+    tokenizer = ServedModel("m", model_dir).tokenizer
+    if writer is ResponsesWriter:
+        made = writer(ResponsesRequest(input="x"), told.job, tokenizer, "id", "model")
+    else:
+        made = writer(told.job, tokenizer, "id", "model", "profile")
+
+    async def peak() -> int:
+        tracemalloc.start()
+        try:
+            await made.whole(told)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert asyncio.run(peak()) <= 1.15 * told.num_bytes
+
+
 def body(seed: int, **fields: Any) -> dict[str, Any]:
     asked = {"prompt": "The fox", "max_tokens": 40, "n": 8, "logprobs": 20, "ignore_eos": True, "temperature": 1.0}
     return {**asked, "seed": seed, "include_timing": True, **fields}
@@ -133,7 +180,7 @@ def test_one_that_grows_beyond_the_bound_ends_there_and_the_others_go_on(narrow:
         alone = answer(client.post("/v1/completions", json=body(5)).json())
         others = [threads.submit(client.post, "/v1/completions", json=body(5)) for _ in range(2)]
         large = [threads.submit(client.post, "/v1/chat/completions", json=endless) for _ in range(2)]
-        streamed = client.post("/v1/chat/completions", json={**endless, "max_tokens": 100, "stream": True})  # 2.5 MB
+        streamed = client.post("/v1/chat/completions", json={**endless, "max_tokens": 100, "stream": True})  # 2.9 MB
         for response in (future.result() for future in large):
             assert response.status_code == 400, response.text
             error = response.json()["error"]
@@ -148,7 +195,7 @@ def test_one_that_grows_beyond_the_bound_ends_there_and_the_others_go_on(narrow:
 
 
 def test_what_is_said_of_prompts_is_judged_at_the_door(narrow: Server) -> None:
-    asked = {"prompt": [[5] * 40] * 10, "max_tokens": 1, "prompt_logprobs": 20}  # 8400 entries
+    asked = {"prompt": [[5] * 40] * 10, "max_tokens": 1, "prompt_logprobs": 20}  # 2.9 MB
     with narrow.client() as client:
         before = metric(client, "prompt_tokens_total")
         response = client.post("/v1/completions", json=asked)
@@ -159,7 +206,7 @@ def test_what_is_said_of_prompts_is_judged_at_the_door(narrow: Server) -> None:
 
 
 def test_how_long_an_answer_could_become_is_no_matter(narrow: Server) -> None:
-    """With a context of 128 000 tokens it could take 236 MB; without max_tokens, and with."""
+    """With a context of 128 000 tokens it could take 275 MB; without max_tokens, and with."""
     chat = {"messages": [{"role": "user", "content": "The fox"}], "logprobs": True, "top_logprobs": 5}
     chat |= {"logit_bias": {"1": 9}, "temperature": 1.0, "seed": 1}  # it ends soon
     with narrow.client() as client:

@@ -13,7 +13,7 @@ from orcaserve.serve.job import Job
 # What a part takes until the response has been sent: as Python has it, and as JSON.
 _TEXT_BYTES = 4  # of a character
 _ID_BYTES = 48  # of a token's id, where they are returned
-_LOGPROB_BYTES = 300  # a token and its log-probability
+_LOGPROB_BYTES = 350  # a token and its log-probability
 _FLOAT_BYTES = 60  # of a vector, and of one in base64
 _PACKED_BYTES = 16
 
