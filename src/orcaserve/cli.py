@@ -208,6 +208,12 @@ def main() -> None:
     help="Clients must send one of them; may be given several times. NAME is the tenant's.",
 )
 @click.option(
+    "--operator",
+    metavar="NAME",
+    help="The tenant whose keys open the live page, which shows everybody's requests. "
+    "[default: the only tenant; nobody, if there are several]",
+)
+@click.option(
     "--served-model-name", multiple=True, help="What clients call the model; given several times, all of them are it."
 )
 @click.option(
@@ -257,6 +263,7 @@ def serve(
     tenant_requests_per_minute: float | None,
     tenant_tokens_per_minute: float | None,
     api_key: tuple[str, ...],
+    operator: str | None,
     served_model_name: tuple[str, ...],
     cors_origin: tuple[str, ...],
     grpc_port: int | None,
@@ -299,6 +306,7 @@ def serve(
         host=host,
         port=port,
         api_keys=api_key,
+        operator=operator,
         served_model_names=served_model_name or (name,),
         cors_origins=cors_origin,
         grpc_port=grpc_port,

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 
 from orcaserve.cli import main
 from orcaserve.serve.page_files import PAGE_FILES
+from orcaserve.serve.top import NotWatchable, glance
 
 NEEDLE = "xylophone"
 
@@ -96,28 +97,43 @@ def test_files_need_no_key_and_nothing_from_elsewhere(model_dir: Path, shown: Se
         assert name not in response.text
 
 
-def test_with_keys_the_page_opens_but_nothing_is_told(model_dir: Path) -> None:
-    with Server(model_dir, "--step-seconds", "0.01", http={"api_keys": ["a=sesame", "b=barley"]}) as server:
+TOLD = ("/page/events", "/page/compare", "/trace")
+
+
+def test_with_keys_the_page_opens_but_only_the_operator_is_told_of_others(model_dir: Path) -> None:
+    keys = {"api_keys": ["a=sesame", "b=barley", "b=rye"], "operator": "b"}
+    with Server(model_dir, "--step-seconds", "0.01", http=keys) as server:
         server.ready()
         with server.client() as client:
             for path in PAGE_FILES:
                 assert client.get(path).status_code == 200
-            for path in ("/page/events", "/page/compare", "/trace", "/page"):
+            for path in (*TOLD, "/page"):
                 assert client.get(path).status_code == 401, path
             assert client.post("/page/cancel", json={"id": 0}).status_code == 401
-        one, two = {"Authorization": "Bearer sesame"}, {"Authorization": "Bearer barley"}
-        with Feed(server, one) as feed, server.client() as client:
+        one, operator = ({"Authorization": f"Bearer {key}"} for key in ("sesame", "rye"))
+        with Feed(server, operator) as feed, server.client() as client:
             feed.read()
             assert feed.messages[0]["hello"]["has_keys"]
             assert "sesame" not in json.dumps(feed.messages[0]["hello"]["options"])
+            for path in TOLD:
+                refused = client.get(path, headers=one)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (403, "not_the_operator"), path
+            with pytest.raises(NotWatchable, match="operator"):
+                glance(server.url, one)
             body = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
             with client.stream("POST", "/v1/completions", json=body, headers=one) as stream:
                 arrived = next(event for event in feed.until("arrived", 1) if event["type"] == "arrived")
                 assert arrived["tenant"] == "a"
                 wish = {"id": arrived["id"]}
-                assert client.post("/page/cancel", json=wish, headers=two).status_code == 404, "not theirs"
-                assert client.post("/page/cancel", json=wish, headers=one).status_code == 200
+                assert client.post("/page/cancel", json=wish, headers=one).status_code == 403, "though it is theirs"
+                assert client.post("/page/cancel", json=wish, headers=operator).status_code == 200
                 assert events(stream)[-1]["error"]["code"] == "cancelled"
+
+
+@pytest.mark.parametrize(("keys", "status"), [(["a=1", "a=2"], 200), (["1"], 200), (["a=1", "b=2"], 403)])
+def test_an_operator_who_is_not_named_is_the_only_tenant(model_dir: Path, keys: list[str], status: int) -> None:
+    with Server(model_dir, http={"api_keys": keys}).ready() as server, server.client() as client:
+        assert client.get("/trace", headers={"Authorization": "Bearer 1"}).status_code == status
 
 
 def test_the_feed_begins_with_everything_and_goes_on(shown: Server) -> None:

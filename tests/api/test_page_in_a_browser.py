@@ -234,11 +234,12 @@ def test_it_comes_back_when_the_server_does(chromium: Browser, model_dir: Path) 
 
 
 def test_it_asks_for_the_key(chromium: Browser, model_dir: Path) -> None:
-    with Server(model_dir, http={"api_keys": ["right"]}).ready() as server:
+    with Server(model_dir, http={"api_keys": ["a=theirs", "ops=right"], "operator": "ops"}).ready() as server:
         chromium.open(server.url + "/")
         chromium.until("document.getElementById('ask-key').open")
-        for key in ("wrong", "right"):
+        for key, asked in (("wrong", "wants one"), ("theirs", "does not know"), ("right", "operator")):
             chromium.until("document.getElementById('ask-key').open")
+            chromium.until(f"document.getElementById('key-note').innerText.includes('{asked}')")
             chromium.run("document.getElementById('key').focus()")
             chromium.call("Input.insertText", text=key)
             chromium.key("Enter")

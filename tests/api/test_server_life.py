@@ -194,6 +194,7 @@ def test_starts_that_fail_say_why_in_one_line(model_dir: Path, tmp_path: Path) -
     assert "tokenizer.json" in fails(Server(tmp_path / "empty"))
     assert "cannot listen" in fails(Server(model_dir, http={"host": "192.0.2.1", "api_keys": ["k"]}))
     assert "certificate" in fails(Server(model_dir, http={"ssl_certfile": "x"}))
+    assert "--api-key ops=KEY" in fails(Server(model_dir, http={"api_keys": ["k", "a=l"], "operator": "ops"}))
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")

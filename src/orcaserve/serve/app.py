@@ -316,7 +316,7 @@ class _Api:
         return EventStream(writer.chunks(generation)) if stream else await self._whole(request, generation, writer)
 
     async def _whole(self, request: Request, generation: Generation, writer: Writer) -> Answer:
-        with self._replies.reply(keeps_ids=generation.returns_ids) as reply:
+        with self._replies.reply(generation.job) as reply:
             async with generation:
                 generation.keep_in(reply)
                 return _json(await while_connected(writer.whole(generation), request.receive))

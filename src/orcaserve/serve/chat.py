@@ -49,23 +49,22 @@ class ChatWriter:
     async def whole(self, generation: Generation) -> bytes:
         """The response's JSON."""
         job = self._job
-        choices = [ChatChoice(index, AssistantMessage("")) for index in range(job.n)]
+        choices = [ChatChoice(index, AssistantMessage(""), logprobs=self._logprobs([])) for index in range(job.n)]
         replies = self._replies()
         said = [_Said() for _ in choices]
         ids: list[list[int]] = [[] for _ in choices]
-        entries: list[list[TokenLogprobs]] = [[] for _ in choices]
         prompt_entries: tuple[TokenLogprobs, ...] = ()
         async for index, piece in generation:
             said[index].add(replies[index].feed(piece.text))
             if job.return_token_ids:
                 ids[index] += piece.token_ids
-            entries[index] += piece.logprobs
+            if (logprobs := choices[index].logprobs) and (more := self._logprobs(piece.logprobs)):
+                logprobs.content += more.content
             prompt_entries = prompt_entries or piece.prompt_logprobs
             choices[index].finish_reason = piece.finish_reason
         for index, choice in enumerate(choices):
             said[index].add(replies[index].finish())
             said[index].tell(choice)
-            choice.logprobs = self._logprobs(entries[index])
             if job.return_token_ids:
                 choice.token_ids = ids[index]
         response = ChatCompletion(

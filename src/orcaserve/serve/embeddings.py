@@ -43,7 +43,7 @@ async def embedding_job(
         msgspec.structs.replace(prompt, params=msgspec.structs.replace(prompt.params, pooling=pooling))
         for prompt in job.prompts
     )
-    return msgspec.structs.replace(job, prompts=prompts)
+    return msgspec.structs.replace(job, prompts=prompts, packs_vectors=request.encoding_format == "base64")
 
 
 class EmbeddingWriter:

@@ -115,8 +115,18 @@ def not_found() -> ApiError:
     return ApiError(404, "There is nothing at this path. /openapi.json lists what there is.", code="not_found")
 
 
+def not_the_operator() -> ApiError:
+    """403: it tells of everybody's requests, or ends them."""
+    return ApiError(
+        403,
+        "This takes an API key of the server's operator, whose tenant the server is told with --operator.",
+        type="permission_error",
+        code="not_the_operator",
+    )
+
+
 def no_such_request(id: int) -> ApiError:
-    return ApiError(404, f"No request {id} is here, or it is not yours.", param="id", code="request_not_found")
+    return ApiError(404, f"No request {id} is here.", param="id", code="request_not_found")
 
 
 def nothing_to_compare() -> ApiError:
@@ -215,6 +225,15 @@ def unavailable(reason: str, retry_after: float | None) -> ApiError:
         type="server_error",
         code=reason,
         headers=_retry(retry_after),
+    )
+
+
+def response_too_large(most: int) -> ApiError:
+    """400: it would be so again. most: bytes of memory that one response may take which is kept until it is whole."""
+    return invalid(
+        f"The response takes more than the {most} bytes of memory that one may take which is no stream. Ask for a "
+        "stream, limit its tokens, or ask for fewer log-probabilities, choices or inputs at a time.",
+        code="response_too_large",
     )
 
 

@@ -13,6 +13,7 @@ from orcaserve.serve.decode_body import UnknownFields
 from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.pool import Pool
 from orcaserve.serve.served_model import ServedModel
+from orcaserve.serve.terms import api_key
 
 if TYPE_CHECKING:
     from orcaserve.serve.tracing import Tracing
@@ -23,8 +24,9 @@ LOADING_RETRY_SECONDS = 2.0
 class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     """An operator's wishes for the HTTP side.
 
-    api_keys: KEY or NAME=KEY; one of them is required of every client, if there are any. served_model_names: how
-    clients may call the model; responses and metrics have the first. None given: the last part of its path.
+    api_keys: KEY or NAME=KEY; one of them is required of every client, if there are any. operator: the tenant of theirs
+    that may see what all do; None: the only one, or none of several. served_model_names: how clients may call the
+    model; responses and metrics have the first. None given: the last part of its path.
     max_body_bytes: larger requests are refused. whole_bytes: of responses that are no streams, which are kept until
     they are whole: of all together, and of one that may come to so much by itself. drain_seconds: how long running
     requests may go on after SIGTERM. stuck_seconds: /health fails when no iteration has ended for so long, with work
@@ -36,6 +38,7 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    operator: str | None = None
     served_model_names: tuple[str, ...] = ()
     max_body_bytes: int = 32 << 20
     whole_bytes: int = 160 << 20
@@ -49,6 +52,16 @@ class HttpOptions(msgspec.Struct, frozen=True, kw_only=True):
     metrics_prefix: str = "vllm"
     grpc_port: int | None = None
     otlp_traces_endpoint: str | None = None
+
+    @property
+    def tenants(self) -> tuple[str, ...]:
+        """Of the API keys, each once."""
+        return tuple(dict.fromkeys(api_key(text).tenant for text in self.api_keys))
+
+    def may_watch(self, tenant: str | None) -> bool:
+        """Whether a tenant may see everybody's requests, and end them. None: there are no keys."""
+        tenants = self.tenants
+        return not tenants or tenant == (self.operator or (tenants[0] if len(tenants) == 1 else None))
 
 
 class Frontend:

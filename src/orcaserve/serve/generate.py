@@ -74,9 +74,8 @@ class Generation:
         self._unfinished.clear()
 
     @property
-    def returns_ids(self) -> bool:
-        """Whether the response has its tokens' ids."""
-        return self._job.return_token_ids
+    def job(self) -> Job:
+        return self._job
 
     def keep_in(self, reply: Reply) -> None:
         """All that comes is kept there until the end, so that it comes only as fast as there is room."""

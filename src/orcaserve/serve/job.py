@@ -25,7 +25,7 @@ from orcaserve.serve.tools import offer_of
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions
 MOST_CHOICES = 1024  # of all prompts of one request together
-MOST_ENTRIES = 1 << 22  # tokens of one request, each counted once and once more for every log-probability beside it
+MOST_ENTRIES = 1 << 22  # `Job.prompt_entries` of one request
 _INLINE_CHARACTERS = 8192  # shorter texts are tokenised on the spot: sooner done than handed to a thread
 _PROBE = 8  # characters per token of context: a longer text is probed by its beginning of that length
 _SEAM = 64  # tokens that a text may have less than its beginning, because of where that was cut
@@ -46,6 +46,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     logprobs, prompt_logprobs: alternatives that the client asked for; None: no log-probabilities.
     tools: how calls are written; None: none are offered. thinks: whether reasoning is told apart; is_thinking: whether
     the prompt has begun it. kept: special tokens that are said, because they are marks of these.
+    packs_vectors: whether vectors are told in base64.
     """
 
     prompts: tuple[Prompt, ...]
@@ -65,6 +66,16 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     thinks: bool = False
     is_thinking: bool = False
     kept: frozenset[int] = frozenset()
+    packs_vectors: bool = False
+
+    @property
+    def prompt_entries(self) -> int:
+        """Tokens of the prompts, each once for every choice and once more for every alternative that is asked for.
+
+        Where there are log-probabilities it is the number of them, which come all at once. Of what is generated nothing
+        can be said: `max_tokens` is a ceiling, far above most answers.
+        """
+        return sum(self.n * len(prompt.ids) * (1 + (prompt.params.prompt_logprobs or 0)) for prompt in self.prompts)
 
 
 def least_sizes(request: GenerationRequest, model: ServedModel) -> list[int]:
@@ -355,9 +366,8 @@ def _job(
                 f"'min_tokens' is {params.min_tokens}, but at most {tokens} are generated.", "min_tokens"
             )
         checked.append(Prompt(ids, text, msgspec.structs.replace(params, max_tokens=tokens)))
-    _check_cost(checked)
     options = request.stream_options
-    return Job(
+    job = Job(
         prompts=tuple(checked),
         n=params.n,
         end_token_ids=(*(() if params.ignore_eos else model.end_token_ids), *params.stop_token_ids),
@@ -372,6 +382,8 @@ def _job(
         include_usage=bool(options and options.include_usage),
         include_timing=bool(request.include_timing),
     )
+    _check_cost(job, param)
+    return job
 
 
 def _sampling_params(
@@ -403,22 +415,17 @@ def _sampling_params(
     )
 
 
-def _check_cost(prompts: Sequence[Prompt]) -> None:
+def _check_cost(job: Job, param: str) -> None:
     """Every field may be legal, and the whole still more than one request may ask for."""
-    n = prompts[0].params.n if prompts else 1
-    if not 1 <= len(prompts) * n <= MOST_CHOICES:
+    n, num_prompts = job.n, len(job.prompts)
+    if not 1 <= num_prompts * n <= MOST_CHOICES:
         raise errors.invalid(
-            f"{len(prompts)} prompts with n = {n} are {len(prompts) * n} choices; 1 to {MOST_CHOICES} are allowed.",
-            "n" if n > 1 else "prompt",
+            f"{num_prompts} prompts with n = {n} are {num_prompts * n} choices; 1 to {MOST_CHOICES} are allowed.",
+            "n" if n > 1 else param,
         )
-    entries = 0
-    for prompt in prompts:
-        params = prompt.params
-        entries += n * (params.max_tokens or 0) * (1 + (params.logprobs or 0))
-        entries += n * len(prompt.ids) * (1 + (params.prompt_logprobs or 0))
-    if entries > MOST_ENTRIES:
+    if job.prompt_entries > MOST_ENTRIES:
         raise errors.invalid(
-            f"The request could produce {entries} tokens and log-probabilities, more than {MOST_ENTRIES}. "
-            "Lower 'n', 'max_tokens' or 'logprobs'.",
-            "n" if n > 1 else "max_tokens",
+            f"The prompts have {job.prompt_entries} tokens and log-probabilities in all choices together, more than "
+            f"{MOST_ENTRIES}. Send less in one request, or lower 'n' or 'prompt_logprobs'.",
+            "n" if n > 1 else param,
         )

@@ -1,7 +1,7 @@
 """`Page`: the live page at `/`, its feed, and what it can ask for: cancelling, comparing, a trace.
 
-The feed is one stream for everybody: who looks on is given the same bytes, about ten times a second, and nothing is
-made while nobody looks on.
+All but the page's files is the operator's alone, since it tells of everybody's requests. The feed is one stream: who
+looks on is given the same bytes, about ten times a second, and nothing is made while nobody looks on.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -30,6 +30,8 @@ from orcaserve.serve.page_files import PAGE_FILES
 from orcaserve.serve.sse import EventStream
 from orcaserve.serve.timeline import Present, Timeline
 from orcaserve.serve.trace import chrome_trace
+
+Answer = Response | EventStream
 
 TICK_SECONDS = 0.1
 BEAT_SECONDS = 5.0  # a sign of life while nothing happens
@@ -140,10 +142,10 @@ class Page:
         own = [Route(path, self._file, methods=["GET"]) for path in PAGE_FILES]
         return [
             *own,
-            Route("/page/events", self._events, methods=["GET"]),
-            Route("/page/cancel", self._cancel, methods=["POST"]),
-            Route("/page/compare", self._compare, methods=["GET"]),
-            Route("/trace", self._trace, methods=["GET"]),
+            Route("/page/events", self._for_operator(self._events), methods=["GET"]),
+            Route("/page/cancel", self._for_operator(self._cancel), methods=["POST"]),
+            Route("/page/compare", self._for_operator(self._compare), methods=["GET"]),
+            Route("/trace", self._for_operator(self._trace), methods=["GET"]),
         ]
 
     def close(self) -> None:
@@ -152,6 +154,14 @@ class Page:
         self._wake()
 
     # -- the endpoints -------------------------------------------------------------------------------------------
+
+    def _for_operator(self, endpoint: Callable[[Request], Awaitable[Answer]]) -> Callable[[Request], Awaitable[Answer]]:
+        async def guarded(request: Request) -> Answer:
+            if not self._frontend.options.may_watch(request.state.tenant):
+                raise errors.not_the_operator()
+            return await endpoint(request)
+
+        return guarded
 
     async def _file(self, request: Request) -> Response:
         content, media_type = PAGE_FILES[request.url.path]
@@ -173,7 +183,7 @@ class Page:
             if len(body) > _MOST_BODY:
                 raise errors.body_too_large(_MOST_BODY)
         wish = decode(body, Cancellation, self._frontend.unknown_fields)
-        if not self._frontend.pool.cancel(wish.id, request.state.tenant):
+        if not self._frontend.pool.cancel(wish.id):
             raise errors.no_such_request(wish.id)
         return Response(b"{}", media_type="application/json")
 

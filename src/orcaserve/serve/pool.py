@@ -305,13 +305,13 @@ class Pool:
             self._hand_in(choice, self._open())
         return stream
 
-    def cancel(self, arrival: int, tenant: str | None) -> bool:
-        """Ends a choice with an error, as an operator wishes. False if there is none, or it is another tenant's.
+    def cancel(self, arrival: int) -> bool:
+        """Ends a choice with an error, as an operator wishes. False if there is none.
 
-        arrival: its ordinal, which the timeline names. tenant: None may end everyone's.
+        arrival: its ordinal, which the timeline names.
         """
         choice = self._live.get(arrival)
-        if choice is None or tenant not in (None, choice.terms.tenant):
+        if choice is None:
             return False
         self._end(choice, EXPIRED["cancelled"], "cancelled")
         return True

@@ -112,6 +112,8 @@ def _check(http: HttpOptions) -> None:
         raise StartError("an API key is empty")
     if len(set(keys)) < len(keys):
         raise StartError("an API key is given twice")
+    if http.operator is not None and http.operator not in http.tenants:
+        raise StartError(f"no API key is the operator's: give one with --api-key {http.operator}=KEY")
     if (http.ssl_certfile is None) != (http.ssl_keyfile is None):
         raise StartError("TLS needs both a certificate and a key file")
     if not _METRICS_PREFIX.fullmatch(http.metrics_prefix):
@@ -289,7 +291,7 @@ async def _serve(
         metrics.on_step(step)
         work.on_step(step)
 
-    if len({api_key(text).tenant for text in http.api_keys}) == 1:  # there is nobody to share the queue with
+    if len(http.tenants) == 1:  # there is nobody to share the queue with
         limits = msgspec.structs.replace(limits or Limits(), tenant_queue_share=1.0)
     events = timeline.Timeline()
     pool = Pool(

@@ -230,6 +230,8 @@ def _messages(client: httpx.Client, picture: Picture) -> Iterator[Message]:
     with client.stream("GET", "/page/events", params=known) as response:
         if response.status_code == 401:
             raise NotWatchable("the server wants an API key: give it with --api-key")
+        if response.status_code == 403:
+            raise NotWatchable("the server shows this to its operator alone: give a key of theirs with --api-key")
         if response.status_code != 200:
             raise NotWatchable(f"the server answers {response.status_code}: it has no live page")
         for line in response.iter_lines():

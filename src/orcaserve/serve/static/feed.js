@@ -34,7 +34,7 @@ export async function trouble(response) {
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const SILENCE = 15000; // the server says something every 5 s
 
-// For ever. on: message(message), link(state), key(): resolves when a key has been given.
+// For ever. on: message(message), link(state), key(status): resolves when another key has been given.
 export async function follow(state, on) {
   let wait = 300;
   for (;;) {
@@ -45,10 +45,10 @@ export async function follow(state, on) {
       alive();
       const known = state.life ? `?life=${encodeURIComponent(state.life)}&after=${state.next}` : "";
       const response = await fetch("/page/events" + known, { headers: headers(), signal: control.signal, cache: "no-store" });
-      if (response.status === 401) {
+      if (response.status === 401 || response.status === 403) {
         clearTimeout(timer);
         on.link("lost", "locked");
-        await on.key();
+        await on.key(response.status);
         continue;
       }
       if (!response.ok) throw new Error(String(response.status));

@@ -385,9 +385,10 @@ $("trace").addEventListener("click", async (event) => {
   say("Open it at ui.perfetto.dev or chrome://tracing.");
 });
 
-function askForKey() {
+function askForKey(status) {
   const dialog = $("ask-key");
-  set("key-note", sessionStorage.getItem("orcaserve-key") ? "The server does not know this key. Try another one." : "This server wants one. It stays in this tab.");
+  const wrong = status === 403 ? "The page is for the server's operator, whose key this is not." : "The server does not know this key. Try another one.";
+  set("key-note", sessionStorage.getItem("orcaserve-key") ? wrong : "This server wants one. It stays in this tab.");
   if (!dialog.open) dialog.showModal();
   return new Promise((resolve) => {
     $("key-form").onsubmit = () => { keep($("key").value.trim()); $("key").value = ""; resolve(); };
