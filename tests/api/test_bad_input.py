@@ -87,7 +87,7 @@ BAD = {
     "many prompts": (json.dumps({"prompt": ["x"] * 1025}), "prompt"),
     "context": ('{"prompt": "x", "max_tokens": 512}', "prompt"),
     "huge max_tokens": ('{"prompt": "x", "max_tokens": 1000000000000}', "max_tokens"),
-    "cost": (json.dumps({"prompt": ["x"] * 8, "n": 128, "max_tokens": 500, "logprobs": 20}), "n"),
+    "cost": (json.dumps({"prompt": ["x7" * 200] * 8, "n": 128, "max_tokens": 1, "prompt_logprobs": 20}), "n"),
 }
 
 
