@@ -383,8 +383,10 @@ class Scheduler:
     def _admit(self, request: Request, now: float) -> bool:
         """Lets the first in the queue run, if its KV fits and leaves to those that run what they may need."""
         spare = 0 if self.policy.reserve else self.headroom.spare(self.running, request)
+        num_swapped = request.num_computed
         if not self.kv.admit(request, self.policy.room(request), spare):
             return False
+        request.timer.returning = max(0, num_swapped - request.num_published * self.kv.block_size)
         self.order.started(request, now)
         if request.num_cached is None:
             request.num_cached = request.num_computed
