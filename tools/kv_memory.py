@@ -3,13 +3,14 @@
     python tools/kv_memory.py admission --trace azure_2023_conversation.csv
     python tools/kv_memory.py eviction --trace mooncake_conversation.jsonl
 
-`admission` runs a trace of Azure's on the paper's 13B and an A100-40GB (costs from data sheets) with a share of the KV
-memory that it takes where there is enough. Requests declare --limit tokens and end where the trace says, which the
-scheduler does not know; only `reserve-exact` is told. `cheapest` preempts who has lost the fewest tokens, not who came
-last. Swapped blocks travel at --copy-bandwidth.
+`admission` runs a trace of Azure's, or a workload as `orcaserve bench` writes it, on the paper's 13B and an A100-40GB
+(costs from data sheets) with a share of the KV memory that it takes where there is enough. Requests declare --limit
+tokens and end where the workload says, which the scheduler does not know; only `reserve-exact` is told. `cheapest`
+preempts who takes the least time to compute again, not who came last. Swapped blocks travel at --copy-bandwidth.
 
-`eviction` runs a trace of Mooncake's, its blocks of 512 tokens made blocks of 16, and prints the share of prompt tokens
-that the prefix cache spares, for caches of several sizes and several ways to choose the free block that is forgotten.
+`eviction` runs a trace of Mooncake's, its blocks of 512 tokens made blocks of 16, or a workload as `orcaserve bench`
+writes it. It prints what the prefix cache spares, for caches of several sizes and several ways to choose the block that
+is forgotten: the share of the prompts' tokens, and of the time that it takes to compute them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from pathlib import Path
 
 import msgspec
 
-from orcaserve.bench.workloads import traces
+from orcaserve.bench.workloads import spec, traces
 from orcaserve.core.batch import Batch
 from orcaserve.core.block_pool import BlockPool
 from orcaserve.core.config import SwapSpace
+from orcaserve.core.kv_cache import KVCacheManager
 from orcaserve.core.policy import DEFAULT, ORCA, Policy
 from orcaserve.core.request import NewRequest, Request
-from orcaserve.core.scheduler import Row, Scheduler, SchedulerConfig
+from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.sim.cost import Seconds
 from orcaserve.sim.executor import LinearCost, SimExecutor, VirtualClock
@@ -39,6 +41,7 @@ from orcaserve.sim.shape import SHAPES
 END = 1
 BLOCK = 16
 ROWS = 64
+DEAR = 60  # blocks (of 512 tokens in the trace) before a token whose attention takes as long as its linear maps: an 8B
 
 
 class Declaring(World):
@@ -59,24 +62,27 @@ class Declaring(World):
         return END if position - arrival.num_prompt == arrival.num_output - 1 else 0
 
 
-class Cheapest(Scheduler):
-    """Preempts, among those that come after, who has the fewest tokens to compute again."""
+def seconds(num_tokens: int) -> float:
+    """What a prompt's beginning takes to compute, in tokens of an empty context: a token at DEAR takes two."""
+    return num_tokens + num_tokens * num_tokens / (2 * DEAR * BLOCK)
 
-    def _make_room(self, row: Row, now: float) -> bool:
-        while not self.kv.grow(row.request, row.start + row.num_tokens):
-            behind = [
-                other
-                for other in self.running
-                if not other.num_in_flight and self._place(other) > self._place(row.request)
-            ]
+
+class Cheapest(Scheduler):
+    """Preempts, among those that come after, who takes the least time to compute again."""
+
+    def _make_room(self, request: Request, num_tokens: int, now: float) -> bool:
+        while not self.kv.grow(request, num_tokens):
+            place = self._place(request)
+            behind = [other for other in self.running if not other.num_in_flight and self._place(other) > place]
             if not behind:
                 return False
             self._preempt(min(reversed(behind), key=self._lost), now)
         return True
 
-    def _lost(self, request: Request) -> int:
-        shared = sum(self.kv.pool.counts[block] > 1 for block in request.block_table)
-        return max(0, request.num_computed - shared * self.kv.block_size)
+    def _lost(self, request: Request) -> float:
+        """What others hold, too, stays in the prefix cache."""
+        shared = sum(self.kv.pool.counts[block] > 1 for block in request.block_table) * self.kv.block_size
+        return seconds(request.num_computed) - seconds(min(shared, request.num_computed))
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -104,7 +110,9 @@ def run(
         computed += batch.num_tokens
         return cost(batch)
 
-    loop = EngineLoop(scheduler, SimExecutor(seen, clock, None, world.sample), world, world, clock)
+    copy_seconds = scheduler.config.swap.copy_seconds if scheduler.config.swap else 0.0
+    executor = SimExecutor(seen, clock, None, world.sample, copy_seconds)
+    loop = EngineLoop(scheduler, executor, world, world, clock)
     while world.is_open:
         loop.step()
     return Run(world.records(), scheduler, peak, computed)
@@ -112,15 +120,14 @@ def run(
 
 def admission(arguments: argparse.Namespace) -> None:
     on, shape, parallel = HARDWARE["A100-40GB"], SHAPES["13B"], Parallel(1, 1)
-    rows = traces.azure(arguments.trace)[: arguments.requests]
-    arrivals = [Arrival(row.at, row.input_length, max(1, row.output_length)) for row in rows]
+    if arguments.workload is None:
+        rows = traces.azure(arguments.trace)[: arguments.requests]
+        arrivals = [Arrival(row.at, row.input_length, max(1, row.output_length)) for row in rows]
+    else:
+        arrivals = written(arguments.workload)
     tokens = sum(arrival.num_prompt + arrival.num_output for arrival in arrivals)
     model = derive(on, shape, parallel)
     copy = shape.kv_bytes_per_token * BLOCK / arguments.copy_bandwidth
-
-    def cost(batch: Batch) -> Seconds:
-        copies = sum(len(swap.blocks) for swap in batch.swaps)
-        return tuple(seconds + copies * copy for seconds in model(batch))
 
     def config(policy: Policy, num_blocks: int, swap: bool = False) -> SchedulerConfig:
         space = SwapSpace(num_slots=10 * num_blocks, copy_seconds=copy, token_seconds=model.stages[0].per_token)
@@ -133,7 +140,7 @@ def admission(arguments: argparse.Namespace) -> None:
             swap=space if swap else None,
         )
 
-    roomy = run(arrivals, Scheduler(config(DEFAULT, 1 << 20)), cost, arguments.limit)
+    roomy = run(arrivals, Scheduler(config(DEFAULT, 1 << 20)), model, arguments.limit)
     blocks = round(roomy.peak * arguments.share)
     print(
         f"{len(arrivals)} requests, {ROWS} at a time; KV for {blocks * BLOCK} tokens, {arguments.share:.0%} of the "
@@ -154,17 +161,17 @@ def admission(arguments: argparse.Namespace) -> None:
         )
 
     line("enough memory", roomy)
-    line("reserve-max", run(arrivals, Scheduler(config(ORCA, blocks)), cost, arguments.limit))
-    line("reserve-exact", run(arrivals, Scheduler(config(ORCA, blocks)), cost))
+    line("reserve-max", run(arrivals, Scheduler(config(ORCA, blocks)), model, arguments.limit))
+    line("reserve-exact", run(arrivals, Scheduler(config(ORCA, blocks)), model))
     for risk in (None, 0.9, 0.5, 0.3, 0.1, 0.03):
         policy = msgspec.structs.replace(DEFAULT, risk=risk)
         name = "paged" if risk is None else f"paged, risk {risk:g}"
-        line(name, run(arrivals, Scheduler(config(policy, blocks)), cost, arguments.limit))
-    line("paged, cheapest", run(arrivals, Cheapest(config(DEFAULT, blocks)), cost, arguments.limit))
-    line("paged, swap", run(arrivals, Scheduler(config(DEFAULT, blocks, swap=True)), cost, arguments.limit))
-    line("paged, swap, cheapest", run(arrivals, Cheapest(config(DEFAULT, blocks, swap=True)), cost, arguments.limit))
+        line(name, run(arrivals, Scheduler(config(policy, blocks)), model, arguments.limit))
+    line("paged, cheapest", run(arrivals, Cheapest(config(DEFAULT, blocks)), model, arguments.limit))
+    line("paged, swap", run(arrivals, Scheduler(config(DEFAULT, blocks, swap=True)), model, arguments.limit))
+    line("paged, swap, cheapest", run(arrivals, Cheapest(config(DEFAULT, blocks, swap=True)), model, arguments.limit))
     risky = msgspec.structs.replace(DEFAULT, risk=0.5)
-    line("paged, swap, risk 0.5", run(arrivals, Scheduler(config(risky, blocks, swap=True)), cost, arguments.limit))
+    line("paged, swap, risk 0.5", run(arrivals, Scheduler(config(risky, blocks, swap=True)), model, arguments.limit))
 
 
 class ByWorth(BlockPool):
@@ -172,10 +179,14 @@ class ByWorth(BlockPool):
 
     worth(pool, block): the greater the longer it stays. Greedy-Dual (Cao and Irani, USITS 1997): what has been
     forgotten raises the floor from which worth counts, so that what is not used again goes in the end.
+
+    ends_first: a block is worth no less than the one after it, which is of no use without it.
     """
 
-    def __init__(self, num_blocks: int, worth: Callable[[ByWorth, int], float]) -> None:
+    def __init__(self, num_blocks: int, worth: Callable[[ByWorth, int], float], *, ends_first: bool = False) -> None:
         super().__init__(num_blocks)
+        self.ends_first = ends_first
+        self._last = (0, 0.0)  # depth and value of the block that was freed last
         self.uses = [0] * num_blocks
         self.depth = [0] * num_blocks
         self._worth = worth
@@ -205,72 +216,102 @@ class ByWorth(BlockPool):
         if self.counts[block] == 0 and self.prefixes[block] is not None:
             self._now += 1
             self._entry[block] = self._now
-            heappush(self._heap, (self._floor + self._worth(self, block), self._now, block))
+            value = self._floor + self._worth(self, block)
+            if self.ends_first and self.depth[block] == self._last[0] - 1:
+                value = max(value, self._last[1])
+            self._last = (self.depth[block], value)
+            heappush(self._heap, (value, self._now, block))
             if len(self._heap) > 4 * self.num_blocks:
                 self._heap = [e for e in self._heap if self._entry[e[2]] == e[1] and e[2] in self.free]
                 heapify(self._heap)
 
 
-class Deep(Scheduler):
+class Deep(KVCacheManager):
     """Tells a ByWorth pool how deep in its sequence a block lies, from which its cost follows."""
 
-    def update(self, batch, result, now=0.0):  # type: ignore[no-untyped-def]
-        for row in batch.rows:
-            for i, block in enumerate(self.requests[row.id].block_table):
-                self.kv.pool.depth[block] = i  # type: ignore[attr-defined]
-        return super().update(batch, result, now)
+    pool: ByWorth
+
+    def publish(self, request: Request, num_tokens: int) -> None:
+        for i in range(request.num_published, num_tokens // self.block_size):
+            self.pool.depth[request.block_table[i]] = i
+        super().publish(request, num_tokens)
 
 
 WAYS: dict[str, Callable[[int], BlockPool]] = {
     "LRU (as it is)": BlockPool,
     "used twice stays longer": lambda count: ByWorth(count, lambda pool, block: float(pool.uses[block] > 0)),
     "by uses (GDSF)": lambda count: ByWorth(count, lambda pool, block: 1.0 + pool.uses[block]),
+    "by cost": lambda count: ByWorth(count, lambda pool, block: 1.0 + pool.depth[block] / DEAR),
     "by uses and cost": lambda count: ByWorth(
-        count, lambda pool, block: (1.0 + pool.uses[block]) * (1.0 + pool.depth[block] / 400)
+        count, lambda pool, block: (1.0 + pool.uses[block]) * (1.0 + pool.depth[block] / DEAR)
+    ),
+    "by uses and cost, ends first": lambda count: ByWorth(
+        count, lambda pool, block: (1.0 + pool.uses[block]) * (1.0 + pool.depth[block] / DEAR), ends_first=True
     ),
     "beginnings stay longer": lambda count: ByWorth(count, lambda pool, block: 1.0 / (1.0 + pool.depth[block])),
 }
 
 
-def eviction(arguments: argparse.Namespace) -> None:
-    rows = traces.mooncake(arguments.trace, random.Random(0))[: arguments.requests]  # noqa: S311
+def written(workload: str) -> list[Arrival]:
+    items = spec.make(workload, vocab=50000, seed=0).items
+    return [Arrival(item.at, len(item.prompt_ids), item.max_tokens, item.prompt_ids) for item in items]
+
+
+def prompts(arguments: argparse.Namespace) -> list[Arrival]:
+    if arguments.workload is not None:
+        return written(arguments.workload)
     arrivals = []
-    for row in rows:
+    for row in traces.mooncake(arguments.trace, random.Random(0))[: arguments.requests]:  # noqa: S311
         length = max(1, row.input_length * BLOCK // traces.BLOCK)
         ids = tuple(2 + name for name in row.hash_ids for _ in range(BLOCK))[:length]
         arrivals.append(Arrival(row.at, length, max(1, row.output_length * BLOCK // traces.BLOCK), ids))
+    return arrivals
+
+
+def eviction(arguments: argparse.Namespace) -> None:
+    arrivals = prompts(arguments)
     total = sum(arrival.num_prompt for arrival in arrivals)
+    whole = sum(seconds(arrival.num_prompt) for arrival in arrivals)
     cost = LinearCost(per_iteration=0.005, per_token=arguments.load * arrivals[-1].time / total)
 
-    def share(num_blocks: int, pool: Callable[[int], BlockPool]) -> float:
+    def spared(num_blocks: int, pool: Callable[[int], BlockPool]) -> tuple[float, float]:
         config = SchedulerConfig(
             policy=DEFAULT, max_batch_size=ROWS, max_batch_tokens=512, num_blocks=num_blocks, block_size=BLOCK
         )
-        scheduler = (Scheduler if pool is BlockPool else Deep)(config)
+        scheduler = Scheduler(config)
+        if pool is not BlockPool:
+            scheduler.kv = Deep(num_blocks, BLOCK, prefix_cache=True)
         scheduler.kv.pool = pool(num_blocks)
-        found = run(arrivals, scheduler, cost)
-        return sum(record.num_cached for record in found.records) / total
+        cached = [record.num_cached for record in run(arrivals, scheduler, cost).records]
+        return sum(cached) / total, sum(map(seconds, cached)) / whole
 
-    most = share(1 << 20, BlockPool)
-    print(f"{len(arrivals)} requests, {total} prompt tokens; a cache without bounds spares {most:.1%} of them")
-    print(f"{'share of that, with blocks:':28}" + "".join(f"{size:9}" for size in arguments.blocks))
+    tokens, time = spared(1 << 20, BlockPool)
+    print(
+        f"{len(arrivals)} requests, {total} prompt tokens; a cache without bounds spares {tokens:.1%} of them", end=""
+    )
+    print(f" and {time:.1%} of their time")
+    print(f"{'with blocks:':28}" + "".join(f"{size:16}" for size in arguments.blocks))
     for name, pool in WAYS.items():
-        shares = (share(size, pool) / most for size in arguments.blocks)
-        print(f"{name:28}" + "".join(f"{value:9.1%}" for value in shares), flush=True)
+        found = (spared(size, pool) for size in arguments.blocks)
+        print(f"{name:28}" + "".join(f"{tokens:9.1%}{time:7.1%}" for tokens, time in found), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("admission")
-    one.add_argument("--trace", type=Path, required=True)
+    source = one.add_mutually_exclusive_group(required=True)
+    source.add_argument("--trace", type=Path)
+    source.add_argument("--workload")
     one.add_argument("--requests", type=int, default=1500)
     one.add_argument("--limit", type=int, default=1024, help="tokens that every request declares")
     one.add_argument("--share", type=float, default=0.25, help="of the memory that it takes")
     one.add_argument("--copy-bandwidth", type=float, default=20e9, help="bytes a second to the swap space and back")
     one.set_defaults(do=admission)
     two = commands.add_parser("eviction")
-    two.add_argument("--trace", type=Path, required=True)
+    source = two.add_mutually_exclusive_group(required=True)
+    source.add_argument("--trace", type=Path)
+    source.add_argument("--workload")
     two.add_argument("--requests", type=int, default=12031)
     two.add_argument(
         "--load", type=float, default=0.5, help="share of the time that prompts would take without a cache"

@@ -63,7 +63,7 @@ def run(arrivals: Sequence[Arrival], config: SchedulerConfig, cost: CostModel, l
     clock = VirtualClock()
     world = World(arrivals, clock)
     scheduler = Scheduler(config)
-    scheduler.pace = limit(scheduler)
+    scheduler.budget.pace = limit(scheduler)
     executor = SimExecutor(cost.noisy(seed), clock, cost.host, world.sample)
     loop = EngineLoop(scheduler, executor, world, world, clock)
     while world.is_open:

@@ -23,6 +23,7 @@ FIELDS = {
     "lost_seconds",
     "preemptions",
     "recomputed_tokens",
+    "swapped_tokens",
     "cached_tokens",
     "iterations",
     "mean_batch_mates",

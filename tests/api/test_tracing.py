@@ -171,6 +171,7 @@ def test_a_request_is_a_span_of_its_parent_and_its_phases_add_up(traced: tuple[R
         "gen_ai.usage.cache_read.input_tokens": 0,
         "orcaserve.preemptions": 0,
         "orcaserve.recomputed_tokens": 0,
+        "orcaserve.swapped_tokens": 0,
     }
     children = receiver.children(root)
     assert len(children) == 6 and len(receiver.spans) == 7

@@ -206,7 +206,7 @@ def test_answers_do_not_depend_on_it(first: int) -> None:
         except BaseException:
             print(f"seed {seed}")
             raise
-        assert not world.scheduler.pace._flying, "every batch is accounted for"
+        assert not world.scheduler.budget.pace._flying, "every batch is accounted for"
     assert cut > 10
 
 

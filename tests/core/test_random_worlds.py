@@ -114,7 +114,7 @@ class Recorded(CheckedScheduler):
         self.was_quiet = False
 
     def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
-        self.was_quiet |= any(row.start + row.num_tokens < self.requests[row.id].quiet_below for row in batch.rows)
+        self.was_quiet |= any(row.start < self.requests[row.id].quiet_below for row in batch.rows)
         outputs = super().update(batch, result, now)
         self.said.append((batch, outputs))
         return outputs

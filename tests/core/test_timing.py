@@ -51,6 +51,8 @@ class Timed(World):
         self.timings: dict[int, list[Timing | None]] = defaultdict(list)
         self.ended: dict[int, Timing] = {}
         self.cached: dict[int, int] = {}
+        self.filled: set[int] = set()  # blocks that were copied back, and whose request has not run since
+        self.brought: dict[int, int] = defaultdict(int)  # tokens of such blocks, by request
 
     def clock(self) -> float:
         self.time += self.rng.choice([0.001, 0.25])
@@ -84,7 +86,20 @@ class Timed(World):
 
     def submitted(self, now: float, batch: Batch) -> None:
         self.has_run |= {row.id for row in batch.rows}
+        self._see_copies(batch)
         self.flying.append((self.now, batch))
+
+    def _see_copies(self, batch: Batch) -> None:
+        """Copies fill a stretch of a block table; what is beyond its first row's start was not computed yet."""
+        size = self.scheduler.kv.block_size
+        self.filled |= {block for swap in batch.swaps if not swap.out for block in swap.blocks}
+        starts = {row.id: row.start for row in batch.rows}
+        for new in batch.new:
+            table = self.scheduler.requests[new.id].block_table
+            for i, block in enumerate(table):
+                if block in self.filled:
+                    self.brought[new.id] += max(0, min(size, starts[new.id] - i * size))
+            self.filled -= set(table)
 
     def returned(self, now: float, batch: Batch, result: StepResult) -> None:
         made, _ = self.flying.pop(0)
@@ -147,6 +162,7 @@ def expected(world: Timed, id: int) -> Timing:
         lost_seconds=sum(end - begin for begin, end in merged),
         preemptions=len(world.preempted_at[id]),
         recomputed_tokens=recomputed,
+        swapped_tokens=world.brought[id],
         cached_tokens=0 if comes_back else world.cached[id],
         iterations=len(rows),
         mates=sum(row.mates for row in rows),

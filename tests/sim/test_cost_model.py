@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from orcaserve.core.batch import Batch, ScheduledRequest
+from orcaserve.core.batch import Batch, ScheduledRequest, Swap
 from orcaserve.core.policy import POLICIES
 from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.engine.step_log import Arrived, Header, Log, Returned, Submitted
@@ -66,6 +66,18 @@ def test_stages_never_overlap(stages: list[StageCost], batches: list) -> None:
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(of_batch))
     for of_stage in zip(*spans, strict=True):
         assert all(before[1] <= after[0] for before, after in itertools.pairwise(of_stage))
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_block_that_is_swapped_takes_its_time(stages: int) -> None:
+    """Each stage copies its own layers: together they take as long as one that has all."""
+    cost = CostModel(stages=(StageCost(fixed=0.25),) * stages)
+    swaps = (Swap(True, (0, 1), (0, 1)), Swap(False, (2,), (3,)))
+    executor = SimExecutor(cost, VirtualClock(), copy_seconds=0.5)
+    plain = executor.submit(batch_of([(0, 1, True)]))
+    swapping = executor.submit(msgspec.structs.replace(batch_of([(0, 1, True)]), swaps=swaps))
+    spent = [sum(end - start for start, end in pending.spans) for pending in (plain, swapping)]
+    assert spent == pytest.approx([0.25 * stages, 0.25 * stages + 1.5])
 
 
 def test_two_stages_with_two_batches_in_flight_take_half_the_time() -> None:

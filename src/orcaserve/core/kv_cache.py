@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
+from struct import pack
 
 from orcaserve.core.block_pool import BlockPool
 from orcaserve.core.config import SwapSpace
@@ -133,7 +133,8 @@ class KVCacheManager:
             return True
         if missing > self.pool.num_free:
             return False
-        request.block_table.extend(self.pool.take() for _ in range(missing))
+        for _ in range(missing):
+            request.block_table.append(self.pool.take())
         return True
 
     def publish(self, request: Request, num_tokens: int) -> None:
@@ -211,4 +212,4 @@ def first_key(salt: str) -> bytes:
 
 def next_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
     """The key of a block of tokens, and with its parent's of everything before it."""
-    return sha256(parent + array("q", token_ids).tobytes()).digest()
+    return sha256(parent + pack(f"={len(token_ids)}q", *token_ids)).digest()

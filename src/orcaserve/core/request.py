@@ -153,6 +153,8 @@ class Request:
         "end_token_ids",
         "finish_reason",
         "id",
+        "is_described",
+        "is_plain",
         "key",
         "lane",
         "max_tokens",
@@ -160,10 +162,9 @@ class Request:
         "new",
         "num_cached",
         "num_computed",
-        "num_described",
         "num_expected",
         "num_in_flight",
-        "num_known_blocks",
+        "num_known_slots",
         "num_published",
         "num_served",
         "prompt_logprobs",
@@ -171,6 +172,7 @@ class Request:
         "swap_slots",
         "timer",
         "token_ids",
+        "unsaid",
     )
 
     def __init__(self, new: NewRequest, arrival: int, arrived: float = 0.0, waited: float = 0.0) -> None:
@@ -179,6 +181,7 @@ class Request:
         self.max_tokens = new.max_tokens
         self.max_total = new.num_prompt + new.max_tokens  # prompt and output together (the paper's max_tokens)
         self.end_token_ids = new.end_token_ids
+        self.is_plain = new.params.is_plain
         self.arrival = arrival  # ordinal
         self.arrived = arrived  # seconds of the scheduler's time
         self.timer = Timer(arrived - waited, len(new.token_ids) - 1 if len(new.token_ids) > new.num_prompt else 0)
@@ -187,16 +190,19 @@ class Request:
         self.token_ids: list[int] = list(new.token_ids)
         self.num_computed = 0  # tokens whose K and V are stored (batches in flight included)
         self.ahead_below = 0  # with fewer known tokens it may be scheduled before it has the next one: the scheduler's
-        self.quiet_below = 0  # results of rows that end below this are one more token each: the scheduler's
+        self.quiet_below = 0  # rows that start below this, and their results, are one more token each: the scheduler's
         self.block_table: list[int] = []
         self.swap_slots: list[int] = []  # where the blocks of its computed tokens are, while it is swapped out
         self.block_keys: list[bytes] = []  # prefix-cache keys of the full blocks, as far as they have been needed
-        self.num_described = 0  # tokens that the workers have been told
-        self.num_known_blocks = 0  # entries of the block table that the workers have been told
+        self.is_described = False  # to the workers
+        self.unsaid: tuple[int, ...] = ()  # tokens that it got since, and that they have not been told
+        self.num_known_slots = 0  # KV slots of those blocks that the workers have been told
         self.num_cached: int | None = None  # None until first admitted; 0 once told
         self.num_expected = 0  # tokens of prompt and output that admission counts on; 0: nothing is known
         self.num_published = 0  # full blocks that the prefix cache knows
-        self.num_served = 0  # tokens computed, or found in the cache, for the first time: a recomputed one counts once
+        # Tokens computed, or found in the cache, for the first time: a recomputed one counts once. Only for orders that
+        # ask for it.
+        self.num_served = 0
         self.num_in_flight = 0  # batches in flight that carry it: several only in chunks of a prompt, or ahead
         self.finish_reason: FinishReason | None = None
         self.prompt_logprobs: list[TokenLogprobs] | None = [] if new.params.prompt_logprobs is not None else None

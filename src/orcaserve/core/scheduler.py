@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from bisect import insort
-from collections.abc import Iterator
-from itertools import islice
 
 import msgspec
 
 from orcaserve.core.batch import Batch, RowResult, ScheduledRequest, StepResult
+from orcaserve.core.budget import Budget
 from orcaserve.core.config import SwapSpace
 from orcaserve.core.decisions import Decisions, Reason, Waits
 from orcaserve.core.kv_cache import KVCacheManager
 from orcaserve.core.order import Order, Waiting
-from orcaserve.core.pace import SMALLEST_CHUNK, Pace
 from orcaserve.core.policy import Policy, Shape
 from orcaserve.core.pressure import Headroom
 from orcaserve.core.request import FinishReason, NewRequest, Output, Request
 from orcaserve.core.sealing import Sealer
+from orcaserve.core.timing import Timing
 
 MOST_HOLDERS = 3  # of KV blocks, of those that are named when blocks lack
 
@@ -87,16 +85,14 @@ class Scheduler:
         self.order = config.policy.make_order()
         self._hears_service = type(self.order).served is not Order.served
         self.requests: dict[int, Request] = {}
-        self._lanes = 1 if config.overlap else config.depth  # batches in flight that do not share a request
-        self._deals = config.policy.deal and self._lanes > 1
-        self.pace = None if config.max_itl is None else Pace(config.max_itl, self._lanes)
+        lanes = 1 if config.overlap else config.depth
+        self.budget = Budget(config.policy, lanes, size, tokens, config.max_itl)
         self.waiting = Waiting(self.order)
         self.running: list[Request] = []  # in order, unless that has moved since the last schedule()
-        self.sealer = Sealer()
+        self.sealer = Sealer(config.block_size)
         self.num_preemptions = 0
         self.decisions: Decisions | None = None  # since somebody listens
         self._num_arrivals = 0
-        self._tokens_in_flight = 0
         self._held: list[Output] = []  # what a request-level batch returns at its end
         self._yielding: list[Request] = []  # who does not go ahead now, to be in no batch when the next one is made
 
@@ -129,7 +125,7 @@ class Scheduler:
                 f"prompt and output may reach {request.max_total} tokens, but the KV cache holds {self.kv.num_slots}"
             )
         self._num_arrivals += 1
-        if self.config.overlap and new.params.is_plain:
+        if self.config.overlap and request.is_plain:
             request.ahead_below = request.max_total - 1
         request.lane = self.order.lane(request)
         self.order.arrived(request, self.waiting)
@@ -158,21 +154,29 @@ class Scheduler:
         has_begun = request_level and bool(self.running)
         closed = has_begun
         num_preemptions = self.num_preemptions
-        row_limit = self._row_limit()
+        row_limit = self.budget.rows(self.running)
         # Rows of requests that no other batch carries: only they count on several stages, as chunks even batches out.
         num_own = 0
-        is_ahead = self.config.overlap
+        is_alone = self.budget.lanes == 1
         alike, block_size, yielding = self.policy.alike, self.kv.block_size, self._yielding
-        ready, choose = self._ready(), self.sealer.add
+        ready, quiet = self._ready(), list[Request]()  # who is chosen, and not told to the sealer yet
         for request in ready:
             if tokens_left == 0:
                 break
-            is_own = is_ahead or not request.num_in_flight
-            if is_own and num_own == row_limit:
-                continue
-            if not request.block_table or (yielding and request in yielding):  # for an older one, a moment ago
+            own = 1 if is_alone or not request.num_in_flight else 0
+            if own and num_own == row_limit:
                 continue
             start, num_tokens = request.num_computed, 1
+            if start < request.quiet_below and start < request.num_known_slots:  # as for most
+                quiet.append(request)
+                num_own += own
+                tokens_left -= 1
+                continue
+            if quiet:
+                self.sealer.add_quiet(quiet)
+                quiet.clear()
+            if not request.block_table or request in yielding:  # for an older one, a moment ago
+                continue
             if request_level or len(request.token_ids) - start > 1:
                 start, num_tokens = self._shape(request, tokens_left)
             if alike and not self._joins((start, num_tokens)):
@@ -182,9 +186,10 @@ class Scheduler:
             if end > len(request.block_table) * block_size and not self._make_room(request, end, now):
                 closed = True  # it waits for an older one's end; those that need no memory go on
                 continue
-            choose(request, start, num_tokens, now)
-            num_own += is_own
+            self.sealer.add(request, start, num_tokens, now)
+            num_own += own
             tokens_left -= num_tokens
+        self.sealer.add_quiet(quiet)
         # Who was preempted just now would be let in again at once, and the memory was not for him.
         closed = closed or self.num_preemptions > num_preemptions
         held_back: list[Request] = []
@@ -197,7 +202,7 @@ class Scheduler:
             if not self._joins(self._first_shape(request, tokens_left)) or not self._admit(request, now):
                 break  # stop, not skip: nobody overtakes
             start, num_tokens = self._shape(request, tokens_left)
-            choose(request, start, num_tokens, now)
+            self.sealer.add(request, start, num_tokens, now)
             num_own += 1
             tokens_left -= num_tokens
         for request in held_back:
@@ -207,29 +212,26 @@ class Scheduler:
         if not self.sealer.rows:
             return None
         batch = self.sealer.seal(() if self.kv.swap is None else self.kv.swap.take_copies())
-        if self._deals:
-            self._tokens_in_flight += batch.num_tokens
-        if self.pace is not None:
-            self.pace.submitted(batch, now)
+        self.budget.submitted(batch, now)
         return batch
 
     def update(self, batch: Batch, result: StepResult, now: float = 0.0) -> tuple[Output, ...]:
         """Takes in what a batch gave; a request whose output has a finish reason is gone from here."""
         outputs: list[Output] = []
-        if self._deals:
-            self._tokens_in_flight -= batch.num_tokens
-        if self.pace is not None:
-            self.pace.returned(now)
-        requests, keep = self.requests, outputs.append
-        for row, got in zip(batch.rows, result.rows, strict=True):
-            request, token_id = requests[row.id], got.token_id
+        self.budget.returned(batch, now)
+        keep, block_size = outputs.append, self.kv.block_size
+        for request, row, got in zip(self.sealer.unseal(batch), batch.rows, result.rows, strict=True):
             request.num_in_flight -= 1
-            end = row.start + row.num_tokens
-            is_quiet = end < request.quiet_below and got.error is None
+            token_ids, token_id = request.token_ids, got.token_id
+            known = len(token_ids)
+            is_quiet = known <= request.quiet_below and got.error is None
             if is_quiet and token_id is not None and token_id not in request.end_token_ids:
-                request.num_served = end
-                request.token_ids.append(token_id)
-                keep(Output(id=row.id, token_ids=(token_id,)))
+                if known % block_size == 0:
+                    self.kv.publish(request, known)
+                token_ids.append(token_id)
+                fresh = (token_id,)
+                request.unsaid = request.unsaid + fresh if request.unsaid else fresh
+                keep(Output(id=request.id, token_ids=fresh))
                 continue
             if request.finish_reason is None and (output := self._take_in(request, row, got, now)) is not None:
                 keep(output)
@@ -268,51 +270,8 @@ class Scheduler:
             ready.sort(key=lambda request: request.lag > 1)
         return ready
 
-    def _row_limit(self) -> int:
-        """Rows for running requests. Dealt out over the depth, or the first batch takes all and the pipe runs empty."""
-        most, lanes = self.config.max_batch_size, self._lanes
-        return min(most, -(-len(self.running) // lanes)) if self._deals else most
-
     def _token_limit(self) -> int:
-        """Tokens of a batch. Dealt out over the depth, too: stages wait for each other where batches are unequal."""
-        if not self.policy.chunked:
-            return sys.maxsize
-        most = self.config.max_batch_tokens
-        lanes = self._lanes
-        if not self._deals:
-            return self._in_time(most)
-        work = self._tokens_in_flight + sum(request.lag for request in self.running)
-        for request in islice(self.waiting, max(0, lanes * self.config.max_batch_size - len(self.running))):
-            if work >= most * lanes:
-                break
-            work += request.num_tokens
-        return self._in_time(min(most, max(SMALLEST_CHUNK, -(-work // lanes))))
-
-    def _in_time(self, most: int) -> int:
-        """Of so many tokens of a batch, as many as streams that run may wait for; all of them where none runs."""
-        if self.pace is None:
-            return most
-        decodes = context = streams = 0
-        for request in self.running:
-            due = request.due
-            if due <= 1:
-                streams += 1
-                decodes += due
-                context += due * (request.num_computed + 1)
-        if not streams or (streams == len(self.running) and not self.waiting):
-            return most
-        if decodes > (limit := self._row_limit()):
-            decodes, context = limit, context * limit // decodes
-        return decodes + self.pace.prompt_tokens(decodes, context, self._prompts(), most - decodes)
-
-    def _prompts(self) -> Iterator[tuple[int, int]]:
-        """Where the prompts stand that come next, and how many tokens of each are left; in order, but for lanes."""
-        for request in self.running:
-            if request.lag > 1 and request.finish_reason is None:
-                yield request.num_computed, request.lag
-        for request in islice(self.waiting, max(0, self.config.max_batch_size - len(self.running))):
-            start = self.kv.known_prefix(request)
-            yield start, request.num_tokens - start
+        return self.budget.tokens(self.running, self.waiting, self.kv)
 
     def _shape(self, request: Request, tokens_left: int) -> Shape:
         """The row that a running request gets: its first position, its number of tokens."""
@@ -362,6 +321,7 @@ class Scheduler:
         if victim in self._yielding:
             return
         self._yielding.append(victim)
+        victim.quiet_below = 0
         if self.decisions is not None:
             self.decisions.waits(Waits(id=victim.id, why="yields", runs=True, by=request.id))
 
@@ -399,7 +359,7 @@ class Scheduler:
                 return
             others = [other for other in self.running if self._may_give(other)]
             after = [other for other in reversed(others) if self._place(other) > place]
-            own = min(sum(other.due > 0 for other in others), self._row_limit())
+            own = min(sum(other.due > 0 for other in others), self.budget.rows(self.running))
             rows = max(0, own + 1 - self.config.max_batch_size)
             spare = self.headroom.spare(self.running, request)
             left = [self.headroom.left_for(other) for other in after]
@@ -407,7 +367,9 @@ class Scheduler:
             if victims is None:
                 return
             before = sum(other.due for other in others if other.due == 1 or self._place(other) < place)
-            if before - sum(victim.due == 1 for victim in victims) >= self._token_limit():
+            if before - sum(victim.due == 1 for victim in victims) >= self.budget.tokens(
+                self.running, self.waiting, self.kv
+            ):
                 return  # it would get no token now
             if any(victim.num_in_flight for victim in victims):
                 for victim in victims:
@@ -421,8 +383,10 @@ class Scheduler:
     def _admit(self, request: Request, now: float) -> bool:
         """Lets the first in the queue run, if its KV fits and leaves to those that run what they may need."""
         spare = 0 if self.policy.reserve else self.headroom.spare(self.running, request)
+        num_swapped = request.num_computed
         if not self.kv.admit(request, self.policy.room(request), spare):
             return False
+        request.timer.returning = max(0, num_swapped - request.num_published * self.kv.block_size)
         self.order.started(request, now)
         if request.num_cached is None:
             request.num_cached = request.num_computed
@@ -457,7 +421,7 @@ class Scheduler:
     ) -> None:
         """For who listens. has_begun: a request-level batch was under way."""
         is_full = num_own >= self.config.max_batch_size
-        if self._lanes == 1:  # else who is left out of one batch goes with the next in flight
+        if self.budget.lanes == 1:  # else who is left out of one batch goes with the next in flight
             taking_part = {row.id for row in self.sealer.rows}
             why: Reason = "rows" if is_full else "shape" if tokens_left else "tokens"
             for request in ready:
@@ -501,14 +465,12 @@ class Scheduler:
             error = "the model gave no token"
         if error is not None:
             request.finish_reason = "error"
-            return Output(id=request.id, finish_reason="error", error=error, timing=request.timer.timing(now))
+            return Output(id=request.id, finish_reason="error", error=error, timing=self._timing(request, now))
         if end >= (request.num_published + 1) * self.kv.block_size:
             self.kv.publish(request, end)
-        fresh = end - request.num_served
-        if fresh > 0:
+        if self._hears_service and (fresh := end - request.num_served) > 0:
             request.num_served = end
-            if self._hears_service:
-                self.order.served(request, fresh, int(token_id is not None))
+            self.order.served(request, fresh, int(token_id is not None))
         if not request.timer.decodes:
             request.timer.computed(row.start, end, token_id is not None or request.num_generated > 0, now)
         prompt_logprobs = request.prompt_logprobs
@@ -518,6 +480,7 @@ class Scheduler:
             return None  # still prefilling
         if token_id is not None:
             request.token_ids.append(token_id)
+            request.unsaid += (token_id,)
         reason = request.finish_reason = self._finish_reason(request, token_id)
         is_plain = request.num_cached == 0 and prompt_logprobs is None and not request.new.timed
         if reason is None and token_id is not None and is_plain:
@@ -534,17 +497,18 @@ class Scheduler:
             pooled=got.pooled,
             num_cached=num_cached,
             finish_reason=reason,
-            timing=request.timer.timing(now) if reason is not None or request.new.timed else None,
+            timing=self._timing(request, now) if reason is not None or request.new.timed else None,
         )
 
     def _quiet_below(self, request: Request) -> int:
-        """Rows of one that decodes, and of whose tokens nobody else is told, have nothing but a token till there."""
-        if self._hears_service or self.policy.request_level or not request.timer.decodes:
+        """Rows of one that decodes, and of whose tokens nobody else is told, are quiet up to its last."""
+        if self._hears_service or self.policy.request_level or self.policy.alike or not request.timer.decodes:
             return 0
-        if not request.new.params.is_plain:
-            return 0
-        last = request.max_total - 1
-        return min(last, (request.num_published + 1) * self.kv.block_size) if self.policy.prefix_cache else last
+        return request.max_total - 2 if request.is_plain else 0
+
+    def _timing(self, request: Request, now: float) -> Timing:
+        self.sealer.settle()
+        return request.timer.timing(now)
 
     def _finish_reason(self, request: Request, token_id: int | None) -> FinishReason | None:
         new = request.new

@@ -12,7 +12,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     queue_seconds: before its first iteration. prefill_seconds: from there to its first token. decode_seconds: from
         there to its last. lost_seconds: from a preemption or a crash until it had computed as much again. Together
         they are all its time.
-    preemptions: how often its KV was taken away. recomputed_tokens: that were computed once more.
+    preemptions: how often its KV was taken away. recomputed_tokens: that were computed once more. swapped_tokens: that
+        were brought back from the swap space instead.
     cached_tokens: of its prompt, which the prefix cache spared when it first ran.
     iterations: that it took part in, one ahead of its end included. mates: the others in them, added up.
     most_mates: others in one of them.
@@ -25,6 +26,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     lost_seconds: float = 0.0
     preemptions: int = 0
     recomputed_tokens: int = 0
+    swapped_tokens: int = 0
     cached_tokens: int = 0
     iterations: int = 0
     mates: int = 0
@@ -49,6 +51,7 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
             lost_seconds=self.lost_seconds + later.lost_seconds,
             preemptions=self.preemptions + later.preemptions,
             recomputed_tokens=self.recomputed_tokens + later.recomputed_tokens,
+            swapped_tokens=self.swapped_tokens + later.swapped_tokens,
             cached_tokens=self.cached_tokens + later.cached_tokens,
             iterations=self.iterations + later.iterations,
             mates=self.mates + later.mates,
@@ -63,6 +66,7 @@ class Timer:
     """In which of four phases one request is, and how long it was in each. Owned by its Request.
 
     now: the request comes in. num_computed_before: tokens that an engine before this one had computed.
+    returning: tokens that the swap space gave back when it was let in last, which count once it runs.
     decodes: whether a row of it changes no phase, so that `computed` need not be told.
     """
 
@@ -71,6 +75,7 @@ class Timer:
         "_reached",
         "_seconds",
         "_since",
+        "_swapped",
         "cached",
         "decodes",
         "iterations",
@@ -78,6 +83,7 @@ class Timer:
         "most_mates",
         "preemptions",
         "recomputed",
+        "returning",
     )
 
     def __init__(self, now: float, num_computed_before: int) -> None:
@@ -86,8 +92,10 @@ class Timer:
         self.most_mates = 0
         self.preemptions = 0
         self.recomputed = 0
+        self.returning = 0
         self.cached = 0
         self.decodes = False
+        self._swapped = 0
         self._reached = num_computed_before
         self._phase = _LOST if num_computed_before else _QUEUE
         self._seconds = [0.0, 0.0, 0.0, 0.0]
@@ -100,6 +108,7 @@ class Timer:
 
     def described(self, now: float) -> None:
         """Its first iteration begins, or the first one since a preemption."""
+        self._swapped += self.returning
         if self._phase == _QUEUE:
             self._enter(_PREFILL, now)
 
@@ -134,6 +143,7 @@ class Timer:
             lost_seconds=lost,
             preemptions=self.preemptions,
             recomputed_tokens=self.recomputed,
+            swapped_tokens=self._swapped,
             cached_tokens=self.cached,
             iterations=self.iterations,
             mates=self.mates,

@@ -251,7 +251,8 @@ class ChoiceTiming(msgspec.Struct):
     engine_ids: its numbers in step logs, one for each engine that had it: a crash gives it to the next.
     queue_seconds: before its first iteration. prefill_seconds: from there to its first token. decode_seconds: from
         there to its last. lost_seconds: from a preemption or a crash until as much had been computed again.
-    preemptions: how often its KV was taken away. recomputed_tokens: that were computed once more.
+    preemptions: how often its KV was taken away. recomputed_tokens: that were computed once more. swapped_tokens: that
+        were brought back from the swap space instead.
     cached_tokens: of its prompt, that the prefix cache spared. iterations: that it took part in; others took part in
         them, too: mean_batch_mates, max_batch_mates.
     """
@@ -264,6 +265,7 @@ class ChoiceTiming(msgspec.Struct):
     lost_seconds: float
     preemptions: int
     recomputed_tokens: int
+    swapped_tokens: int
     cached_tokens: int
     iterations: int
     mean_batch_mates: float

@@ -18,6 +18,7 @@ def choice_timings(generation: Generation) -> list[ChoiceTiming]:
             lost_seconds=round(timing.lost_seconds, 6),
             preemptions=timing.preemptions,
             recomputed_tokens=timing.recomputed_tokens,
+            swapped_tokens=timing.swapped_tokens,
             cached_tokens=timing.cached_tokens,
             iterations=timing.iterations,
             mean_batch_mates=round(timing.mean_mates, 3),

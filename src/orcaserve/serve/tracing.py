@@ -138,6 +138,7 @@ def _attributes(trace: RequestTrace, model: str, served: str) -> dict[str, Attri
         "gen_ai.usage.cache_read.input_tokens": sum(timing.cached_tokens for timing in timings[:: job.n]),
         "orcaserve.preemptions": sum(timing.preemptions for timing in timings),
         "orcaserve.recomputed_tokens": sum(timing.recomputed_tokens for timing in timings),
+        "orcaserve.swapped_tokens": sum(timing.swapped_tokens for timing in timings),
     }
     if trace.operation == "embeddings":
         return found

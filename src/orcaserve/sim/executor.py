@@ -65,7 +65,8 @@ class SimExecutor:
     """Stages, each of which runs one iteration after the other. Owner of when they are free again.
 
     cost: seconds of a batch in every stage; always as many stages. host: seconds that pass before a batch is submitted.
-    sample: the token at a position of a request.
+    sample: the token at a position of a request. copy_seconds: of a KV block that is swapped out or in, shared out over
+    the stages, each of which copies its own layers before it computes.
     """
 
     def __init__(
@@ -74,9 +75,11 @@ class SimExecutor:
         clock: VirtualClock,
         host: Callable[[Batch], float] | None = None,
         sample: Callable[[int, int], int] = lambda id, position: 0,
+        copy_seconds: float = 0.0,
     ) -> None:
         self.clock = clock
         self.sample = sample
+        self._copy_seconds = copy_seconds
         self._cost = cost
         self._host = host
         self._free_at: list[float] = []
@@ -89,12 +92,13 @@ class SimExecutor:
         free_at = self._free_at
         if not free_at:
             free_at.extend([0.0] * len(seconds))
+        copying = self._copy_seconds * sum([len(swap.blocks) for swap in batch.swaps]) / len(seconds)
         end = clock.now
         spans = []
         for stage, length in enumerate(seconds):
             start = free_at[stage]
             if start < end:
                 start = end
-            end = free_at[stage] = start + length
+            end = free_at[stage] = start + copying + length
             spans.append((start, end))
         return SimPending(self, batch, tuple(spans))

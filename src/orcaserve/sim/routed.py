@@ -37,7 +37,8 @@ class _Engine:
         self._clock = VirtualClock()
         self.world = World((), self._clock)
         self.scheduler = Scheduler(config)
-        executor = SimExecutor(cost, self._clock, None, self.world.sample)
+        copy_seconds = config.swap.copy_seconds if config.swap else 0.0
+        executor = SimExecutor(cost, self._clock, None, self.world.sample, copy_seconds)
         self._loop = EngineLoop(self.scheduler, executor, self.world, self.world, self._clock)
         self._ends: list[tuple[float, int]] = []  # when a request ended, and its load: some lie ahead of others' time
         self._open: dict[int, int] = {}

@@ -174,9 +174,9 @@ def simulate(
 ) -> tuple[list[Record], list[Iteration]]:
     """Runs a workload to its end. Every request that does not leave generates exactly `num_output` tokens.
 
-    cost: seconds of a batch in every stage. host: seconds before a batch is submitted. keep_iterations: False saves
-    their memory. witness: is told all that the loop does. Raises ValueError for a request that the KV cache can never
-    hold.
+    cost: seconds of a batch in every stage, without copies: they take `config.swap.copy_seconds` a block. host: seconds
+    before a batch is submitted. keep_iterations: False saves their memory. witness: is told all that the loop does.
+    Raises ValueError for a request that the KV cache can never hold.
     """
     clock = VirtualClock()
     world = World(arrivals, clock)
@@ -187,7 +187,8 @@ def simulate(
         iterations.append(Iteration(clock.now, rows))
         return cost(batch)
 
-    executor = SimExecutor(noted if keep_iterations else cost, clock, host, world.sample)
+    copy_seconds = config.swap.copy_seconds if config.swap else 0.0
+    executor = SimExecutor(noted if keep_iterations else cost, clock, host, world.sample, copy_seconds)
     loop = EngineLoop(scheduler(config), executor, world, world, clock, witness)
     while world.is_open:
         loop.step()

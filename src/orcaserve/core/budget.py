@@ -1,0 +1,90 @@
+"""`Budget`: how many rows and tokens the next batch may have."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from orcaserve.core.batch import Batch
+from orcaserve.core.kv_cache import KVCacheManager
+from orcaserve.core.order import Waiting
+from orcaserve.core.pace import SMALLEST_CHUNK, Pace
+from orcaserve.core.policy import Policy
+from orcaserve.core.request import Request
+
+
+class Budget:
+    """Owner of the pace, if there is a limit of time, and of the number of tokens in flight.
+
+    lanes: batches in flight that do not share a request; rows and tokens are dealt out over them. The others are as in
+        SchedulerConfig.
+    """
+
+    def __init__(
+        self, policy: Policy, lanes: int, max_batch_size: int, max_batch_tokens: int, max_itl: float | None
+    ) -> None:
+        self.lanes = lanes
+        self.pace = None if max_itl is None else Pace(max_itl, lanes)
+        self._most_rows = max_batch_size
+        self._most_tokens = max_batch_tokens
+        self._is_chunked = policy.chunked
+        self._deals = policy.deal and lanes > 1
+        self._tokens_in_flight = 0
+
+    def rows(self, running: Sequence[Request]) -> int:
+        """Rows for running requests. Dealt out over the depth, or the first batch takes all and the pipe runs empty."""
+        return min(self._most_rows, -(-len(running) // self.lanes)) if self._deals else self._most_rows
+
+    def tokens(self, running: Sequence[Request], waiting: Waiting, kv: KVCacheManager) -> int:
+        """Tokens of a batch. Dealt out over the depth, too: stages wait for each other where batches are unequal."""
+        if not self._is_chunked:
+            return sys.maxsize
+        most, lanes = self._most_tokens, self.lanes
+        if self._deals:
+            work = self._tokens_in_flight + sum(request.lag for request in running)
+            for request in islice(waiting, max(0, lanes * self._most_rows - len(running))):
+                if work >= most * lanes:
+                    break
+                work += request.num_tokens
+            most = min(most, max(SMALLEST_CHUNK, -(-work // lanes)))
+        return most if self.pace is None else self._in_time(self.pace, most, running, waiting, kv)
+
+    def submitted(self, batch: Batch, now: float) -> None:
+        """A batch is made."""
+        if self._deals:
+            self._tokens_in_flight += batch.num_tokens
+        if self.pace is not None:
+            self.pace.submitted(batch, now)
+
+    def returned(self, batch: Batch, now: float) -> None:
+        """The oldest batch is back."""
+        if self._deals:
+            self._tokens_in_flight -= batch.num_tokens
+        if self.pace is not None:
+            self.pace.returned(now)
+
+    def _in_time(self, pace: Pace, most: int, running: Sequence[Request], waiting: Waiting, kv: KVCacheManager) -> int:
+        """Of so many tokens of a batch, as many as streams that run may wait for; all of them where none runs."""
+        decodes = context = streams = 0
+        for request in running:
+            due = request.due
+            if due <= 1:
+                streams += 1
+                decodes += due
+                context += due * (request.num_computed + 1)
+        if not streams or (streams == len(running) and not waiting):
+            return most
+        if decodes > (limit := self.rows(running)):
+            decodes, context = limit, context * limit // decodes
+        prompts = self._prompts(running, waiting, kv)
+        return decodes + pace.prompt_tokens(decodes, context, prompts, most - decodes)
+
+    def _prompts(self, running: Sequence[Request], waiting: Waiting, kv: KVCacheManager) -> Iterator[tuple[int, int]]:
+        """Where the prompts stand that come next, and how many tokens of each are left; in order, but for lanes."""
+        for request in running:
+            if request.lag > 1 and request.finish_reason is None:
+                yield request.num_computed, request.lag
+        for request in islice(waiting, max(0, self._most_rows - len(running))):
+            start = kv.known_prefix(request)
+            yield start, request.num_tokens - start
