@@ -169,6 +169,7 @@ struct Draw {
     double top_p;
     float temperature;  // 0: the greatest score
     float least;        // log(min_p): scaled scores below it are left out
+    const std::uint32_t* allowed;  // a bit for each token; null: all
 };
 
 struct Draws {

@@ -214,7 +214,7 @@ inline void draw(Pool& pool, const Draws& g) {
     const Changes changes(g);
     std::vector<View> rows;
     for (std::int64_t i = 0; i < g.count; ++i)
-        rows.push_back({g.logits + g.draws[i].row * g.vocab, 0.0f, 1.0f, 0.0f});
+        rows.push_back({g.logits + g.draws[i].row * g.vocab, 0.0f, 1.0f, 0.0f, g.draws[i].allowed});
     const std::vector<Found> peaks = find_peaks(pool, rows, g.vocab);
     std::vector<Race> races;
     for (std::int64_t i = 0; i < g.count; ++i) {
@@ -223,7 +223,7 @@ inline void draw(Pool& pool, const Draws& g) {
         g.tokens[i] = sound ? peaks[i].id : -1;
         if (!sound || draw.temperature == 0.0f) continue;
         // the peak becomes 0, so that no temperature, however small, overflows
-        const View view{rows[i].logits, peaks[i].value, draw.temperature, 0.0f};
+        const View view{rows[i].logits, peaks[i].value, draw.temperature, 0.0f, draw.allowed};
         races.push_back({&draw, g.tokens + i, view, {-__builtin_inff(), g.vocab}, 0.0, 0.0});
     }
     std::vector<Race*> by_k, by_p;

@@ -61,6 +61,10 @@ inline Vec first(int n, Vec a, Vec b) {
     const __mmask16 mask = n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);
     return {_mm512_mask_blend_ps(mask, b.v, a.v)};
 }
+// a in the lanes whose bits are set, else b
+inline Vec pick(unsigned bits, Vec a, Vec b) {
+    return {_mm512_mask_blend_ps(static_cast<__mmask16>(bits), b.v, a.v)};
+}
 // 2**n for whole n in [-126, 127]
 inline Vec power_of_two(Vec n) {
     const __m512i i = _mm512_cvtps_epi32(n.v);
@@ -124,6 +128,12 @@ inline Vec first(int n, Vec x, Vec y) {
     return {_mm256_blendv_ps(y.a, x.a, _mm256_castsi256_ps(low)),
             _mm256_blendv_ps(y.b, x.b, _mm256_castsi256_ps(high))};
 }
+inline __m256 pick_half(unsigned bits, __m256 x, __m256 y) {
+    const __m256i own = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), own);
+    return _mm256_blendv_ps(y, x, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, own)));
+}
+inline Vec pick(unsigned bits, Vec x, Vec y) { return {pick_half(bits, x.a, y.a), pick_half(bits >> 8, x.b, y.b)}; }
 inline __m256 power_of_two_half(__m256 n) {
     const __m256i i = _mm256_cvtps_epi32(n);
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(i, _mm256_set1_epi32(127)), 23));
@@ -189,6 +199,11 @@ inline unsigned at_least(Vec x, Vec y) {
 inline Vec first(int n, Vec a, Vec b) {
     const ints16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     return {pick(lane < n, a.v, b.v)};
+}
+inline Vec pick(unsigned bits, Vec a, Vec b) {
+    const ints16 own = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    const ints16 set = (own & (ints16{} + static_cast<int>(bits))) != 0;
+    return {pick(set, a.v, b.v)};
 }
 inline Vec power_of_two(Vec n) {
     const ints16 i = __builtin_convertvector(n.v, ints16);

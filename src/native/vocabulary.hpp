@@ -15,16 +15,40 @@ namespace ORCA_ISA {
 constexpr std::int64_t kPiece = 16384;
 constexpr std::int64_t kStretch = 512;  // values that sixteen maxima stand for
 
+// Lanes of sixteen values of which `left` are there, as bits.
+inline unsigned lanes(std::int64_t left) { return left >= 16 ? 0xffffu : (1u << left) - 1; }
+
 // One row of logits and what is looked at in it: (logit - peak) / divisor - shift.
+//
+// allowed: a bit for each token, or null; the others' logits are -inf here, whatever they are.
 struct View {
     const float* logits;
     float peak, divisor, shift;
+    const std::uint32_t* allowed = nullptr;
 
+    // Sixteen values from i on, a multiple of sixteen.
     Vec at(std::int64_t i, std::int64_t left) const {
-        const Vec x = (load_some(logits + i, left) - set1(peak)) / set1(divisor) - set1(shift);
-        return first(static_cast<int>(std::min<std::int64_t>(left, 16)), x, set1(-__builtin_inff()));
+        const unsigned bits = open(i, left);
+        const Vec none = set1(-__builtin_inff());
+        if (bits == 0) return none;
+        return pick(bits, (load_some(logits + i, left) - set1(peak)) / set1(divisor) - set1(shift), none);
     }
-    float operator[](std::int64_t i) const { return (logits[i] - peak) / divisor - shift; }
+    float operator[](std::int64_t i) const {
+        return has(i) ? (logits[i] - peak) / divisor - shift : -__builtin_inff();
+    }
+    // The same of the logits themselves.
+    Vec logits_at(std::int64_t i, std::int64_t left) const {
+        const unsigned bits = open(i, left);
+        const Vec none = set1(-__builtin_inff());
+        return bits == 0 ? none : pick(bits, load_some(logits + i, left), none);
+    }
+    float logit(std::int64_t i) const { return has(i) ? logits[i] : -__builtin_inff(); }
+
+private:
+    bool has(std::int64_t i) const { return allowed == nullptr || (allowed[i / 32] >> (i % 32) & 1) != 0; }
+    unsigned open(std::int64_t i, std::int64_t left) const {
+        return allowed == nullptr ? lanes(left) : lanes(left) & (allowed[i / 32] >> (i % 32));
+    }
 };
 
 struct Found {
@@ -41,9 +65,6 @@ struct Range {
     float low, high;
 };
 
-// Lanes of sixteen values of which `left` are there, as bits.
-inline unsigned lanes(std::int64_t left) { return left >= 16 ? 0xffffu : (1u << left) - 1; }
-
 // Calls work(row, item, begin, end) for every piece of every row.
 template <class Work>
 void by_pieces(Pool& pool, std::size_t rows, std::int64_t vocab, const Work& work) {
@@ -54,7 +75,7 @@ void by_pieces(Pool& pool, std::size_t rows, std::int64_t vocab, const Work& wor
     });
 }
 
-// The greatest of each row and the lowest id that has it; NaN if the row has one.
+// The greatest of each row and the lowest id that has it; NaN if the row has one that is allowed.
 inline std::vector<Found> find_peaks(Pool& pool, const std::vector<View>& rows, std::int64_t vocab) {
     const std::int64_t pieces = ceil_div(vocab, kPiece);
     std::vector<Found> found(rows.size() * pieces), peaks(rows.size());
@@ -62,8 +83,7 @@ inline std::vector<Found> find_peaks(Pool& pool, const std::vector<View>& rows, 
         const Vec lowest = set1(-__builtin_inff());
         Vec highest = lowest, strange = zero();
         for (std::int64_t i = begin; i < end; i += 16) {
-            const int left = static_cast<int>(std::min<std::int64_t>(16, end - i));
-            const Vec x = first(left, load_some(rows[row].logits + i, left), lowest);
+            const Vec x = rows[row].logits_at(i, end - i);
             highest = max(highest, x);
             strange = strange + where_ge(x, x, zero(), set1(1.0f));
         }
@@ -76,7 +96,7 @@ inline std::vector<Found> find_peaks(Pool& pool, const std::vector<View>& rows, 
             if (other.value > best.value || other.value != other.value) best = other;
             if (best.value != best.value) break;
         }
-        while (best.value == best.value && rows[row].logits[best.id] != best.value) ++best.id;
+        while (best.value == best.value && rows[row].logit(best.id) != best.value) ++best.id;
         peaks[row] = best;
     }
     return peaks;

@@ -1,5 +1,6 @@
 """Draws and log-probabilities of the native kernels against their twin, and that a row's depend on that row alone."""
 
+import dataclasses
 import math
 import random
 
@@ -13,7 +14,7 @@ from orcaserve.core.request import SamplingParams
 from orcaserve.ops.draw import Draw
 from orcaserve.ops.native_kernels import instruction_sets
 from orcaserve.ops.noise import gumbel, noise_key
-from orcaserve.ops.sampler import NOT_A_NUMBER, SamplingState, sample
+from orcaserve.ops.sampler import NOT_A_NUMBER, NOTHING_LEFT, SamplingState, sample
 
 torch.set_num_threads(1)
 
@@ -56,7 +57,19 @@ def some_state(rng, v):
         min_tokens=one_of([0, 0, 100]),
     )
     end = tuple(rng.sample(range(v), min(v, 2)))
-    return SamplingState(params, rng.randrange(1 << 64), rng.randrange(4), rng.randint(1, len(tokens)), tokens, end)
+    return SamplingState(
+        params, rng.randrange(1 << 64), rng.randrange(4), rng.randint(1, len(tokens)), tokens, end, some_allowed(rng, v)
+    )
+
+
+def some_allowed(rng, v):
+    """Bits of all tokens, a few or none, with others behind them that mean nothing."""
+    share = rng.choice([None, None, 0.9, 0.1, 2 / v, 0.0])
+    if share is None:
+        return None
+    allowed = np.random.default_rng(rng.randrange(1 << 32)).random(-(-v // 32) * 32) < share
+    allowed[v:] = True
+    return np.packbits(allowed, bitorder="little").view(np.uint32)
 
 
 def some_rows(seed, v, n):
@@ -76,6 +89,21 @@ def test_the_twin_draws_the_same(isa, v):
         for i in range(8):
             assert got[i] == want[i], (seed, kinds[i], states[i])
         assert torch.equal(logits, kept), "changed scores must not stay in the logits"
+
+
+@pytest.mark.parametrize("name", kernel_sets.EVERY)
+def test_what_is_not_allowed_might_as_well_be_impossible(name):
+    kernels, v = kernel_sets.make(name, 2), 1500
+    for seed in range(25):
+        logits, states, kinds = some_rows(seed, v, 8)
+        got = sample(logits, states, kernels)
+        for row, state in zip(logits, states, strict=True):
+            if state.allowed is not None:
+                bits = np.unpackbits(state.allowed.view(np.uint8), count=v, bitorder="little")
+                row[torch.from_numpy(bits == 0)] = -torch.inf
+        want = sample(logits, [dataclasses.replace(state, allowed=None) for state in states], kernels)
+        for i, state in enumerate(states):
+            assert got[i] == (NOTHING_LEFT if want[i] == NOT_A_NUMBER else want[i]), (seed, kinds[i], state)
 
 
 @NEEDS_NATIVE
@@ -174,5 +202,7 @@ def test_what_lies_outside_of_the_vocabulary_is_refused(isa):
         changed = Draw(0, 1, 1.0, ids=np.array(ids), scores=np.zeros(2, dtype=np.float32))
         with pytest.raises(IndexError):
             kernels.draw(logits, [changed])
+    with pytest.raises(IndexError):
+        kernels.draw(torch.zeros(1, 33), [Draw(0, 1, 1.0, allowed=np.ones(1, dtype=np.uint32))])
     with pytest.raises(IndexError):
         kernels.logprobs(logits, torch.zeros(1), [0], [9], 2)

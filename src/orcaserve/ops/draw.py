@@ -29,6 +29,7 @@ class Draw:
     """row: of the logits. key: of the noise. temperature: 0 is greedy. top_k: 0 is off.
 
     ids, scores: ascending int64 ids within the vocabulary, and float32 scores that stand there instead of the logits.
+    allowed: uint32 [ceil(V / 32)], a bit for each token, the first one's the lowest, set if it may be drawn; None: all.
     """
 
     row: int
@@ -39,6 +40,7 @@ class Draw:
     min_p: float = 0.0
     ids: np.ndarray = field(default_factory=_no_ids)
     scores: np.ndarray = field(default_factory=_no_scores)
+    allowed: np.ndarray | None = None
 
 
 def draw(logits: Tensor, draws: Sequence[Draw]) -> list[int | None]:
@@ -49,6 +51,9 @@ def _draw(logits: Tensor, one: Draw) -> int | None:
     scores = logits
     if one.ids.shape[0]:
         scores = logits.index_copy(0, torch.from_numpy(one.ids), torch.from_numpy(one.scores))
+    if one.allowed is not None:
+        bits = np.unpackbits(one.allowed.view(np.uint8), count=logits.shape[0], bitorder="little")
+        scores = scores.masked_fill(torch.from_numpy(bits == 0), -torch.inf)
     peak = scores.amax()
     if not bool(peak.isfinite()):
         return None

@@ -42,7 +42,7 @@ _ACTIVATIONS = {
 # as kernels.hpp has it
 _DRAW = np.dtype(
     [("row", "i8"), ("first", "i8"), ("count", "i8"), ("top_k", "i8"), ("key", "u8"), ("top_p", "f8"),
-     ("temperature", "f4"), ("least", "f4")]
+     ("temperature", "f4"), ("least", "f4"), ("allowed", "u8")]
 )  # fmt: skip
 
 
@@ -454,7 +454,7 @@ class NativeKernels:
         return greatest, ids
 
     def draw(self, logits: Tensor, draws: Sequence[Draw]) -> Sequence[int | None]:
-        """Raises IndexError for a changed score outside of the vocabulary."""
+        """Raises IndexError for a changed score outside of the vocabulary, or too few bits for it."""
         if not draws:
             return []
         logits, vocab = logits.contiguous(), logits.shape[1]
@@ -464,8 +464,11 @@ class NativeKernels:
             count = one.ids.shape[0]
             if count and not 0 <= one.ids[0] <= one.ids[-1] < vocab:
                 raise IndexError(f"a changed score outside of a vocabulary of {vocab}")
+            if one.allowed is not None and one.allowed.nbytes * 8 < vocab:
+                raise IndexError(f"{one.allowed.nbytes * 8} bits for a vocabulary of {vocab}")
             least = math.log(one.min_p) if one.min_p > 0.0 else -math.inf
-            table[i] = (one.row, at, count, one.top_k, one.key, one.top_p, one.temperature, least)
+            allowed = 0 if one.allowed is None else one.allowed.ctypes.data
+            table[i] = (one.row, at, count, one.top_k, one.key, one.top_p, one.temperature, least, allowed)
             at += count
         ids = np.concatenate([one.ids for one in draws])
         scores = np.concatenate([one.scores for one in draws])

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from orcaserve.core.request import SamplingParams, TokenLogprobs
@@ -32,7 +31,7 @@ Sampled = tuple[int, TokenLogprobs | None]
 class SamplingState:
     """What decides one row's draw. token_ids: prompt and generated tokens so far (num_prompt of them the prompt).
 
-    allowed: bool [V], tokens that may be drawn; None: all.
+    allowed: the tokens that may be drawn, as in `Draw`.
     """
 
     params: SamplingParams
@@ -51,15 +50,12 @@ def sample(logits: Tensor, states: Sequence[SamplingState], kernels: Kernels) ->
     peaks, likeliest = kernels.peaks(logits)
     sound = peaks.isfinite().tolist()
     tokens: list[int | str] = [token if sound[i] else NOT_A_NUMBER for i, token in enumerate(likeliest.tolist())]
-    free = _forbid(logits, states)
     draws = [
         draw for i, state in enumerate(states)
         if sound[i] and (draw := _draw(i, logits[i], state)) is not None
     ]  # fmt: skip
     for draw, drawn in zip(draws, kernels.draw(logits, draws), strict=True):
         tokens[draw.row] = NOTHING_LEFT if drawn is None else drawn
-    for i, row in free.items():
-        logits[i] = row
     asking = [
         (i, token, state.params.logprobs) for i, (state, token) in enumerate(zip(states, tokens, strict=True))
         if state.params.logprobs is not None and not isinstance(token, str)
@@ -95,26 +91,16 @@ def _reports(tokens: Sequence[int], found: Logprobs, tops: Sequence[int]) -> lis
     ]
 
 
-def _forbid(logits: Tensor, states: Sequence[SamplingState]) -> dict[int, Tensor]:
-    """Takes away what rows may not draw; gives these rows as they were, since log-probabilities are the model's own."""
-    free = {}
-    for i, state in enumerate(states):
-        if state.allowed is not None:
-            free[i] = logits[i].clone()
-            logits[i].masked_fill_(torch.from_numpy(~state.allowed), -torch.inf)
-    return free
-
-
 def _draw(row: int, logits: Tensor, state: SamplingState) -> Draw | None:
     """What decides the draw from float32 [V]; None if that is simply the likeliest."""
     params = state.params
     ids, scores = _changed(logits, state)
     if params.temperature == 0.0:
         is_plain = ids.shape[0] == 0 and state.allowed is None
-        return None if is_plain else Draw(row, 0, 0.0, ids=ids, scores=scores)
+        return None if is_plain else Draw(row, 0, 0.0, ids=ids, scores=scores, allowed=state.allowed)
     return Draw(
         row, noise_key(state.seed, state.choice, len(state.token_ids)), max(params.temperature, COLDEST),
-        params.top_k, params.top_p, params.min_p, ids, scores,
+        params.top_k, params.top_p, params.min_p, ids, scores, state.allowed,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from orcaserve.serve.tally import Tally
 from orcaserve.worker.grammars import Compiler, GrammarError
 
 MOST_BYTES = 1 << 17  # of a grammar's text
-WHITESPACE = r"[ \n\r\t]{0,24}"  # between the parts of JSON: room to indent, but not to go on for ever
+WHITESPACE = r"( |\n[ \t]{0,24})?"  # between the parts of JSON: what anybody writes there, and no room to ramble
 
 
 class Structures:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,32 +61,40 @@ class Compiler:
 
 
 class Guide:
-    """One response's place in its grammar. Owner of a matcher."""
+    """One response's place in its grammar. Owner of a matcher. num_consumed: generated tokens that it has seen."""
 
     def __init__(self, matcher: Any, end_token_ids: Sequence[int], vocab_size: int) -> None:
         self._matcher = matcher
-        self._ends = np.array(sorted({id for id in end_token_ids if id < vocab_size}), dtype=np.int64)
-        self._vocab_size = vocab_size
-        self._num_consumed = 0
+        self._ends = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
+        for id in end_token_ids:
+            if id < vocab_size:
+                self._ends[id // 32] |= np.uint32(1 << id % 32)
+        self._bits = np.empty_like(self._ends)
+        self._address = self._bits.ctypes.data
+        self.num_consumed = 0
 
-    def allowed(self, generated: Sequence[int]) -> np.ndarray:
-        """bool [V]: tokens that may follow these, of which it has seen a beginning. Raises GrammarError."""
+    def allowed(self, new: Sequence[int]) -> np.ndarray:
+        """Which tokens may follow these, which come behind those that it has seen, as in `Allowed`.
+
+        That stands until it is asked again. Raises GrammarError.
+        """
         matcher = self._matcher
-        new = list(generated[self._num_consumed :])
-        self._num_consumed = len(generated)
+        self.num_consumed += len(new)
         if new and not matcher.consume_tokens(new):
             raise GrammarError(_line(matcher.get_error()))
         if matcher.is_stopped() and not matcher.is_error():
-            allowed = np.zeros(self._vocab_size, dtype=bool)
-            allowed[self._ends] = True
-            return allowed
-        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+            return self._ends
+        bits = self._bits
+        matcher.unsafe_compute_mask_ptr(self._address, 4 * len(bits))
         if matcher.is_error():
             raise GrammarError(_line(matcher.get_error()))
-        allowed = np.unpackbits(bits, count=self._vocab_size, bitorder="little").view(bool)
         if matcher.is_accepting():
-            allowed[self._ends] = True
-        return allowed
+            bits |= self._ends
+        return bits
+
+
+# uint32 [ceil(V / 32)], a bit for each token, the first one's the lowest, set if it may come next; or why nobody knows.
+Allowed = np.ndarray | GrammarError
 
 
 class Follows(Protocol):
@@ -97,28 +104,33 @@ class Follows(Protocol):
     def grammar(self) -> str: ...
     @property
     def end_token_ids(self) -> Sequence[int]: ...
-    @property
-    def generated(self) -> Sequence[int]: ...
+    def generated(self, start: int) -> Sequence[int]:
+        """Its tokens but for the first so many."""
+        ...
 
     guide: Guide | None
-    allowed: Future[np.ndarray] | None
+    allowed: Allowed | None
 
 
 class Grammars:
-    """Finds out what may come next while the device computes. Owner of a thread and, once it is needed, a compiler."""
+    """Finds out what may come next. Owner of a compiler, once it is needed.
+
+    It works in the thread that calls: some ten microseconds for a response, which is less than to hand work to another
+    thread and to wait for it, where all cores compute the model. A GPU computes meanwhile, and so do stages before.
+    """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self._folder = folder
         self._vocab_size = vocab_size
         self._compiler: Compiler | None = None
-        self._thread: ThreadPoolExecutor | None = None
 
-    def begin(self, requests: Iterable[Follows]) -> None:
-        """Begins to work for them: each gets a future, which gives bool [V] or raises GrammarError."""
+    def look(self, requests: Iterable[Follows]) -> None:
+        """Tells each what is allowed next."""
         for request in requests:
-            if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, "grammars")
-            request.allowed = self._thread.submit(self._allowed, request)
+            try:
+                request.allowed = self._allowed(request)
+            except GrammarError as error:
+                request.allowed = error
 
     def _allowed(self, request: Follows) -> np.ndarray:
         if request.guide is None:
@@ -126,7 +138,7 @@ class Grammars:
                 self._compiler = Compiler(self._folder, self._vocab_size, request.end_token_ids[0])
             matcher = self._compiler.compile(request.grammar)
             request.guide = Guide(matcher, request.end_token_ids, self._vocab_size)
-        return request.guide.allowed(request.generated)
+        return request.guide.allowed(request.generated(request.guide.num_consumed))
 
 
 def _line(text: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,7 @@ from orcaserve.core.batch import Batch, ScheduledRequest
 from orcaserve.core.request import NewRequest
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.sampler import SamplingState
-from orcaserve.worker.grammars import GrammarError, Guide
+from orcaserve.worker.grammars import Allowed, GrammarError, Guide
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class _Request:
         self.token_ids: list[int] = []
         self.sound = True
         self.guide: Guide | None = None  # where its response is in its grammar, and what may come next there
-        self.allowed: Future[np.ndarray] | None = None
+        self.allowed: Allowed | None = None
         self.sums: dict[int, np.ndarray] = {}  # position → sum of all final values before it, where a mean is wanted
         self._limits = limits
         self._blocks = np.empty(16, dtype=np.int64)
@@ -128,17 +127,18 @@ class _Request:
     def end_token_ids(self) -> tuple[int, ...]:
         return self.new.end_token_ids
 
-    @property
-    def generated(self) -> list[int]:
-        return self.token_ids[self.new.num_prompt :]
+    def generated(self, start: int) -> list[int]:
+        return self.token_ids[self.new.num_prompt + start :]
 
     def sampling_state(self) -> SamplingState:
-        """Waits for what its grammar allows. Raises GrammarError."""
+        """Raises GrammarError."""
         if self.new.params.grammar is None:
             return self.free_state()
         if self.allowed is None:
             raise GrammarError("this worker follows none")
-        return self.free_state(self.allowed.result())
+        if isinstance(self.allowed, GrammarError):
+            raise self.allowed
+        return self.free_state(self.allowed)
 
     def free_state(self, allowed: np.ndarray | None = None) -> SamplingState:
         """Without its grammar."""

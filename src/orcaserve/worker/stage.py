@@ -80,7 +80,7 @@ class StageWorker:
         if not jobs:
             return in_order(batch, {}) if self._pipe.is_last else None
         if self._grammars is not None:
-            self._grammars.begin(under_grammar(jobs))
+            self._grammars.look(under_grammar(jobs))
         layout = self._requests.layout(jobs)
         if self._pipe.is_first:
             x = token_ids(jobs)

@@ -71,7 +71,7 @@ class Worker:
 
     def _compute(self, jobs: Sequence[Job]) -> list[RowResult]:
         if self._grammars is not None:
-            self._grammars.begin(under_grammar(jobs))
+            self._grammars.look(under_grammar(jobs))
         layout = self._requests.layout(jobs)
         hidden = self._model.forward(token_ids(jobs), layout, self._kv)
         return answer(self._model, hidden, layout, jobs)

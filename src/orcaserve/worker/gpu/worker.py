@@ -317,7 +317,7 @@ class DeviceWorker:
         if not jobs:
             return {}
         if self._grammars is not None:
-            self._grammars.begin(under_grammar(jobs))
+            self._grammars.look(under_grammar(jobs))
         rows = [
             Row(plan.firsts[i], job.row.num_tokens, job.row.start, job.request.blocks)
             for i, job in zip(plan.on_host, jobs, strict=True)
