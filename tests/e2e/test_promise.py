@@ -67,7 +67,7 @@ def test_alone_and_in_a_crowd(options: list[str], kv_memory: str, pytestconfig: 
     """Alone on one thread; in a crowd on two, chunked, preempted (a tiny KV pool), with hits in the prefix cache."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
-    asked = pytestconfig.getoption("promised") or (100 if options in (["--dtype", "float32"], PLAIN) else 40)
+    asked = pytestconfig.getoption("promised") or (60 if options in (["--dtype", "float32"], PLAIN) else 30)
     count = 6 if "torch" in options else asked  # which is slow
     bodies = requests(seed, count)
     serve = [*options, "--max-model-len", "256"]
