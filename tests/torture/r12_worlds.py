@@ -96,7 +96,7 @@ class Tally:
 
 def torture(setup: Setup) -> Iterator[Outcome]:
     num_processes = 1 if setup.scale == "short" else PROCESSES
-    steps = setup.size("steps", 10_000, 10_000_000)
+    steps = setup.size("steps", 2_000, 10_000_000)
     base = setup.random("R12").randrange(1 << 40)
     began = time.perf_counter()
     walked = _shared(num_processes, _walk, base, steps // num_processes)
