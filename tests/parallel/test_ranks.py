@@ -157,7 +157,7 @@ def answers(
 def test_ranks_answer_as_one_process(folders, shape, tensor, pipeline, pytestconfig):
     seed = random.SystemRandom().randrange(10**6)
     print("seed", seed)
-    members = requests(seed, 24)
+    members = requests(seed, 16)
     for dtype in ("bfloat16", "float32") if pytestconfig.getoption("whole_grid") else ("bfloat16",):
         with engine(folders[shape], threads=1, dtype=dtype) as (executor, info):
             alone = answers(executor, info, 1, members)
