@@ -38,7 +38,7 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
+        max_position_embeddings=2048,
         initializer_range=0.3,
         eos_token_id=1,
     )

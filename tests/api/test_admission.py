@@ -275,7 +275,7 @@ def test_a_deadline_that_passes_in_the_queue_is_told_once_with_a_status(model_di
 
 
 def test_a_timeout_ends_what_runs(model_dir: Path) -> None:
-    body = {"prompt": "The", "max_tokens": 300, "ignore_eos": True, "seed": 1}
+    body = {"prompt": "The", "max_tokens": 150, "ignore_eos": True, "seed": 1}
     with Server(model_dir, "--step-seconds", "0.01").ready() as server, server.client() as client:
         whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
         answer = client.post("/v1/completions", json={**body, "timeout": 0.5})

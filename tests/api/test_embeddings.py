@@ -81,9 +81,9 @@ def test_inputs_of_every_kind(real_server: Server) -> None:
         assert ask(input=["The fox", "dog", "The fox"])[::2] == [text, text]
         [packed] = ask(input="The fox", encoding_format="base64")
         assert np.frombuffer(base64.b64decode(packed), "<f4").tolist() == text
-        long = [5, 6] * 1000
+        long = [5, 6] * 2000
         assert ask(input=long, truncate_prompt_tokens=10) == ask(input=long[-10:])
-        assert ask(input=long, truncate_prompt_tokens=-1) == ask(input=long[-1024:])
+        assert ask(input=long, truncate_prompt_tokens=-1) == ask(input=long[-2048:])
         assert ask(input="The fox", pooling="mean") != [text]
 
 
@@ -96,7 +96,7 @@ def test_inputs_of_every_kind(real_server: Server) -> None:
         ({"input": "x", "dimensions": 0}, "dimensions"),
         ({"input": "x", "dimensions": 65}, "dimensions"),
         ({"input": "x", "pooling": "max"}, "pooling"),
-        ({"input": [5] * 1025}, "input"),
+        ({"input": [5] * 2049}, "input"),
         ({"input": [[5], [400]]}, "input[1]"),
         ({"input": ["x", 5]}, "input"),
         ({"input": [["x"]]}, "input[0][0]"),

@@ -3,62 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
-import pytest
-from api_world import Server, make_model
+from api_world import Server
 
 MESSAGES = [{"role": "user", "content": "The quick brown fox"}]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = make_model(tmp_path_factory.mktemp("models") / "llama")
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        eos_token_id=1,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    # What make_model wrote, transformers has written over.
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def real(checkpoint: Path) -> Iterator[Server]:
-    engine = [sys.executable, "-m", "orcaserve.serve.engine_process"]
-    with Server(checkpoint, command=engine) as server:
-        yield server.ready()
-
-
-def test_greedy_as_transformers(real: Server, checkpoint: Path) -> None:
+def test_greedy_as_transformers(real_server: Server, checkpoint_dir: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint_dir)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32)
     text = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     theirs = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)[0, ids.shape[1] :].tolist()
-    with openai.OpenAI(base_url=f"{real.url}/v1", api_key="none") as client:
+    with openai.OpenAI(base_url=f"{real_server.url}/v1", api_key="none") as client:
         ours = client.chat.completions.create(
-            model="llama",
+            model="random",
             messages=MESSAGES,
             max_tokens=40,
             temperature=0,
@@ -68,14 +32,14 @@ def test_greedy_as_transformers(real: Server, checkpoint: Path) -> None:
     assert ours.model_dump()["prompt_token_ids"] == ids[0].tolist()
 
 
-def test_scores_as_transformers(real: Server, checkpoint: Path) -> None:
+def test_scores_as_transformers(real_server: Server, checkpoint_dir: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     ids = [0, 263, 5, 99, 301, 77, 12, 40]
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint_dir, dtype=torch.float32)
     theirs = model(torch.tensor([ids])).logits[0].detach().log_softmax(-1)
-    with real.client() as client:
+    with real_server.client() as client:
         body = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1}
         logprobs = client.post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
     for at in range(1, len(ids)):
@@ -83,11 +47,11 @@ def test_scores_as_transformers(real: Server, checkpoint: Path) -> None:
         assert abs(max(logprobs["top_logprobs"][at].values()) - float(theirs[at - 1].max())) < 1e-3
 
 
-def test_alone_or_in_the_crowd(real: Server) -> None:
+def test_alone_or_in_the_crowd(real_server: Server) -> None:
     """Bit for bit: token ids and log-probabilities of seeded and greedy requests, in streams and whole."""
     bodies = [
         {
-            "model": "llama",
+            "model": "random",
             "prompt": [0, *range(20 + index, 20 + index * 3)],
             "max_tokens": 4 + index,
             "temperature": 0 if index % 3 == 0 else 1.1,
@@ -105,7 +69,7 @@ def test_alone_or_in_the_crowd(real: Server) -> None:
         return [choice.model_dump() for choice in whole.choices]
 
     async def run() -> tuple[list[object], list[object]]:
-        async with openai.AsyncOpenAI(base_url=f"{real.url}/v1", api_key="none") as client:
+        async with openai.AsyncOpenAI(base_url=f"{real_server.url}/v1", api_key="none") as client:
             crowd = await asyncio.gather(*(ask(client, body) for body in bodies))
             return [await ask(client, body) for body in bodies], list(crowd)
 

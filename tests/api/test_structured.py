@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema
 import openai
 import pytest
-from api_world import Server, make_model
+from api_world import Server
 from schemas import schema
 
 MESSAGES = [{"role": "user", "content": "Tell me"}]
@@ -33,30 +29,6 @@ PERSON = {
 }
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = make_model(tmp_path_factory.mktemp("models") / "llama")
-    torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
-    with Server(Path(folder), command=[sys.executable, "-m", "orcaserve.serve.engine_process"]) as server:
-        yield server.ready()
-
-
 def chat(client: httpx.Client, **fields: Any) -> dict[str, Any]:
     response = client.post("/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 1000} | fields)
     assert response.status_code == 200, response.text
@@ -67,22 +39,22 @@ def of_schema(schema: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema}}
 
 
-def test_a_schema_through_the_openai_client(real: Server) -> None:
-    with openai.OpenAI(base_url=f"{real.url}/v1", api_key="none") as client:
+def test_a_schema_through_the_openai_client(real_server: Server) -> None:
+    with openai.OpenAI(base_url=f"{real_server.url}/v1", api_key="none") as client:
         found = client.chat.completions.create(
-            model="llama", messages=MESSAGES, seed=1, max_tokens=1000, response_format=of_schema(PERSON)
+            model="random", messages=MESSAGES, seed=1, max_tokens=1000, response_format=of_schema(PERSON)
         )
     assert found.choices[0].finish_reason == "stop"
     jsonschema.validate(json.loads(found.choices[0].message.content or ""), PERSON)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])
-def test_schemas_of_rising_complexity_are_followed(real: Server, depth: int) -> None:
+def test_schemas_of_rising_complexity_are_followed(real_server: Server, depth: int) -> None:
     """All at once, greedy and seeded."""
 
     def ask(seed: int) -> None:
         asked = schema(seed, depth)
-        with real.client() as client:
+        with real_server.client() as client:
             got = chat(client, seed=seed, temperature=seed % 2, response_format=of_schema(asked))
         assert got["finish_reason"] == "stop", (seed, got)
         jsonschema.validate(json.loads(got["message"]["content"]), asked)
@@ -91,18 +63,18 @@ def test_schemas_of_rising_complexity_are_followed(real: Server, depth: int) -> 
         list(several.map(ask, range(100 * depth, 100 * depth + 12)))
 
 
-def test_a_load_changes_nothing(real: Server) -> None:
+def test_a_load_changes_nothing(real_server: Server) -> None:
     fields = {"seed": 7, "logprobs": True, "top_logprobs": 2, "response_format": of_schema(PERSON)}
-    with real.client() as client:
+    with real_server.client() as client:
         alone = chat(client, **fields)
         with ThreadPoolExecutor(8) as several:
             for got in several.map(lambda _: chat(client, **fields), range(8)):
                 assert got == alone
 
 
-def test_log_probabilities_are_the_models_own(real: Server) -> None:
+def test_log_probabilities_are_the_models_own(real_server: Server) -> None:
     """The likeliest tokens are those that it would have said without a grammar, which the chosen one seldom is."""
-    with real.client() as client:
+    with real_server.client() as client:
         free = chat(client, temperature=0, max_tokens=1, logprobs=True, top_logprobs=3)
         held = chat(client, temperature=0, logprobs=True, top_logprobs=3, guided_regex="[0-9]{3}")
     first = held["logprobs"]["content"][0]
@@ -111,7 +83,7 @@ def test_log_probabilities_are_the_models_own(real: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_patterns_choices_and_grammars(real: Server, stream: bool) -> None:
+def test_patterns_choices_and_grammars(real_server: Server, stream: bool) -> None:
     lark = 'start: "[" NUMBER ("," NUMBER)~1..3 "]"\nNUMBER: /[1-9][0-9]{0,2}/'
     wishes: list[tuple[dict[str, Any], str]] = [
         ({"guided_regex": r"[a-f]+/\d{2}\n?x{1,3}", "max_tokens": 300}, r"[a-f]+/\d{2}\n?x{1,3}"),
@@ -121,7 +93,7 @@ def test_patterns_choices_and_grammars(real: Server, stream: bool) -> None:
         ({"guided_grammar": lark}, r"\[[1-9]\d{0,2}(,[1-9]\d{0,2}){1,3}\]"),
         ({"guided_json": {"type": "integer", "minimum": 10, "maximum": 99}}, r"\d\d"),
     ]
-    with real.client() as client:
+    with real_server.client() as client:
         for number, (wish, pattern) in enumerate(wishes):
             body = {"prompt": "x", "max_tokens": 60, "seed": number, "n": 3, "stream": stream} | wish
             response = client.post("/v1/completions", json=body)
@@ -138,8 +110,8 @@ def test_patterns_choices_and_grammars(real: Server, stream: bool) -> None:
                     assert wish.get("max_tokens"), (wish, text, "only the open pattern may be cut")
 
 
-def test_any_json_object(real: Server) -> None:
-    with real.client() as client:
+def test_any_json_object(real_server: Server) -> None:
+    with real_server.client() as client:
         got = chat(client, seed=3, max_tokens=400, response_format={"type": "json_object"})
     assert got["message"]["content"].startswith("{")
     if got["finish_reason"] == "stop":
@@ -162,8 +134,8 @@ def test_any_json_object(real: Server) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_followed_is_refused(real: Server, wish: dict[str, Any], param: str | None) -> None:
-    with real.client() as client:
+def test_what_cannot_be_followed_is_refused(real_server: Server, wish: dict[str, Any], param: str | None) -> None:
+    with real_server.client() as client:
         response = client.post("/v1/chat/completions", json={"messages": MESSAGES} | wish)
     assert response.status_code == 400, response.text
     error = response.json()["error"]
@@ -182,13 +154,13 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_grammar_stalls_nobody(real: Server, name: str) -> None:
+def test_a_hostile_grammar_stalls_nobody(real_server: Server, name: str) -> None:
     """It is refused, or followed; another stream goes on meanwhile, and every answer comes."""
     gaps: list[float] = []
     over = threading.Event()
 
     def listen() -> None:
-        with real.client() as client:
+        with real_server.client() as client:
             last = time.monotonic()
             while not over.is_set():
                 assert client.get("/health").status_code == 200
@@ -199,7 +171,7 @@ def test_a_hostile_grammar_stalls_nobody(real: Server, name: str) -> None:
     listener = threading.Thread(target=listen)
     listener.start()
     try:
-        with real.client() as client:
+        with real_server.client() as client:
             body = {"messages": MESSAGES, "max_tokens": 40, "seed": 1} | HOSTILE[name]
             response = client.post("/v1/chat/completions", json=body)
             after = chat(client, temperature=0, max_tokens=5)
@@ -216,12 +188,6 @@ def test_a_hostile_grammar_stalls_nobody(real: Server, name: str) -> None:
 
 # -- tools -------------------------------------------------------------------------------------------------------------
 
-TEMPLATE = (
-    "{% if tools %}Tools: {{ tools | tojson }}\nWrite <tool_call>{...}</tool_call>.\n{% endif %}"
-    "{% for message in messages %}{{ message.role }}: {{ message.content or '' }}"
-    "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function.arguments.city }}</tool_call>{% endfor %}\n"
-    "{% endfor %}assistant:"
-)
 TOOLS = [
     {
         "type": "function",
@@ -241,22 +207,13 @@ TOOLS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def knows_tools(real: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("models") / "tools"
-    shutil.copytree(real.model, folder)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    with Server(folder, command=[sys.executable, "-m", "orcaserve.serve.engine_process"]) as server:
-        yield server.ready()
-
-
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=str)
-def test_a_call_that_is_insisted_on_comes(knows_tools: Server, choice: Any) -> None:
+def test_a_call_that_is_insisted_on_comes(real_server: Server, choice: Any) -> None:
     """Whole and streamed, with the same seed, they are the same calls; arguments follow the tool's schema."""
-    with openai.OpenAI(base_url=f"{knows_tools.url}/v1", api_key="none") as client:
+    with openai.OpenAI(base_url=f"{real_server.url}/v1", api_key="none") as client:
         for seed in range(4):
             asked: dict[str, Any] = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": choice, "seed": seed}
-            asked |= {"model": "tools", "max_tokens": 600, "parallel_tool_calls": False}
+            asked |= {"model": "random", "max_tokens": 600, "parallel_tool_calls": False}
             whole = client.chat.completions.create(**asked).choices[0]
             assert whole.finish_reason == "tool_calls" and whole.message.content is None
             [call] = whole.message.tool_calls or []
@@ -273,9 +230,9 @@ def test_a_call_that_is_insisted_on_comes(knows_tools: Server, choice: Any) -> N
                 assert call.function.name == "clock" and arguments == {} and choice == "required"
 
 
-def test_a_model_that_loves_blanks_makes_its_call_all_the_same(knows_tools: Server) -> None:
+def test_a_model_that_loves_blanks_makes_its_call_all_the_same(real_server: Server) -> None:
     """Between the parts there is room to indent, but not to go on for ever."""
-    with knows_tools.client() as client:
+    with real_server.client() as client:
         [blank] = client.post("/tokenize", json={"prompt": " ", "add_special_tokens": False}).json()["tokens"]
         body = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
         body |= {"max_tokens": 700, "seed": 1, "logit_bias": {str(blank): 100}}
@@ -283,11 +240,11 @@ def test_a_model_that_loves_blanks_makes_its_call_all_the_same(knows_tools: Serv
     assert choice["finish_reason"] == "tool_calls" and len(choice["message"]["tool_calls"]) == 1
 
 
-def test_a_call_has_no_arguments_that_the_function_does_not_name(knows_tools: Server) -> None:
+def test_a_call_has_no_arguments_that_the_function_does_not_name(real_server: Server) -> None:
     """Schemas of functions seldom say so, and callers fail of what they do not know; one that allows more gets more."""
     day = {"properties": {"day": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["day"]}
     asked = {"messages": MESSAGES, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 300}
-    with knows_tools.client() as client:
+    with real_server.client() as client:
         [comma] = client.post("/tokenize", json={"prompt": ",", "add_special_tokens": False}).json()["tokens"]
         for says, finish in (({}, "tool_calls"), ({"additionalProperties": {"const": 1}}, "length")):
             function = {"name": "f", "parameters": {"type": "object", **day, **says}}
@@ -298,7 +255,7 @@ def test_a_call_has_no_arguments_that_the_function_does_not_name(knows_tools: Se
                 assert json.loads(call["function"]["arguments"]).keys() == {"day"}
 
 
-def test_a_conversation_with_calls_goes_on(knows_tools: Server) -> None:
+def test_a_conversation_with_calls_goes_on(real_server: Server) -> None:
     said = [
         *MESSAGES,
         {"role": "assistant", "tool_calls": [
@@ -306,7 +263,7 @@ def test_a_conversation_with_calls_goes_on(knows_tools: Server) -> None:
         ]},
         {"role": "tool", "tool_call_id": "1", "content": "rain"},
     ]  # fmt: skip
-    with knows_tools.client() as client:
+    with real_server.client() as client:
         body = {"messages": said, "max_tokens": 5, "seed": 1, "tools": TOOLS, "tool_choice": "auto"}
         assert client.post("/v1/chat/completions", json=body).status_code == 200
         ids = client.post("/tokenize", json={"messages": said}).json()["tokens"]
@@ -316,13 +273,13 @@ def test_a_conversation_with_calls_goes_on(knows_tools: Server) -> None:
         assert without.json()["prompt_token_ids"] == ids
 
 
-def test_tools_that_cannot_be_offered_are_refused(real: Server, knows_tools: Server) -> None:
-    with real.client() as client:
+def test_tools_that_cannot_be_offered_are_refused(server: Server, real_server: Server) -> None:
+    with server.client() as client:  # its template knows none
         refused = client.post("/v1/chat/completions", json={"messages": MESSAGES, "tools": TOOLS})
     assert refused.status_code == 400 and refused.json()["error"]["param"] == "tools"
     nobody = {"type": "function", "function": {"name": "nobody"}}
     broken = [{"type": "function", "function": {"name": "f", "parameters": {"type": "pigeon"}}}]
-    with knows_tools.client() as client:
+    with real_server.client() as client:
         for wish, param in (
             ({"tool_choice": "required"}, "tool_choice"),
             ({"tools": TOOLS, "tool_choice": nobody}, "tool_choice"),

@@ -10,27 +10,19 @@ import pytest
 from click.testing import CliRunner
 
 from orcaserve.cli import main
+from orcaserve.model.random_checkpoint import Shape, write_random
 from orcaserve.sim.cost import StageCost
 from orcaserve.sim.stages import share_layers, split_layers
 
 pytestmark = kernel_sets.NEEDS_NATIVE
+SHAPE = Shape(layers=2, hidden=64, mlp=64, heads=8, kv_heads=2, vocab=300, max_positions=160)
 
 
 def test_every_way_is_measured_and_stages_are_foretold(tmp_path: Path) -> None:
-    out = tmp_path / "parallel.json"
-    asked = [
-        "bench",
-        "parallel",
-        "orcaserve-tiny",
-        "--requests",
-        "8",
-        "--batch",
-        "4",
-        "--rounds",
-        "1",
-        "--out",
-        str(out),
-    ]
+    model, out = tmp_path / "model", tmp_path / "parallel.json"
+    model.mkdir()
+    write_random(model, SHAPE)
+    asked = ["bench", "parallel", str(model), "--requests", "8", "--batch", "4", "--rounds", "1", "--out", str(out)]
     result = CliRunner().invoke(main, asked)
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_bytes())

@@ -1,4 +1,7 @@
-"""The real scheduler, KV manager and loop in random and in all small worlds, against the sequential oracle."""
+"""The real scheduler, KV manager and loop in random and in small worlds, against the sequential oracle.
+
+A sample of both: R12 of `make torture` walks ten million steps, and through every small world.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ from orcaserve.core.policy import POLICIES
 from orcaserve.core.request import Output, Request
 from orcaserve.core.scheduler import SchedulerConfig
 
-STEPS_IN_CI = 100_000
+STEPS_IN_CI = 30_000
 
 
-def test_a_hundred_thousand_steps() -> None:
+def test_many_steps() -> None:
     """Every invariant after every call, every answer equal to the oracle's, every world drained, preemptions seen."""
     base = random.SystemRandom().randrange(10**9)
     steps = preemptions = hits = swapped = 0
@@ -35,15 +38,15 @@ def test_a_hundred_thousand_steps() -> None:
         if steps >= STEPS_IN_CI:
             break
     print(f"seeds {base} … {seed}: {steps} steps, {preemptions} preemptions, {swapped} swaps, {hits} cached tokens")
-    assert preemptions > 150
-    assert hits > 2_000
+    assert preemptions > 45
+    assert hits > 600
 
 
 def test_little_memory_and_a_swap_space() -> None:
     """As above, where nearly everybody is preempted, and swapped or not."""
     base = random.SystemRandom().randrange(10**9)
     preemptions = swapped = 0
-    for seed in range(base, base + 250):
+    for seed in range(base, base + 100):
         try:
             world = pressed_life(seed)
         except BaseException:
@@ -52,8 +55,8 @@ def test_little_memory_and_a_swap_space() -> None:
         stats = world.loop.stats()
         preemptions, swapped = preemptions + stats.num_preemptions, swapped + stats.num_swapped
     print(f"seeds {base} …: {preemptions} preemptions, {swapped} swaps")
-    assert swapped > 100
-    assert preemptions - swapped > 100
+    assert swapped > 40
+    assert preemptions - swapped > 40
 
 
 TestLife = Life.TestCase
@@ -66,7 +69,7 @@ TestLife.settings = settings(
 def test_every_policy_with_overlap(policy: str) -> None:
     """As above, and the same calls make the same batches."""
     base = random.SystemRandom().randrange(10**9)
-    for seed in range(base, base + 12):
+    for seed in range(base, base + 6):
         try:
             one = random_life(seed, Noting, policy, overlap=1)
             other = random_life(seed, Noting, policy, overlap=1)
@@ -97,11 +100,11 @@ class Noting(CheckedScheduler):
     + [(policy, 2, True) for policy in sorted(POLICIES) if policy != "static"],
 )
 def test_small_worlds(policy: str, depth: int, overlap: bool) -> None:
-    """Three requests of every small size, arriving at every small distance: every third world, R12 has all of them."""
-    first = random.SystemRandom().randrange(3)
-    print(f"every third from {first} on")
+    """Three requests of every small size, arriving at every small distance: every tenth world."""
+    first = random.SystemRandom().randrange(10)
+    print(f"every tenth from {first} on")
     for config in small_configs(policy, depth, overlap):
-        for arrivals in itertools.islice(small_arrivals(3), first, None, 3):
+        for arrivals in itertools.islice(small_arrivals(3), first, None, 10):
             small_life(config, arrivals)
 
 
@@ -129,8 +132,8 @@ class NeverQuiet(Recorded):
 
 def test_quiet_rows_are_only_quicker() -> None:
     quiet = 0
-    for seed in range(150):
+    for seed in range(50):
         quick, slow = (random_life(seed, scheduler=scheduler) for scheduler in (Recorded, NeverQuiet))
         assert quick.scheduler.said == slow.scheduler.said, f"seed {seed}"
         quiet += quick.scheduler.was_quiet
-    assert quiet > 30
+    assert quiet > 10

@@ -43,7 +43,7 @@ def answers(path: Path) -> dict[str, dict]:
     return {line["custom_id"]: line["response"] for line in found}
 
 
-def test_a_batch_is_answered_as_by_the_server_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+def test_a_batch_is_answered_as_by_the_server_and_goes_on_after_a_kill(served: Serving, tmp_path: Path) -> None:
     asked = lines()
     asked[3]["body"]["temperature"] = 9
     source, target = write(tmp_path / "in.jsonl", asked), tmp_path / "out.jsonl"
@@ -60,17 +60,16 @@ def test_a_batch_is_answered_as_by_the_server_and_goes_on_after_a_kill(tmp_path:
     assert is_told or "1 answers are errors" in second.stderr
     got = answers(target)
     assert set(got) == {line["custom_id"] for line in asked}
-    with Serving() as serving:
-        for line in asked:
-            response = serving.client.post(line["url"], json=line["body"])
-            assert got[line["custom_id"]]["status_code"] == response.status_code
-            theirs = response.json()
-            if response.status_code == 200:
-                assert [c.get("text", c.get("message")) for c in got[line["custom_id"]]["body"]["choices"]] == [
-                    c.get("text", c.get("message")) for c in theirs["choices"]
-                ]
-            else:
-                assert got[line["custom_id"]]["body"] == theirs and response.status_code == 400
+    for line in asked:
+        response = served.client.post(line["url"], json=line["body"])
+        assert got[line["custom_id"]]["status_code"] == response.status_code
+        theirs = response.json()
+        if response.status_code == 200:
+            assert [c.get("text", c.get("message")) for c in got[line["custom_id"]]["body"]["choices"]] == [
+                c.get("text", c.get("message")) for c in theirs["choices"]
+            ]
+        else:
+            assert got[line["custom_id"]]["body"] == theirs and response.status_code == 400
     third = subprocess.run(command(source, target), capture_output=True, text=True, check=False)
     assert third.returncode == 0 and answers(target) == got, "nothing is left to do"
 

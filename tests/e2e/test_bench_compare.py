@@ -10,18 +10,15 @@ from pathlib import Path
 from serving import Serving
 
 
-def test_our_own_server_does_every_work(tmp_path: Path) -> None:
+def test_our_own_server_does_every_work(served: Serving, tmp_path: Path) -> None:
     works = ["--works", "decode-2,trace,poisson", "--rate", "20", "--requests", "3", "--rounds", "1", "--vocab", "3072"]
-    with Serving("--threads", "1", "--kv-memory", "16MiB", "--max-batch-size", "16") as server:
-        command = [sys.executable, "-m", "orcaserve", "bench", "compare", "--server", f"one={server.url}", *works]
-        command += ["--out", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        too_high = subprocess.run(
-            [*command, "--vocab", "151936"], capture_output=True, text=True, timeout=60, check=False
-        )
-        small = [*command[:-2], "--works", "decode-2", "--seed", "5"]
-        once, again = (subprocess.run(small, capture_output=True, text=True, timeout=60, check=False) for _ in range(2))
+    command = [sys.executable, "-m", "orcaserve", "bench", "compare", "--server", f"one={served.url}", *works]
+    command += ["--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    too_high = subprocess.run([*command, "--vocab", "151936"], capture_output=True, text=True, timeout=60, check=False)
+    small = [*command[:-2], "--works", "decode-2", "--seed", "5"]
+    once, again = (subprocess.run(small, capture_output=True, text=True, timeout=60, check=False) for _ in range(2))
     report = json.loads((tmp_path / "report.json").read_bytes())
     assert report["problems"] == []
     assert [server["model"] for server in report["servers"]] == ["orcaserve-tiny"]

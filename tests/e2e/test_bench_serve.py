@@ -10,12 +10,11 @@ from pathlib import Path
 from serving import Serving
 
 
-def test_our_own_server_under_load(tmp_path: Path) -> None:
+def test_our_own_server_under_load(served: Serving, tmp_path: Path) -> None:
     workload = "poisson:rate=20,in=5-40,out=2-12,n=12,tenant=a + chat:sessions=2,rate=9,turns=2,think=0.1,in=20,out=5"
     command = [sys.executable, "-m", "orcaserve", "bench", "serve", "--workload", workload, "--vocab", "3072"]
     command += ["--slo", "ttft=60,tpot=60", "--out", str(tmp_path), "--url"]
-    with Serving("--threads", "1", "--kv-memory", "16MiB", "--max-batch-size", "8") as server:
-        done = subprocess.run([*command, server.url], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([*command, served.url], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_bytes())
     assert report["server"]["model"] == "orcaserve-tiny" and report["errors"] == []

@@ -29,17 +29,16 @@ def test_generate_writes_the_text_to_stdout() -> None:
     assert again.stdout == done.stdout
 
 
-def test_chat_talks_to_a_running_server() -> None:
-    with Serving("--kv-memory", "8MiB") as server:
-        talk = orcaserve("chat", "--url", server.url, "--temperature", "0", input="Hello!\nAnd then?\n\n")
-        assert talk.returncode == 0, talk.stderr
-        messages = [{"role": "user", "content": "Hello!"}]
-        for question in ("And then?", None):
-            body = {"messages": messages, "temperature": 0}
-            answer = server.client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
-            assert answer.strip() in talk.stdout
-            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
-        assert any(line.startswith("KV cache") for line in server.lines), "the memory table is shown at the start"
+def test_chat_talks_to_a_running_server(served: Serving) -> None:
+    talk = orcaserve("chat", "--url", served.url, "--temperature", "0", input="Hello!\nAnd then?\n\n")
+    assert talk.returncode == 0, talk.stderr
+    messages = [{"role": "user", "content": "Hello!"}]
+    for question in ("And then?", None):
+        body = {"messages": messages, "temperature": 0}
+        answer = served.client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+        assert answer.strip() in talk.stdout
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+    assert any(line.startswith("KV cache") for line in served.lines), "the memory table is shown at the start"
 
 
 def test_a_folder_to_swap_to_needs_a_size(tmp_path: Path) -> None:
@@ -89,9 +88,8 @@ def test_what_cannot_be_served_ends_the_start_with_a_clear_line(arguments: list[
     assert re.search(message, last), done.stderr
 
 
-def test_an_occupied_port_is_one_line() -> None:
-    with Serving("--kv-memory", "8MiB") as server:
-        done = orcaserve("serve", "--port", server.url.rpartition(":")[2])
+def test_an_occupied_port_is_one_line(served: Serving) -> None:
+    done = orcaserve("serve", "--port", served.url.rpartition(":")[2])
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert "port" in done.stderr

@@ -126,8 +126,9 @@ def test_bits_do_not_depend_on_the_way_there(threads, dtype, kv_heads, group, d,
             alone += world.step([(r, 0, n)], attention, **options)
         assert not any(out.isnan().any() for out in alone)
         world.fresh()
-        decoded = torch.cat([world.step([(4, p, 1)], attention, **options)[0] for p in range(lengths[4])])
-        assert torch.equal(decoded, alone[4])
+        world.step([(4, 0, 60)], attention, **options)
+        decoded = torch.cat([world.step([(4, p, 1)], attention, **options)[0] for p in range(60, lengths[4])])
+        assert torch.equal(decoded, alone[4][60:])
         for most in (20, 200):
             world.fresh()
             for r, out in enumerate(world.run_ragged(most, **options)):

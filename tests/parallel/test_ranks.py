@@ -49,13 +49,17 @@ SHAPES = {
     "mixtral": ("MixtralConfig", {**_SIZES, "num_local_experts": 6, "num_experts_per_tok": 2}),
 }  # fmt: skip
 SIZES = (1, 2, 4)
-SOME = [("gpt2", 4, 1), ("llama", 2, 2), ("qwen3", 1, 2), ("mixtral", 2, 2)]
+SOME = [("gpt2", 4, 1), ("llama", 2, 2), ("mixtral", 2, 2)]  # stages alone are those that swap, and those that are lost
+VARIANTS = [{"control_plane": "mixed"}, {"stage_split": "equal"}, {"quantization": "int8"}]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "tensor" in metafunc.fixturenames:
         grid = [case for case in itertools.product(SHAPES, SIZES, SIZES) if case[1:] != (1, 1)]
         metafunc.parametrize(("shape", "tensor", "pipeline"), grid if metafunc.config.getoption("whole_grid") else SOME)
+    if "variant" in metafunc.fixturenames:
+        everything = dict(itertools.chain.from_iterable(variant.items() for variant in VARIANTS))
+        metafunc.parametrize("variant", VARIANTS if metafunc.config.getoption("whole_grid") else [everything])
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +157,7 @@ def answers(
 def test_ranks_answer_as_one_process(folders, shape, tensor, pipeline, pytestconfig):
     seed = random.SystemRandom().randrange(10**6)
     print("seed", seed)
-    members = requests(seed, 24)
+    members = requests(seed, 16)
     for dtype in ("bfloat16", "float32") if pytestconfig.getoption("whole_grid") else ("bfloat16",):
         with engine(folders[shape], threads=1, dtype=dtype) as (executor, info):
             alone = answers(executor, info, 1, members)
@@ -170,15 +174,15 @@ def test_ranks_answer_as_one_process(folders, shape, tensor, pipeline, pytestcon
         assert not any(psutil.pid_exists(pid) for pid in executor.pids)
 
 
-@pytest.mark.parametrize("options", [{"control_plane": "mixed"}, {"stage_split": "equal"}, {"quantization": "int8"}])
-def test_variants_answer_as_one_process(folders, options):
+def test_variants_answer_as_one_process(folders, variant):
+    """All of them in one engine; with --whole-grid each by itself."""
     seed = random.SystemRandom().randrange(10**6)
     print("seed", seed)
     members = requests(seed, 16)
-    quantization = options.get("quantization", "none")
+    quantization = variant.get("quantization", "none")
     with engine(folders["qwen3"], threads=1, quantization=quantization) as (executor, info):
         alone = answers(executor, info, 1, members)
-    with engine(folders["qwen3"], tensor_parallel=2, pipeline_parallel=2, **options) as (executor, info):
+    with engine(folders["qwen3"], tensor_parallel=2, pipeline_parallel=2, **variant) as (executor, info):
         assert answers(executor, info, 2, members) == alone
 
 

@@ -96,7 +96,7 @@ class Tally:
 
 def torture(setup: Setup) -> Iterator[Outcome]:
     num_processes = 1 if setup.scale == "short" else PROCESSES
-    steps = setup.size("steps", 10_000, 10_000_000)
+    steps = setup.size("steps", 2_000, 10_000_000)
     base = setup.random("R12").randrange(1 << 40)
     began = time.perf_counter()
     walked = _shared(num_processes, _walk, base, steps // num_processes)
@@ -151,15 +151,15 @@ def _kinds() -> list[tuple[str, int, bool]]:
 
 def _small_worlds() -> Iterator[tuple[SchedulerConfig, tuple[Arrival, ...]]]:
     for kind in _kinds():
-        for config in small_configs(*kind):
-            for count in (1, 2, 3):
-                for arrivals in small_arrivals(count):
-                    yield config, arrivals
+        yield from itertools.product(small_configs(*kind), _small_arrivals())
+
+
+def _small_arrivals() -> list[tuple[Arrival, ...]]:
+    return [arrivals for count in (1, 2, 3) for arrivals in small_arrivals(count)]
 
 
 def num_small_worlds() -> int:
-    arrivals = sum(1 for count in (1, 2, 3) for _ in small_arrivals(count))
-    return sum(1 for kind in _kinds() for _ in small_configs(*kind)) * arrivals
+    return sum(1 for kind in _kinds() for _ in small_configs(*kind)) * len(_small_arrivals())
 
 
 def _small(index: int, processes: int, every: int, base: int) -> Tally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from orcaserve.core.order import Order, OrderError
-from orcaserve.core.orders import make_order, order_names
+from orcaserve.core.orders import ORDERS, make_order, order_names
 from orcaserve.core.request import Request
 
 Shape = tuple[int, int]  # of a row: its first position, its number of tokens
@@ -96,7 +96,7 @@ def parse_policy(text: str) -> Policy:
     base = POLICIES.get(name, DEFAULT)
     risk = _risk(options.pop("risk")) if "risk" in options else base.risk
     order = options.pop("order", base.order) if name in POLICIES else name
-    if name not in POLICIES and name not in (known := order_names()):
+    if name not in POLICIES and name not in ORDERS and name not in (known := order_names()):
         raise OrderError(f"there is no policy {name!r}; there are {', '.join([*POLICIES, *known])}")
     if risk is not None and base.reserve:
         raise OrderError(f"policy {text!r} sets aside all that a request may need: it has no risk")

@@ -32,7 +32,7 @@ from orcaserve.executors.messages import (
     Refused,
     ToWorker,
 )
-from orcaserve.worker.process import die_with_parent, dump_when_told, in_one_line, tell
+from orcaserve.worker.process import die_with_parent, dump_when_told, in_one_line, tell, uncollected
 
 BEAT_SECONDS = 0.25
 RECEIVE_BYTES = 1 << 18
@@ -77,7 +77,8 @@ def main(report_fd: int, inbox_fd: int, out_fds: Sequence[int]) -> int:
         outs = [socket.socket(fileno=fd) for fd in out_fds] if first.options.control_plane == "separate" else []
         # A neighbour that is gone is the engine's business, which ends everybody.
         _read_in_background(socket.socket(fileno=inbox_fd), Batch, batches.put, outs, lambda: None)
-        from orcaserve.executors.rank import serve  # torch comes with it: late, so that beats tell that we live
+        with uncollected():
+            from orcaserve.executors.rank import serve  # torch comes with it: late, so that beats tell that we live
 
         return serve(first, make, batches, report.put, pulse.watch)
     except ModelError as error:

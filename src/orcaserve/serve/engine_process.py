@@ -45,7 +45,14 @@ from orcaserve.serve.frames import (
 )
 from orcaserve.serve.step_log_file import StepLogFile
 from orcaserve.worker.machine import cpu_name
-from orcaserve.worker.process import die_with_parent, dump_when_told, in_one_line, keep_freed_memory, tell
+from orcaserve.worker.process import (
+    die_with_parent,
+    dump_when_told,
+    in_one_line,
+    keep_freed_memory,
+    tell,
+    uncollected,
+)
 
 FLUSH_SECONDS = 1.0
 RECEIVE_BYTES = 1 << 18
@@ -187,7 +194,8 @@ def _end(why: str) -> None:
 
 
 def _default_build() -> Build:
-    from orcaserve.executors.build import build  # torch comes with it: late, so that its failure is a frame
+    with uncollected():
+        from orcaserve.executors.build import build  # torch comes with it: late, so that its failure is a frame
 
     return build
 
