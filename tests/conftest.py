@@ -1,4 +1,4 @@
-"""Options and order of the test run, hypothesis without deadlines, and Triton's interpreter where there is no GPU."""
+"""Options of the test run, hypothesis without deadlines, and Triton's interpreter where there is no GPU."""
 
 import os
 
@@ -23,8 +23,3 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--whole-grid", action="store_true", help="every tensor- and pipeline-parallel size with every shape"
     )
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start engines take the longest: they come first, so that no process is left alone with one."""
-    items.sort(key=lambda item: item.path.parent.name not in ("e2e", "parallel", "torture"))
