@@ -1,4 +1,4 @@
-"""Two replicas of the built-in model, which take turns: the promise while one of them is killed."""
+"""Two replicas of the built-in model: the promise while one of them is killed, and the router that is asked for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serving import Serving, is_alive
 
 STREAMS = 120
 BODIES = [body(i, 80 + i % 50, ignore_eos=True) for i in range(STREAMS)]
-OPTIONS = ("--replicas", "2", "--router", "round-robin", "--threads", "2", "--kv-memory", "16MiB")
+OPTIONS = ("--replicas", "2", "--threads", "2", "--kv-memory", "16MiB")
 
 
 def engines(server: Serving) -> set[int]:
@@ -60,13 +60,8 @@ def test_a_crowd_on_two_replicas_of_which_one_is_killed_twice() -> None:
     with Serving(*OPTIONS, "--max-batch-size", "16") as server:
         assert any("2 replicas" in line for line in server.lines), server.lines
         all_ready(server)
-        asked = {"prompt": "Once upon a time there was a fox. " * 8, "max_tokens": 1}
-        for _ in range(4):
-            server.client.post("/v1/completions", json=asked).raise_for_status()
-        hits = [of_replica(server, "prefix_cache_hits_total", replica) for replica in range(2)]
-        assert min(hits) > 0, "the prefix router would have kept to one"
-        assert sum(hits) == server.gauge("vllm:prefix_cache_hits_total")
         calm = asyncio.run(all_streams(server.url, BODIES, [0] * STREAMS))
+        assert all(of_replica(server, "prefix_cache_queries_total", replica) > 0 for replica in range(2))
         stormy, victims = asyncio.run(disturbed(server, sum(len(ids) for _, ids, _, _ in calm)))
         assert len(set(victims)) == 2
         for i, (expected, got) in enumerate(zip(calm, stormy, strict=True)):
@@ -75,3 +70,14 @@ def test_a_crowd_on_two_replicas_of_which_one_is_killed_twice() -> None:
         assert sum(of_replica(server, "restarts_total", replica) for replica in range(2)) == 2
         assert server.gauge("vllm:num_requests_running") == 0
         assert server.gauge("vllm:kv_cache_usage_perc") == 0
+
+
+def test_replicas_take_turns_if_asked_to() -> None:
+    with Serving(*OPTIONS, "--router", "round-robin") as server:
+        all_ready(server)
+        asked = {"prompt": "Once upon a time there was a fox. " * 8, "max_tokens": 1}
+        for _ in range(4):
+            server.client.post("/v1/completions", json=asked).raise_for_status()
+        hits = [of_replica(server, "prefix_cache_hits_total", replica) for replica in range(2)]
+        assert min(hits) > 0, "the prefix router would have kept to one"
+        assert sum(hits) == server.gauge("vllm:prefix_cache_hits_total")
