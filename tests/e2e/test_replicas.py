@@ -10,7 +10,8 @@ from crowd import all_streams, body
 from serving import Serving, is_alive
 
 STREAMS = 120
-BODIES = [body(i, 80 + i % 50, ignore_eos=True) for i in range(STREAMS)]
+# so many tokens that a successor is there before they all are, however busy the machine is otherwise
+BODIES = [body(i, 160 + i % 50, ignore_eos=True) for i in range(STREAMS)]
 OPTIONS = ("--replicas", "2", "--threads", "2", "--kv-memory", "16MiB")
 
 
