@@ -64,9 +64,8 @@ $(VENV)/.serve: $(BIN)/python $(SOURCES)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 
-# Python compiles what it imports, which is a small part of 240 MB of sources.
 $(VENV)/.test: $(BIN)/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
 $(VENV)/.docs: $(BIN)/python $(SOURCES)
