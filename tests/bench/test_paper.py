@@ -220,8 +220,22 @@ def test_a_looser_bound_never_lowers_capacity(pairs: list[tuple[float, float]], 
 def test_a_static_curve_that_wins_is_said_plainly() -> None:
     points = [point(4, 0.1, "static(8)"), point(1, 0.1, "orca(8)"), point(5, 0.1, "default(8)")]
     section = curves.section("mixed", [Curves("in=1-2,out=1-2", 3, 5.0, 0.2, points)])
-    assert section.surprises == ["static(8) answers more requests at that latency than orca(8)."]
-    assert "1.25×" in section.found[1]
+    assert section.surprises == ["Over all bounds the best static setup answers more requests than orca(8)."]
+    assert "1.25×" in section.found[2]
+
+
+def test_a_curve_that_is_behind_at_one_bound_alone_is_no_surprise() -> None:
+    """Bounds are 2, 3, 4, 6 and 8 times 0.1."""
+    static, ours = (
+        [point(3, 0.2, "static(8)"), point(4, 1.0, "static(8)")],
+        [point(2, 0.2), point(8, 0.3), point(9, 1.0)],
+    )
+    found = Curves("in=1-2,out=1-2", 3, 9.0, 0.2, [*static, *ours])
+    assert curves.ratios(found, "orca(8)")[0] == pytest.approx(2 / 3)
+    assert min(curves.ratios(found, "orca(8)")[1:]) > 2
+    section = curves.section("mixed", [found])
+    assert not section.surprises
+    assert "0.67× to 2.56×" in section.found[1]
 
 
 def test_shares_of_memory_are_weighted_by_time() -> None:

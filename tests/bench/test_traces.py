@@ -99,6 +99,7 @@ def test_mooncake_s_arrivals_are_dealt_out_over_their_three_seconds(mooncake: Pa
         ("azure", AZURE.splitlines()[0], "has no requests"),
         ("mooncake", "nonsense", "is no trace of Mooncake: line 1: JSON is malformed"),
         ("mooncake", '{"timestamp": 1}', "is no trace of Mooncake: line 1: Object missing required field"),
+        ("mooncake", json.dumps(MOONCAKE[0] | {"timestamp": -5}), "line 1: a timestamp before the trace begins"),
         ("mooncake", json.dumps(MOONCAKE[0] | {"hash_ids": [1]}), "line 1: there must be a hash id for every 512"),
     ],
 )

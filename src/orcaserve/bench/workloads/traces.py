@@ -66,6 +66,8 @@ def mooncake(path: Path, rng: random.Random, spread: float = 3.0) -> list[Row]:
         for number, line in enumerate(file, 1):
             try:
                 row = decode(line)
+                if row.timestamp < 0:
+                    raise ValueError("a timestamp before the trace begins")
                 if (row.input_length + BLOCK - 1) // BLOCK != len(row.hash_ids):
                     raise ValueError(f"there must be a hash id for every {BLOCK} tokens")
             except ValueError as error:
