@@ -98,7 +98,8 @@ def test_what_the_server_takes_is_measured(tmp_path: Path) -> None:
     for one, item in zip(found.records, work.items, strict=True):
         assert (one.due, one.tenant, one.error) == (item.at, item.tenant, None)
         assert one.due <= one.sent <= one.first - FIRST
-        assert one.last - one.first >= STEP * (item.max_tokens - 1) * 0.9
+        # from when it was sent: a client that is held up sees the first token late, and the others close behind it
+        assert one.last - one.sent >= FIRST + STEP * (item.max_tokens - 1) * 0.9
 
     summary = load_report.summary(found.records, limits)
     assert (summary.requests, summary.answered, summary.failed) == (25, 25, 0)
