@@ -367,9 +367,7 @@ class Scheduler:
             if victims is None:
                 return
             before = sum(other.due for other in others if other.due == 1 or self._place(other) < place)
-            if before - sum(victim.due == 1 for victim in victims) >= self.budget.tokens(
-                self.running, self.waiting, self.kv
-            ):
+            if before - sum(victim.due == 1 for victim in victims) >= self._token_limit():
                 return  # it would get no token now
             if any(victim.num_in_flight for victim in victims):
                 for victim in victims:
