@@ -3,9 +3,11 @@
     python tools/predict.py --rates 5,20,40 --out predictions
 
 Serves a checkpoint with a step log, puts one workload on it (--learn), then another one (--predict, with RATE for the
-rate) at several rates, and that in rounds, so that a machine that is slower for a while is so for both. Fits a cost
-model to the first workload, predicts the other one, and prints every figure with the real runs beside it. Nothing else
-should run on the machine meanwhile.
+rate) at several rates. Fits a cost model to the first workload, predicts the other one, and prints every figure with
+two real runs beside it. Nothing else should run on the machine meanwhile.
+
+A run has several parts, each with arrivals of its own, and the two runs take turns part by part, a piece of the learned
+workload before each: a machine that is slower for some minutes is so for what is learned and for both runs.
 
 What happens outside of the engine (HTTP, tokens on their way to the client) is measured in the learning run, too: from
 when a request was due to when the engine took it, and from an iteration's results to when the client had them.
@@ -39,9 +41,10 @@ from orcaserve.sim.fit import fit, nnls
 FIGURES = {
     **{f"{name} p{share}": (name, share / 100) for name in ("ttft", "tpot", "normalised") for share in (50, 90, 99)},
 }
-LEARN = "poisson:rate=30,in=32-512,out=1-128,n=300 + burst:in=16-600,out=1-60,n=40,start=14"
+LEARN = "poisson:rate=30,in=32-512,out=1-128,n=100 + burst:in=16-600,out=1-60,n=14,start=5"
+RUNS = 2
 DRAWS = 15
-PREDICT = "poisson:rate=RATE,in=32-400,out=20-100,n=200"
+PREDICT = "poisson:rate=RATE,in=32-400,out=20-100,n=70"
 
 
 class Serving:
@@ -183,26 +186,32 @@ def mean_door(doors: Sequence[Door]) -> Door:
     return Door(**{name: statistics.mean(getattr(one, name) for one in doors) for name in Door.__struct_fields__})
 
 
-def predicted(work: Work, fitted: Fitted) -> dict[str, float]:
+def predicted(parts: Sequence[Work], fitted: Fitted) -> dict[str, float]:
     """The median of each figure over draws of the noise: one draw is one run, and may be any."""
-    arrivals = simulation.arrivals_of(work)
-    runs = [figures(simulation.run(arrivals, fitted.config, fitted.cost, seed=seed)) for seed in range(DRAWS)]
+    arrivals = [simulation.arrivals_of(work) for work in parts]
+    runs = [
+        figures([simulation.run(part, fitted.config, fitted.cost, seed=seed) for part in arrivals])
+        for seed in range(DRAWS)
+    ]
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
-def figures(records: Sequence[Record]) -> dict[str, float]:
+def figures(parts: Sequence[Sequence[Record]]) -> dict[str, float]:
+    """Of all requests of a run's parts together."""
+    records = [record for part in parts for record in part]
     found = {
         title: value
         for title, (name, share) in FIGURES.items()
         if (value := measures.quantile(measures.times(name, records), share)) is not None
     }
-    return found | {"output tokens/s": measures.output_rate(records) or 0.0}
+    output = sum(record.output_tokens for record in records)
+    return found | {"output tokens/s": output / sum(map(measures.wall, parts))}
 
 
-def row(rate: str, run: int, record: Record) -> list[object]:
-    """[rate, run, due, first token, last token, prompt tokens, output tokens] of one request, times in seconds."""
+def row(rate: str, run: int, part: int, record: Record) -> list[object]:
+    """[rate, run, part, due, first token, last token, prompt tokens, output tokens] of a request, times in seconds."""
     times = (round(time, 6) for time in (record.due, record.first, record.last))
-    return [rate, run, *times, record.prompt_tokens, record.output_tokens]
+    return [rate, run, part, *times, record.prompt_tokens, record.output_tokens]
 
 
 def main() -> None:
@@ -210,7 +219,7 @@ def main() -> None:
     parser.add_argument("--learn", default=LEARN)
     parser.add_argument("--predict", default=PREDICT)
     parser.add_argument("--rates", default="5,20,40")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--parts", type=int, default=3, help="of each of the two runs")
     parser.add_argument("--vocab", type=int, default=3072)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder for the cost model, the figures and all records")
@@ -222,30 +231,38 @@ def main() -> None:
     def work_of(text: str, seed: int) -> Work:
         return spec.make(text, vocab=arguments.vocab, seed=seed)
 
-    learning = work_of(arguments.learn, arguments.seed)
-    rates = arguments.rates.split(",")
-    works = {rate: work_of(arguments.predict.replace("RATE", rate), arguments.seed + 1) for rate in rates}
+    numbers = range(RUNS * arguments.parts)
+    pieces = [work_of(arguments.learn, arguments.seed + number) for number in numbers]
+    works = {
+        rate: [
+            work_of(arguments.predict.replace("RATE", rate), arguments.seed + 1000 + i) for i in range(arguments.parts)
+        ]
+        for rate in arguments.rates.split(",")
+    }
     logs, doors, raw = [], [], []
-    seen: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for number in range(arguments.rounds):
+    learned: list[list[Record]] = []
+    runs: dict[str, list[list[list[Record]]]] = {rate: [[] for _ in range(RUNS)] for rate in works}
+    for number, piece in zip(numbers, pieces, strict=True):
+        part, run = divmod(number, RUNS)
         keep = arguments.out / f"learned-{number}.jsonl" if arguments.out else None
-        records, log = measure(learning, arguments.serve, arguments.vocab, keep)
+        records, log = measure(piece, arguments.serve, arguments.vocab, keep)
         logs.append(log)
         doors.append(door(records, log))
-        for rate, work in works.items():
-            print(f"round {number + 1} of {arguments.rounds}: {rate} requests/s", file=sys.stderr)
-            found = measure(work, arguments.serve, arguments.vocab)[0]
-            seen[rate].append(figures(found))
-            raw += [row(rate, number, record) for record in found]
-        seen["learned"].append(figures(records))
-        raw += [row("learned", number, record) for record in records]
+        learned.append(records)
+        raw += [row("learned", run, part, record) for record in records]
+        for rate, parts in works.items():
+            print(f"round {number + 1} of {len(numbers)}: {rate} requests/s", file=sys.stderr)
+            records = measure(parts[part], arguments.serve, arguments.vocab)[0]
+            runs[rate][run].append(records)
+            raw += [row(rate, run, part, record) for record in records]
+    seen = {"learned": [figures(learned)]} | {rate: [figures(run) for run in found] for rate, found in runs.items()}
     cost = msgspec.structs.replace(fit(logs, "the learning runs"), door=mean_door(doors))
     fitted = Fitted(cost=cost, config=logs[0].header.config, model=logs[0].header.model, machine=logs[0].header.machine)
     table = []
     print("| rate | figure | predicted | real runs | error | spread of the runs |")
     print("|---|---|---|---|---|---|")
-    for rate, work in {"learned": learning, **works}.items():
-        for name, value in predicted(work, fitted).items():
+    for rate, parts in {"learned": pieces, **works}.items():
+        for name, value in predicted(parts, fitted).items():
             real = [run[name] for run in seen[rate]]
             middle = statistics.mean(real)
             error, spread = value / middle - 1, (max(real) - min(real)) / middle

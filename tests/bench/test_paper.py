@@ -235,7 +235,7 @@ def test_a_curve_that_is_behind_at_one_bound_alone_is_no_surprise() -> None:
     assert min(curves.ratios(found, "orca(8)")[1:]) > 2
     section = curves.section("mixed", [found])
     assert not section.surprises
-    assert "0.67× to 2.56×" in section.found[1]
+    assert "0.67× to 2.56×" in section.found[0]
 
 
 def test_shares_of_memory_are_weighted_by_time() -> None:

@@ -146,15 +146,15 @@ def _found(curves: Curves) -> tuple[list[str], list[str]]:
         least = "at least " if mine.is_least else ""
         bound = f"{number(1000 * curves.bound)} ms per token"
         if factor is not None:
-            said.append(
-                f"At {bound}, {name} answers {least}{number(mine.rate)} requests/s, {least}{times(factor)} what the "
-                f"best static setup, {rival}, does."
-            )
             every = ratios(curves, name)
             mean = statistics.geometric_mean(every)
             said.append(
-                f"Over bounds of {BOUNDS[0]:g} to {BOUNDS[-1]:g} times the least latency it is {times(mean)} on "
-                f"average, {times(min(every))} to {times(max(every))}."
+                f"Under the same bound of latency, {name} answers {times(mean)} what the best static setup does, on "
+                f"average over bounds of {BOUNDS[0]:g} to {BOUNDS[-1]:g} times the least latency ({times(min(every))} "
+                f"to {times(max(every))})."
+            )
+            said.append(
+                f"At {bound} it is {least}{number(mine.rate)} requests/s, {least}{times(factor)} what {rival} does."
             )
             if curves.lengths.count("-") and mean < 1:
                 surprises.append(f"Over all bounds the best static setup answers more requests than {name}.")
