@@ -4,8 +4,9 @@
     python tools/long_prompts.py DIR --max-itl 100
 
 Streams begin, and from then on a long prompt comes every so many seconds. Two servers of the same checkpoint wait side
-by side and are measured in turn. A prompt has 4000 tokens if the server reads that in half of the time until the next
-one comes, else as many as it can. Server and client want a core each; nothing else should run on the machine.
+by side and are measured in turn, and so are others that are named by --beside. A prompt has 4000 tokens if both servers
+read that in half of the time until the next one comes, else as many as they can. Server and client want a core each;
+nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from predict import Serving
 
 from orcaserve.bench import client
-from orcaserve.bench.client import Record, Reply, Server
+from orcaserve.bench.client import Record, Reply, Server, servers_from
 from orcaserve.bench.measures import quantile
 from orcaserve.bench.workloads import LOWEST_ID, Item
 
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="for which they come")
     parser.add_argument("--length", type=int, help="tokens of a long prompt; default: measured, see above")
     parser.add_argument("--context", type=int, default=4096, help="tokens that the model takes; streams use them all")
+    parser.add_argument("--beside", action="append", default=[], metavar="NAME=URL", help="a server that is running")
     parser.add_argument("--vocab", type=int, default=16000)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -122,6 +124,9 @@ def main() -> None:
             }
             lengths = [client.in_loop(settle(server, ids, arguments.every)) for server in servers.values()]
             length = arguments.length or min(lengths)
+            for other in servers_from(arguments.beside):
+                servers[other.name] = client.in_loop(client.asked(other))
+                client.in_loop(settle(servers[other.name], ids, arguments.every))
             print(
                 f"{arguments.streams} streams; a prompt of {length} tokens every {arguments.every:g} s, {count} times\n"
             )
