@@ -55,7 +55,7 @@ def engine_options(command: Any) -> Any:
         click.option(
             "--max-batch-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of an iteration."
         ),
-        max_itl_option("Default: whatever --max-batch-tokens take."),
+        max_itl_option("Default on a CPU: 250, or four times what decodes take alone, if that is longer. 0: no limit."),
         click.option("--policy", type=PolicyName(), default="default", show_default=True, help=POLICY_HELP),
         click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use."),
         click.option(
@@ -444,6 +444,7 @@ def batch(source: Path, target: Path, model: str, **options: Any) -> None:
     from orcaserve.serve.batch import BatchError, run_batch
     from orcaserve.serve.pool import EngineFailed
 
+    options["max_itl"] = options["max_itl"] or 0.0  # nobody reads along
     name, engine = _engine(model, options)
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:

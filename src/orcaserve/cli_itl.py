@@ -14,7 +14,7 @@ def max_itl_option(otherwise: str) -> Callable[[Any], Any]:
     """otherwise: what happens without it, in words."""
     return click.option(
         "--max-itl",
-        type=click.FloatRange(0, min_open=True),
+        type=click.FloatRange(0),
         callback=lambda context, param, value: None if value is None else value / 1000,
         metavar="MS",
         help=f"{_HELP} {otherwise}",

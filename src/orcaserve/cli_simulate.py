@@ -13,6 +13,7 @@ from orcaserve.cli_itl import max_itl_option
 from orcaserve.cli_policy import POLICY_HELP, PolicyName
 from orcaserve.cli_size import Size
 from orcaserve.core.config import ModelError
+from orcaserve.core.pace import LEAST_SHARE
 from orcaserve.core.policy import DEFAULT, parse_policy
 from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.engine import step_log
@@ -55,7 +56,7 @@ def read_fitted(path: Path) -> Fitted:
 @click.option("--policy", type=PolicyName(), help=f"{POLICY_HELP} Default: as recorded, or default.")
 @click.option("--max-batch-size", type=click.IntRange(1), help="Default: as recorded, or 64.")
 @click.option("--max-batch-tokens", type=click.IntRange(1), help="Default: as recorded, or 512.")
-@max_itl_option("Default: as recorded, or whatever --max-batch-tokens take.")
+@max_itl_option("Default: as recorded, or no limit. 0: no limit.")
 @click.option("--blocks", type=click.IntRange(1), help="KV blocks of 16 tokens. Default: as recorded, or what fits.")
 @click.option("--kv-memory", metavar="SIZE", help="Or bytes for KV, of all devices together: 24MiB, 4GiB.")
 @click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="Engines, in turn.")
@@ -167,14 +168,19 @@ def _engine(
         raise ValueError("no KV block fits: give more memory")
     max_batch_size = options["max_batch_size"] or (base.max_batch_size if base else 64)
     wished = options["max_batch_tokens"] or (base.max_batch_tokens if base else 512)
+    policy = parse_policy(options["policy"]) if options["policy"] else base.policy if base else DEFAULT
+    max_itl, prompt_share = options["max_itl"] or None, LEAST_SHARE
+    if options["max_itl"] is None and base and policy.cuts_prompts:
+        max_itl, prompt_share = base.max_itl, base.prompt_share
     config = SchedulerConfig(
-        policy=parse_policy(options["policy"]) if options["policy"] else base.policy if base else DEFAULT,
+        policy=policy,
         max_batch_size=max_batch_size,
         max_batch_tokens=max(wished, max_batch_size),
         num_blocks=blocks,
         block_size=block_size,
         depth=len(model.stages),
-        max_itl=options["max_itl"] or (base.max_itl if base else None),
+        max_itl=max_itl,
+        prompt_share=prompt_share,
     )
     return model, config
 

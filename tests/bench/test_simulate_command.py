@@ -168,6 +168,18 @@ def test_a_limit_of_time_between_tokens_is_kept_and_written_down(tmp_path: Path)
     assert [report["simulated"]["config"].get("max_itl") for report in found] == [None, 0.12]
 
 
+def test_a_recorded_limit_of_time_holds_unless_another_is_asked_for(tmp_path: Path) -> None:
+    log = tmp_path / "steps.jsonl"
+    costs = ("--hardware", "A100-40GB", "--model", "13B", "--out", tmp_path / "out")
+    assert run("--workload", WORK, *costs[:4], "--max-itl", "120", "--step-log", log).exit_code == 0
+    found = []
+    for options in ((), ("--max-itl", "0"), ("--max-itl", "50"), ("--policy", "orca")):
+        done = run("--log", log, *costs, *options)
+        assert done.exit_code == 0, done.output
+        found.append(json.loads((tmp_path / "out" / "report.json").read_text())["simulated"]["config"].get("max_itl"))
+    assert found == [0.12, None, 0.05, None], "orca cannot have one"
+
+
 def test_a_log_gives_back_what_was_asked_of_the_engine() -> None:
     [log] = read(recorded(arrivals()))
     found = simulation.arrivals_of_log(log)

@@ -82,8 +82,8 @@ def test_iterations_that_overlap_cost_as_much_as_one_after_the_other() -> None:
 class Device:
     """A pace of 100 ms, and a clock that goes on by what iterations take."""
 
-    def __init__(self, terms: tuple[float, ...] | None = None) -> None:
-        self.pace = Pace(0.1, 1)
+    def __init__(self, terms: tuple[float, ...] | None = None, pace: Pace | None = None) -> None:
+        self.pace = pace or Pace(0.1, 1)
         self.now = 0.0
         rng = random.Random(0)
         for _ in range(400 if terms else 0):
@@ -118,6 +118,15 @@ def test_a_chunk_fills_the_time_that_decodes_leave_and_no_more(
 
 
 CPU = (1e-3, 1.5e-2, 2e-4, 2e-7, 1e-8)
+
+
+@pytest.mark.parametrize("share", [0.5, 3.0])
+def test_prompts_get_their_share_where_decodes_alone_take_too_long(share: float) -> None:
+    device = Device(CPU, Pace(0.01, 1, share))
+    alone = cost_of(CPU, rows(8, 100))
+    assert alone > 0.01
+    added = cost_of(CPU, rows(8, 100, device.chunk())) - alone
+    assert 0.85 * share < added / alone < 1.1 * share
 
 
 def test_prompts_share_the_time() -> None:

@@ -54,6 +54,8 @@ def test_a_real_run_is_replayed_batch_for_batch(tmp_path: Path) -> None:
     [log] = read(path.read_bytes())
     recorded = [event.rows for event in log.events if isinstance(event, Submitted)]
     assert replay(log) == recorded
+    config = log.header.config
+    assert (config.max_itl, config.prompt_share) == (0.25, 3.0), "streams are not stopped by long prompts on a CPU"
     kinds = [type(event) for event in log.events]
     assert kinds.count(Arrived) == len(work.items) + 5 and kinds.count(Left) >= 3
     assert sum(len(event.stopped) for event in log.events if isinstance(event, Returned)) == 2

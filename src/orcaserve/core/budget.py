@@ -22,10 +22,16 @@ class Budget:
     """
 
     def __init__(
-        self, policy: Policy, lanes: int, max_batch_size: int, max_batch_tokens: int, max_itl: float | None
+        self,
+        policy: Policy,
+        lanes: int,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        max_itl: float | None,
+        prompt_share: float,
     ) -> None:
         self.lanes = lanes
-        self.pace = None if max_itl is None else Pace(max_itl, lanes)
+        self.pace = None if max_itl is None else Pace(max_itl, lanes, prompt_share)
         self._most_rows = max_batch_size
         self._most_tokens = max_batch_tokens
         self._is_chunked = policy.chunked

@@ -34,7 +34,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
         know what is in secret_file.
     depth: batches in flight, where that is to be more than there are stages.
     max_itl: seconds between two tokens of a running stream, at most; prompts are read in chunks short enough for that.
-        None: in chunks of max_batch_tokens.
+        0: in chunks of max_batch_tokens. None: what is sensible on the device.
     threads: compute threads of all ranks of a host; None: as many as the process may use.
     backend: "native" (our decoder), "transformers" (the optional backend), "auto" (native where there is one).
     quantization: what linear maps are kept in: "none" (the dtype), or "int8" or "int4" (made while it loads).
@@ -104,7 +104,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     profile: hash of everything that decides bits: weights' dtype and quantisation, residual and KV dtype,
         instruction-set path, kernel version. Streams resume only on an equal profile.
     deterministic: whether the promise (a response is a pure function of model, profile and request) holds.
-    overlap: the next iteration can be scheduled while one runs (see SchedulerConfig).
+    device: what computes. overlap: the next iteration can be scheduled while one runs (see SchedulerConfig).
     swap: room for KV outside of the cache, if there is any.
     budget: the memory table; timings: how long each part of the start took, in seconds.
     """
@@ -117,6 +117,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     profile: str
     deterministic: bool = True
+    device: Literal["cpu", "gpu"] = "cpu"
     overlap: bool = False
     swap: SwapSpace | None = None
     threads: int = 1

@@ -23,6 +23,7 @@ LEAST_SHARE = 1 / 8  # prompts may always take so much of the time that the deco
 
 KEPT = 0.99  # of what is known, at every iteration of its kind: some hundred of them count
 SWEEPS = 4
+SOLVED_EVERY = 8  # iterations that only decode, of which the next one tells little new
 HUBER = 2.0  # spreads from which on an error counts by its size, not its square
 BOUND = 4.0  # no iteration is taken to be off by more than so many times its expected time
 SHARE = 0.9  # of the iterations with prompts are to stay below the limit
@@ -72,6 +73,7 @@ class IterationCost:
     def __init__(self) -> None:
         self._terms = [0.0] * len(NOTHING)
         self._reading, self._decoding = _Equations(), _Equations()
+        self._unsolved = 0
 
     def __call__(self, load: Sequence[float]) -> float:
         a, b, c, d, e = self._terms
@@ -100,9 +102,13 @@ class IterationCost:
 
     def learn(self, load: Sequence[float], seconds: float) -> None:
         """An iteration has taken so long, more than 0 seconds."""
+        expected = self(load)
         equations = self._reading if load[0] else self._decoding
-        equations.add(load, seconds, self(load))
-        self._solve()
+        equations.add(load, seconds, expected)
+        self._unsolved += 1
+        if load[0] or not expected or self._unsolved >= SOLVED_EVERY:
+            self._solve()
+            self._unsolved = 0
 
     def _solve(self) -> None:
         """Coordinate descent from where it stood; terms stay from 0 on.
@@ -161,15 +167,18 @@ class _Flight(NamedTuple):
 class Pace:
     """Keeps the time between two tokens of a stream within `max_itl` seconds. Owner of what it has learned.
 
-    Decodes always go. Prompts get what is left of the time, but at least LEAST_SHARE of what the decodes take, and a
-    token: where decodes alone take too long, prompts are slow, but never stand still. It begins with chunks of
-    SMALLEST_CHUNK tokens and trusts itself with GROWTH times the longest one that it has seen.
+    Decodes always go. Prompts get what is left of the time, but at least `share` of what the decodes take, and a token:
+    where decodes alone take too long, prompts are slow, but never stand still. It begins with chunks of SMALLEST_CHUNK
+    tokens and trusts itself with GROWTH times the longest one that it has seen.
     """
 
-    def __init__(self, max_itl: float, stages: int) -> None:
+    def __init__(self, max_itl: float, stages: int, share: float = LEAST_SHARE) -> None:
         if not 0 < max_itl < float("inf"):
             raise ValueError(f"max_itl is a number of seconds above 0, not {max_itl}")
+        if share <= 0:
+            raise ValueError(f"prompts need a share of the time that is above 0, not {share}")
         self.cost = IterationCost()
+        self._share = share
         self._seconds = max_itl / stages  # batches in flight are to be equally long
         self._stages = stages
         self._longest = 0.0  # tokens of prompts in a batch whose time is known
@@ -197,7 +206,7 @@ class Pace:
 
     def _left(self, alone: float) -> float:
         """Seconds for prompts beside decodes that take so many alone."""
-        return max(self._seconds / self.cost.slack - alone, LEAST_SHARE * alone)
+        return max(self._seconds / self.cost.slack - alone, self._share * alone)
 
     def submitted(self, batch: Batch, now: float) -> None:
         """A batch is made. Who was in one before has waited since the last return, not only since `now`."""

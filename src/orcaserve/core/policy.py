@@ -47,6 +47,11 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     order: str = "fcfs"
     options: tuple[tuple[str, str], ...] = ()
 
+    @property
+    def cuts_prompts(self) -> bool:
+        """Whether what decodes leave decides how much of a prompt an iteration takes."""
+        return self.chunked and self.decodes_first
+
     def make_order(self) -> Order:
         """A new one, for one scheduler. Raises OrderError."""
         order = make_order(self.order, self.options)

@@ -12,6 +12,7 @@ from orcaserve.core.config import SwapSpace
 from orcaserve.core.decisions import Decisions, Reason, Waits
 from orcaserve.core.kv_cache import KVCacheManager
 from orcaserve.core.order import Order, Waiting
+from orcaserve.core.pace import LEAST_SHARE
 from orcaserve.core.policy import Policy, Shape
 from orcaserve.core.pressure import Headroom
 from orcaserve.core.request import FinishReason, NewRequest, Output, Request
@@ -32,6 +33,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     overlap: the second of two batches in flight is scheduled ahead, while the first runs on the one device. So depth is
         2, and rows are not dealt out. Not for policies that are request_level.
     max_itl: seconds between two tokens of a stream, which chunks of prompts beside it are cut to; None: they are not.
+    prompt_share: of the time that decodes take alone, chunks get at least so much, whatever max_itl says.
     swap: where the KV of preempted requests may be moved to; None: it is computed again.
     """
 
@@ -43,6 +45,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     depth: int = 1
     overlap: bool = False
     max_itl: float | None = None
+    prompt_share: float = LEAST_SHARE
     swap: SwapSpace | None = None
 
 
@@ -76,7 +79,7 @@ class Scheduler:
             raise ValueError(f"overlap is for one device: depth must be 2, not {config.depth}")
         if config.overlap and config.policy.request_level:
             raise ValueError(f"overlap needs a policy that schedules iterations, not {config.policy.name!r}")
-        if config.max_itl is not None and not (config.policy.chunked and config.policy.decodes_first):
+        if config.max_itl is not None and not config.policy.cuts_prompts:
             raise ValueError(f"max_itl needs a policy that cuts prompts; {config.policy.name!r} takes them whole")
         self.config = config
         self.policy = config.policy
@@ -86,7 +89,7 @@ class Scheduler:
         self._hears_service = type(self.order).served is not Order.served
         self.requests: dict[int, Request] = {}
         lanes = 1 if config.overlap else config.depth
-        self.budget = Budget(config.policy, lanes, size, tokens, config.max_itl)
+        self.budget = Budget(config.policy, lanes, size, tokens, config.max_itl, config.prompt_share)
         self.waiting = Waiting(self.order)
         self.running: list[Request] = []  # in order, unless that has moved since the last schedule()
         self.sealer = Sealer(config.block_size)

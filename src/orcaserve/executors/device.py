@@ -135,6 +135,7 @@ def start_device(
         num_blocks=budget.num_blocks,
         profile=profile_of(kernels, model),
         deterministic=model.deterministic,
+        device="gpu",
         overlap=True,
         swap=measure(
             executor,

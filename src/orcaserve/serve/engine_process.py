@@ -24,6 +24,7 @@ from typing import cast
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.order import OrderError
+from orcaserve.core.pace import LEAST_SHARE
 from orcaserve.core.policy import parse_policy
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.executor import Executor, Timekeeping
@@ -55,6 +56,10 @@ from orcaserve.worker.process import (
 )
 
 FLUSH_SECONDS = 1.0
+# Where --max-itl is not given. A person reads some four tokens a second; a model that takes as long for a decode alone
+# must not wait for its prompts.
+CPU_MAX_ITL = 0.25
+CPU_PROMPT_SHARE = 3.0
 RECEIVE_BYTES = 1 << 18
 EXIT_MODEL, EXIT_LOOP = 1, 70
 
@@ -247,6 +252,9 @@ def _scheduler_config(options: EngineOptions, info: EngineInfo) -> SchedulerConf
     except OrderError as error:
         raise ModelError(str(error)) from None
     overlap = info.overlap and not policy.request_level
+    max_itl, prompt_share = options.max_itl or None, LEAST_SHARE
+    if options.max_itl is None and info.device == "cpu" and policy.cuts_prompts:
+        max_itl, prompt_share = CPU_MAX_ITL, CPU_PROMPT_SHARE
     return SchedulerConfig(
         policy=policy,
         max_batch_size=options.max_batch_size,
@@ -255,7 +263,8 @@ def _scheduler_config(options: EngineOptions, info: EngineInfo) -> SchedulerConf
         block_size=info.block_size,
         depth=2 if overlap else max(options.depth, options.pipeline_parallel),
         overlap=overlap,
-        max_itl=options.max_itl,
+        max_itl=max_itl,
+        prompt_share=prompt_share,
         swap=info.swap,
     )
 
