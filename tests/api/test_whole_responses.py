@@ -17,14 +17,14 @@ from api_world import Server
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from plain_job import JOB
 
-from orcaserve.core.request import SamplingParams, TokenLogprobs
+from orcaserve.core.request import TokenLogprobs
 from orcaserve.serve.chat import ChatWriter
 from orcaserve.serve.choice import Piece
 from orcaserve.serve.completions import CompletionWriter
-from orcaserve.serve.detokenize import StopStrings
 from orcaserve.serve.errors import ApiError
-from orcaserve.serve.job import Job, Prompt
+from orcaserve.serve.job import Job
 from orcaserve.serve.protocol import PromptTokensDetails, Usage
 from orcaserve.serve.replies import Replies, size_of
 from orcaserve.serve.responses import ResponsesWriter
@@ -32,23 +32,6 @@ from orcaserve.serve.responses_protocol import ResponsesRequest
 from orcaserve.serve.served_model import ServedModel
 
 BOUND = 5 << 19
-
-
-JOB = Job(
-    prompts=(Prompt((5, 6), "", SamplingParams()),),
-    n=1,
-    end_token_ids=(),
-    stops=StopStrings([]),
-    min_tokens=0,
-    cache_salt="",
-    skip_special_tokens=True,
-    echo=False,
-    logprobs=None,
-    prompt_logprobs=None,
-    return_token_ids=False,
-    include_usage=False,
-    include_timing=False,
-)
 
 
 @given(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=8), min_size=1, max_size=6), st.integers(0, 9999))

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from msgspec.structs import replace
+from plain_job import JOB
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
-from orcaserve.core.request import SamplingParams
 from orcaserve.serve.choice import Piece
-from orcaserve.serve.detokenize import StopStrings
-from orcaserve.serve.job import Job, Prompt
 from orcaserve.serve.protocol import PromptTokensDetails, Usage
-from orcaserve.serve.reply import FORMATS, ToolFormat
+from orcaserve.serve.reply import FORMATS
 from orcaserve.serve.responses import ResponsesWriter, ThoughtTokens
 from orcaserve.serve.responses_protocol import ResponsesRequest
 from orcaserve.serve.tokenizer import Tokenizer
@@ -44,27 +43,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder: Path = tmp_path_factory.mktemp("bytes")
     library.save(str(folder / "tokenizer.json"))
     return Tokenizer(folder)
-
-
-def job(tools: ToolFormat | None, *, thinks: bool, is_thinking: bool = False) -> Job:
-    return Job(
-        prompts=(Prompt((1, 2), "", SamplingParams(max_tokens=500)),),
-        n=1,
-        end_token_ids=(),
-        stops=StopStrings([]),
-        min_tokens=0,
-        cache_salt="",
-        skip_special_tokens=True,
-        echo=False,
-        logprobs=None,
-        prompt_logprobs=None,
-        return_token_ids=False,
-        include_usage=False,
-        include_timing=False,
-        tools=tools,
-        thinks=thinks,
-        is_thinking=is_thinking,
-    )
 
 
 class Generated:
@@ -101,7 +79,7 @@ def written(text: str, sizes: list[int], tokenizer: Tokenizer, reason: str = "st
     """The whole response, and the events."""
 
     def writer() -> ResponsesWriter:
-        of = job(FORMATS[0], thinks=True)
+        of = replace(JOB, tools=FORMATS[0], thinks=True)
         return ResponsesWriter(ResponsesRequest(input="x"), of, tokenizer, "1", "it")
 
     async def run() -> tuple[bytes, list[bytes]]:
@@ -171,11 +149,11 @@ def test_items_are_what_was_said_in_order(tokenizer: Tokenizer) -> None:
 )
 @pytest.mark.parametrize("size", [1, 3, 1000])
 def test_tokens_of_reasoning(text: str, is_thinking: bool, count: int, size: int, tokenizer: Tokenizer) -> None:
-    counter = ThoughtTokens(tokenizer, job(None, thinks=True, is_thinking=is_thinking))
+    counter = ThoughtTokens(tokenizer, replace(JOB, thinks=True, is_thinking=is_thinking))
     ids = tokenizer.encode(text, add_special_tokens=False)
     for at in range(0, len(ids), size):
         counter.take(ids[at : at + size])
     assert counter.count == count
-    silent = ThoughtTokens(tokenizer, job(None, thinks=False))
+    silent = ThoughtTokens(tokenizer, JOB)
     silent.take(ids)
     assert silent.count == 0
