@@ -284,8 +284,7 @@ def serve(
     from orcaserve.serve.cluster import elsewhere
     from orcaserve.serve.console import Console
     from orcaserve.serve.frontend import HttpOptions
-    from orcaserve.serve.pool import Replication
-    from orcaserve.serve.replicas import step_logs
+    from orcaserve.serve.replicas import Replication, step_logs
     from orcaserve.serve.server import run
 
     if replicas > 1 and options["nnodes"] > 1:

@@ -7,7 +7,7 @@ import msgspec
 from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.serve.admission import Limits
 from orcaserve.serve.frontend import HttpOptions
-from orcaserve.serve.pool import Replication
+from orcaserve.serve.replicas import Replication
 from orcaserve.serve.server import run
 
 

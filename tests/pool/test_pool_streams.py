@@ -12,8 +12,9 @@ from pool_world import PATIENCE, Wish, gather, gather_all, is_alive, open_fds, p
 
 from orcaserve.core.config import EngineOptions
 from orcaserve.core.request import SamplingParams
-from orcaserve.serve.admission import Limits, Refused
-from orcaserve.serve.pool import ContextLengthError, EngineFailed, Pool, Replication, Unavailable
+from orcaserve.serve.admission import ContextLengthError, Limits, Refused, Unavailable
+from orcaserve.serve.pool import EngineFailed, Pool
+from orcaserve.serve.replicas import Replication
 from orcaserve.serve.stream import FULL_BYTES
 from orcaserve.serve.terms import Terms
 

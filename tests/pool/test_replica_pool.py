@@ -13,8 +13,8 @@ from pool_world import Wish, gather, gather_all, is_alive, pool_of, run, submit,
 
 from orcaserve.core.config import EngineOptions
 from orcaserve.core.request import NewRequest, SamplingParams
-from orcaserve.serve.pool import Pool, Replication
-from orcaserve.serve.replicas import shares
+from orcaserve.serve.pool import Pool
+from orcaserve.serve.replicas import Replication, shares
 from orcaserve.serve.resume import Choice
 from orcaserve.serve.stream import Update
 from orcaserve.serve.suspects import Suspects

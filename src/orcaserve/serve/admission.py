@@ -39,13 +39,34 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     tenant_tokens_per_minute: float | None = None
 
 
-class Refused(Exception):
-    """A request is not taken in now. reason: a key of `errors.refused`. retry_after: seconds; None: never."""
+class NotTaken(Exception):
+    """A request is not taken in now. retry_after: seconds; None: never."""
 
     def __init__(self, reason: str, retry_after: float | None) -> None:
-        super().__init__(f"the request is refused: {reason}")
+        super().__init__(f"the request is not taken: {reason}")
         self.reason = reason
         self.retry_after = retry_after
+
+
+class Refused(NotTaken):
+    """There is too much, of this tenant or of all. reason: a key of `errors.refused`."""
+
+
+class Unavailable(NotTaken):
+    """Nobody's is. reason: "loading", "draining" or "failed"."""
+
+
+class ContextLengthError(ValueError):
+    """The request cannot fit. num_prompt, max_tokens: what it asks for; max_model_len: what there is, in tokens."""
+
+    def __init__(self, num_prompt: int, max_tokens: int | None, max_model_len: int) -> None:
+        wish = "at least one output token" if max_tokens is None else f"max_tokens {max_tokens}"
+        super().__init__(
+            f"a prompt of {num_prompt} tokens and {wish} exceed the context length of {max_model_len} tokens"
+        )
+        self.num_prompt = num_prompt
+        self.max_tokens = max_tokens
+        self.max_model_len = max_model_len
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,10 +245,9 @@ class Admission:
             del self._by_tenant[request.tenant]
 
     def generated(self, choice: Choice, num_tokens: int, num_cached: int, now: float) -> None:
-        """It has got so many tokens. num_cached: of its prompt, with the first ones."""
+        """It is about to get so many tokens. num_cached: of its prompt, with the first ones."""
         request = choice.request
         if not choice.has_output:
-            choice.has_output = True
             self._prompt_tokens -= request.num_prompt
             self._backlog.learn_prompt(request.num_prompt, num_cached)
         if (tokens := self._buckets_of(request.tenant)[1]) is not None:
@@ -247,6 +267,16 @@ class Admission:
     def iterated(self, num_prefill: int, num_decode: int, seconds: float) -> None:
         """An engine has computed so many tokens of prompts, and so many rows that decode."""
         self._backlog.learn(num_prefill, num_decode, seconds)
+
+
+def resolved(num_prompt: int, params: SamplingParams, max_model_len: int) -> SamplingParams:
+    """The parameters with max_tokens known. Raises ContextLengthError; ValueError for an empty prompt."""
+    if num_prompt == 0:
+        raise ValueError("an empty prompt: there is nothing to go on from")
+    max_tokens = max_model_len - num_prompt if params.max_tokens is None else params.max_tokens
+    if num_prompt + max_tokens > max_model_len or (params.max_tokens is None and max_tokens < 1):
+        raise ContextLengthError(num_prompt, params.max_tokens, max_model_len)
+    return msgspec.structs.replace(params, max_tokens=max_tokens)
 
 
 def _fits(claim: Claim, waiting: Waiting, requests: float, tokens: float) -> bool:

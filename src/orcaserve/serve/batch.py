@@ -16,10 +16,11 @@ import httpx
 import msgspec
 
 from orcaserve.core.config import EngineOptions
+from orcaserve.serve.admission import Limits
 from orcaserve.serve.app import make_app
 from orcaserve.serve.frontend import Frontend, HttpOptions
 from orcaserve.serve.metrics import Metrics
-from orcaserve.serve.pool import Limits, Pool
+from orcaserve.serve.pool import Pool
 from orcaserve.serve.served_model import ServedModel
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")

@@ -11,20 +11,17 @@ from collections.abc import Mapping, Sequence
 
 from orcaserve.core.config import EngineInfo
 from orcaserve.serve import errors
-from orcaserve.serve.admission import Claim, Refused
+from orcaserve.serve.admission import Claim, NotTaken, Refused
 from orcaserve.serve.errors import ApiError
 from orcaserve.serve.frontend import Frontend
 from orcaserve.serve.job import least_sizes
 from orcaserve.serve.metrics import Metrics
-from orcaserve.serve.pool import Unavailable
 from orcaserve.serve.protocol import GenerationRequest
 from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.terms import Arrival, Terms, ttft_from
 
-NotTaken = (Refused, Unavailable)
 
-
-def refusal(error: Refused | Unavailable, metrics: Metrics) -> ApiError:
+def refusal(error: NotTaken, metrics: Metrics) -> ApiError:
     """What a client is told who is not let in, which is counted."""
     metrics.rejected(error.reason)
     if isinstance(error, Refused):

@@ -9,11 +9,12 @@ from contextlib import aclosing
 
 from orcaserve.core.timing import Timing
 from orcaserve.serve import errors
+from orcaserve.serve.admission import ContextLengthError, NotTaken
 from orcaserve.serve.choice import ChoiceText, Piece
-from orcaserve.serve.door import NotTaken, refusal
+from orcaserve.serve.door import refusal
 from orcaserve.serve.job import Job
 from orcaserve.serve.metrics import Metrics
-from orcaserve.serve.pool import ContextLengthError, Pool
+from orcaserve.serve.pool import Pool
 from orcaserve.serve.protocol import PromptTokensDetails, Usage
 from orcaserve.serve.replies import Reply
 from orcaserve.serve.request_trace import RequestTrace

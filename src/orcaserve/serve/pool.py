@@ -2,9 +2,9 @@
 
 For every unfinished choice it keeps what is needed to go on: prompt, drawn seed, and all tokens so far. When an engine
 dies, its unfinished choices are handed to another one, or to the next one, with what they have, and their streams go on
-with no lost and no repeated token. In the same way a choice is taken from its engine while its client does not read
-what there is, so that slow clients take neither the engine's memory nor ours. Runs in one event loop, and everything
-here is called from it.
+with no lost and no repeated token; who gets whom is the `Dispatcher`'s. In the same way a choice is taken from its
+engine while its client does not read what there is, so that slow clients take neither the engine's memory nor ours.
+Runs in one event loop, and everything here is called from it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.core.request import FinishReason, NewRequest, Output, SamplingParams
 from orcaserve.core.router import ROUTERS
 from orcaserve.engine.messages import Stats, Step
-from orcaserve.serve.admission import RETRY_SECONDS, Admission, Claim, Limits
+from orcaserve.serve.admission import RETRY_SECONDS, Admission, Claim, Limits, Unavailable, resolved
+from orcaserve.serve.dispatcher import Dispatcher
 from orcaserve.serve.replica import Replica
-from orcaserve.serve.replicas import Replicas, shares
+from orcaserve.serve.replicas import Replicas, Replication
 from orcaserve.serve.resume import Choice
 from orcaserve.serve.stream import Expired, Stream, Update
-from orcaserve.serve.supervisor import Death
-from orcaserve.serve.suspects import Suspects
 from orcaserve.serve.terms import Terms
 from orcaserve.serve.timeline import Timeline
 
@@ -46,45 +45,12 @@ EXPIRED: dict[Expired, str] = {
 }
 
 
-class Replication(msgspec.Struct, frozen=True, kw_only=True):
-    """How many engines there are, and by what a request is given to one of them: a key of `ROUTERS`.
-
-    commands: argv of what stands in for each one's process, if they run on other hosts. None: they share this one.
-    """
-
-    replicas: int = 1
-    router: str = "prefix"
-    commands: tuple[tuple[str, ...], ...] | None = None
-
-
-class Unavailable(Exception):
-    """No request is taken now. reason: "loading", "draining" or "failed". retry_after: seconds; None: never."""
-
-    def __init__(self, reason: str, retry_after: float | None) -> None:
-        super().__init__(f"the server does not take requests: {reason}")
-        self.reason = reason
-        self.retry_after = retry_after
-
-
-class ContextLengthError(ValueError):
-    """The request cannot fit. num_prompt, max_tokens: what it asks for; max_model_len: what there is, in tokens."""
-
-    def __init__(self, num_prompt: int, max_tokens: int | None, max_model_len: int) -> None:
-        wish = "at least one output token" if max_tokens is None else f"max_tokens {max_tokens}"
-        super().__init__(
-            f"a prompt of {num_prompt} tokens and {wish} exceed the context length of {max_model_len} tokens"
-        )
-        self.num_prompt = num_prompt
-        self.max_tokens = max_tokens
-        self.max_model_len = max_model_len
-
-
 class EngineFailed(Exception):
     """There is no engine and will be none; the message is one clear line for the operator."""
 
 
 class Pool:
-    """Owner of all unfinished choices, and of the replicas that keep an engine each behind them.
+    """Owner of all unfinished choices, from arrival to end, and of the replicas that keep an engine each behind them.
 
     options: of every engine; the replicas share threads and memory evenly.
     command: argv of the engine process, to which two file descriptors are appended; None: ours.
@@ -103,25 +69,20 @@ class Pool:
         on_step: Callable[[Step], None] | None = None,
         timeline: Timeline | None = None,
     ) -> None:
-        wished = replication or Replication()
+        replication = replication or Replication()
         self.admission = Admission(limits or Limits(), options.max_batch_size, options.max_batch_tokens)
+        self.replicas = Replicas(options, replication, command, self)
         self.failure: str | None = None  # the line for the operator, once the state is "failed"
         self._on_progress = on_progress
         self._on_step = on_step
         self._timeline = timeline
-        self._is_watched = False
-        if wished.commands is not None:
-            self.replicas = Replicas([options] * wished.replicas, self, wished.commands)
-        else:
-            self.replicas = Replicas(shares(options, wished.replicas), self, [command] * wished.replicas)
-        # There is nothing to know about prompts where there is nothing to choose.
-        self._router = ROUTERS[wished.router if wished.replicas > 1 else "round-robin"](options.block_size)
         self._is_draining = False
         self._changed = asyncio.Event()  # set and replaced at every change that ready() or drain() waits for
         self._live: dict[int, Choice] = {}  # by arrival, hence in order of arrival
-        self._suspects = Suspects()  # after a crash; the first is on trial, and who is not submitted is held
         self._arrivals = itertools.count()
-        self._engine_ids = itertools.count(1)
+        # There is nothing to know about prompts where there is nothing to choose.
+        router = ROUTERS[replication.router if replication.replicas > 1 else "round-robin"](options.block_size)
+        self._dispatcher = Dispatcher(self.replicas, router, self._live, timeline)
 
     # -- life ----------------------------------------------------------------------------------------------------
 
@@ -252,48 +213,39 @@ class Pool:
         Raises Unavailable, ContextLengthError, Refused; ValueError for an empty prompt.
         """
         info = self._available()
-        resolved = [(ids, _resolved(len(ids), params, info.max_model_len)) for ids, params in prompts]
-        self.admission.admit(terms, resolved, time.monotonic())
-        return [self._begin(ids, params, end_token_ids, cache_salt, terms, name, timed) for ids, params in resolved]
-
-    def _begin(
-        self,
-        prompt_ids: Sequence[int],
-        params: SamplingParams,
-        end_token_ids: Sequence[int],
-        cache_salt: str,
-        terms: Terms,
-        name: str,
-        timed: bool,
-    ) -> Stream:
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        salt = terms.salt(cache_salt)
-        keys = self._router.keys(prompt_ids, salt)
-        choices = [
-            Choice(
-                next(self._arrivals),
+        fitted = [(tuple(ids), resolved(len(ids), params, info.max_model_len)) for ids, params in prompts]
+        self.admission.admit(terms, fitted, time.monotonic())
+        return [
+            self._begin(
                 NewRequest(
                     id=0,
-                    token_ids=tuple(prompt_ids),
-                    num_prompt=len(prompt_ids),
+                    token_ids=ids,
+                    num_prompt=len(ids),
                     max_tokens=params.max_tokens or 0,
                     params=params,
-                    seed=seed,
-                    choice=index,
+                    seed=secrets.randbits(63) if params.seed is None else params.seed,
                     end_token_ids=tuple(end_token_ids),
-                    cache_salt=salt,
+                    cache_salt=terms.salt(cache_salt),
                     tenant=terms.tenant,
                     priority=terms.priority,
                     name=name,
                     timed=timed,
                 ),
-                keys,
                 terms,
             )
-            for index in range(params.n)
+            for ids, params in fitted
+        ]
+
+    def _begin(self, request: NewRequest, terms: Terms) -> Stream:
+        """request: of each choice."""
+        keys = self._dispatcher.router.keys(request.token_ids, request.cache_salt)
+        indexes = range(request.params.n)
+        choices = [
+            Choice(next(self._arrivals), msgspec.structs.replace(request, choice=index), keys, terms)
+            for index in indexes
         ]
         stream = Stream(
-            range(params.n), lambda index: self._abort(choices[index]), lambda index: self._go_on(choices[index])
+            indexes, lambda index: self._forget(choices[index], "abort"), lambda index: self._go_on(choices[index])
         )
         for choice in choices:
             choice.stream = weakref.ref(stream)
@@ -302,7 +254,7 @@ class Pool:
             if self._timeline is not None:
                 self._timeline.arrived(choice)
             self._set_alarm(choice)
-            self._hand_in(choice, self._open())
+            self._dispatcher.hand_in(choice)
         return stream
 
     def cancel(self, arrival: int) -> bool:
@@ -318,7 +270,6 @@ class Pool:
 
     def watch(self, on: bool) -> None:
         """Whether engines are to say why requests wait, which they do for those who look on alone."""
-        self._is_watched = on
         for replica in self.replicas:
             replica.watch(on)
 
@@ -333,77 +284,58 @@ class Pool:
 
     def _set_alarm(self, choice: Choice) -> None:
         """For its first iteration, and then for its end."""
-        by = choice.terms.start_by if choice.is_waiting else choice.terms.end_by
         if choice.alarm is not None:
             choice.alarm.cancel()
-            choice.alarm = None
-        if by is not None:
-            loop = asyncio.get_running_loop()
-            choice.alarm = loop.call_later(by - time.monotonic(), self._expire, choice)
+        by = choice.terms.start_by if choice.is_waiting else choice.terms.end_by
+        loop = asyncio.get_running_loop()
+        choice.alarm = None if by is None else loop.call_later(by - time.monotonic(), self._expire, choice)
 
     def _expire(self, choice: Choice) -> None:
         if choice.is_waiting and choice.replica is not None and self.replicas[choice.replica].has_begun(choice):
-            choice.queue_seconds = time.monotonic() - choice.arrived
-            self._has_started(choice)
-            return self._set_alarm(choice)
+            return self._has_started(choice)
         expired: Expired = "deadline_passed" if choice.is_waiting else "timeout"
         self._end(choice, EXPIRED[expired], expired)
 
-    def _pause_if_full(self, choice: Choice) -> None:
-        """Takes it from its engine while its client is late: what it has is enough to go on from later."""
-        stream = choice.stream() if choice.stream is not None else None
-        if stream is None or self._is_draining or choice.replica is None or not stream.is_full(choice.request.choice):
-            return
-        choice.is_paused = True
-        self.replicas[choice.replica].take_back(choice)
+    def _has_started(self, choice: Choice, seconds: float = 0.0) -> None:
+        """Its first iteration, so many seconds ago."""
+        choice.queue_seconds = max(0.0, time.monotonic() - choice.arrived - seconds)
+        self._leave_queue(choice)
+        self._set_alarm(choice)
+
+    def _leave_queue(self, choice: Choice) -> None:
+        if choice.is_waiting:
+            choice.is_waiting = False
+            self.admission.start(choice)
 
     def _go_on(self, choice: Choice) -> None:
         """Its client reads again, or need not any more."""
         if choice.is_paused and choice.arrival in self._live:
             choice.is_paused = False
-            self._hand_in(choice, self._open())
-
-    def _abort(self, choice: Choice, how: FinishReason = "abort") -> None:
-        if choice.arrival in self._live:
-            self._forget(choice, how, has_ended=False)
-
-    def _push(self, choice: Choice, update: Update) -> None:
-        stream = choice.stream() if choice.stream is not None else None
-        if stream is not None:
-            stream.push(update)
+            self._dispatcher.hand_in(choice)
 
     def _end(self, choice: Choice, error: str, expired: Expired | None = None) -> None:
-        self._push(choice, Update(choice=choice.request.choice, finish_reason="error", error=error, expired=expired))
-        self._abort(choice, "abort" if expired == "cancelled" else "error")
+        choice.push(Update(choice=choice.request.choice, finish_reason="error", error=error, expired=expired))
+        self._forget(choice, "abort" if expired == "cancelled" else "error")
 
     def _end_all(self, error: str) -> None:
-        self._suspects.clear()
+        self._dispatcher.suspects.clear()
         for choice in list(self._live.values()):
             self._end(choice, error)
 
-    def _forget(self, choice: Choice, how: FinishReason, *, has_ended: bool) -> None:
-        """has_ended: so that its engine need not be told."""
-        del self._live[choice.arrival]
+    def _forget(self, choice: Choice, how: FinishReason) -> None:
+        if self._live.pop(choice.arrival, None) is None:
+            return
         if self._timeline is not None:
             self._timeline.ended(choice, how)
         if choice.replica is not None:
-            replica = self.replicas[choice.replica]
-            if has_ended:
-                replica.release(choice)
-            else:
-                replica.take_back(choice)
-        self._has_started(choice)
+            self.replicas[choice.replica].take_back(choice)
+        self._leave_queue(choice)
         if choice.alarm is not None:
             choice.alarm.cancel()
         self.admission.leave(choice)
-        self._acquit(choice)
+        self._dispatcher.acquit(choice)
         if not self._live:
             self._has_changed()
-
-    def _has_started(self, choice: Choice) -> None:
-        if choice.is_waiting:
-            choice.is_waiting = False
-            self.admission.start(choice)
 
     def _count_engines(self) -> None:
         engines = self.replicas.in_force
@@ -413,54 +345,6 @@ class Pool:
     def _has_changed(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-    # -- who gets what -------------------------------------------------------------------------------------------
-
-    def _open(self) -> list[Replica]:
-        """The replicas that take whoever comes."""
-        return [replica for replica in self.replicas.in_force if replica is not self._suspects.court]
-
-    def _hand_in(self, choice: Choice, among: Sequence[Replica]) -> None:
-        """To the replica that the router chooses. If there is none the choice is held."""
-        if among:
-            index = self._router.choose(choice.keys, {replica.index: replica.load for replica in among})
-            self._router.sent(choice.keys, index)
-            self.replicas[index].submit(choice, next(self._engine_ids))
-            if self._timeline is not None:
-                self._timeline.handed_in(choice)
-
-    def _resume(self) -> None:
-        """Hands in the suspect whose turn it is, and everyone else who is held, in order of arrival."""
-        self._try_suspect()
-        if among := self._open():
-            for choice in list(self._live.values()):
-                if choice.engine_id is None and not choice.is_paused and choice not in self._suspects:
-                    self._hand_in(choice, among)
-
-    def _try_suspect(self) -> None:
-        if (turn := self._suspects.turn(self.replicas)) is not None:
-            suspect, court = turn
-            self._hand_in(suspect, [court])
-
-    def _acquit(self, choice: Choice) -> None:
-        """A choice has got somewhere, or is gone: if it was a suspect, the next one joins."""
-        if choice in self._suspects:
-            court = self._suspects.court
-            self._suspects.acquit(choice)
-            self._resume()
-            if court is not None and self._suspects.court is None:
-                self._relieve(court)
-        else:
-            self._try_suspect()  # the court may have become free
-
-    def _relieve(self, replica: Replica) -> None:
-        """Gives a replica that has just been opened its part of what waits elsewhere, the youngest first."""
-        for busy in sorted(self._open(), key=lambda other: -other.load):
-            for choice in reversed(list(busy.unstarted.values())):
-                if busy.load <= replica.load + 1:
-                    break
-                busy.take_back(choice)
-                self._hand_in(choice, [replica])
 
     # -- what the replicas tell ----------------------------------------------------------------------------------
 
@@ -473,9 +357,7 @@ class Pool:
         info = replica.info
         if info is None:
             return
-        self._router.begin(replica.index, info.num_blocks)
-        if self._is_watched:
-            replica.watch(True)
+        self._dispatcher.router.begin(replica.index, info.num_blocks)
         if self.info is not None and self.info.profile != info.profile:
             if self.replicas.in_force:
                 log.warning("replica %d has another numerics profile (%s): it is not used", replica.index, info.profile)
@@ -485,83 +367,49 @@ class Pool:
                     self._end(choice, OTHER_PROFILE)
         self.replicas.adopt(info)
         self._count_engines()
-        self._resume()
-        if replica is not self._suspects.court:
-            self._relieve(replica)
+        self._dispatcher.resume()
+        self._dispatcher.relieve(replica)
         self._has_changed()
 
     def on_step(self, replica: Replica, step: Step) -> None:
         if self._timeline is not None:
             self._timeline.iterated(replica.index, step)
         for id in step.started:
-            if id in replica.submitted:
-                choice = replica.submitted[id]
-                if choice.is_waiting:
-                    choice.queue_seconds = max(0.0, time.monotonic() - choice.arrived - step.seconds)
-                    self._has_started(choice)
-                    self._set_alarm(choice)
+            if id in replica.submitted and replica.submitted[id].is_waiting:
+                self._has_started(replica.submitted[id], step.seconds)
         num_decode = 0
         for output in step.outputs:
             if output.id in replica.submitted:  # else it was aborted, or comes from an engine that is gone
                 choice = replica.submitted[output.id]
                 num_decode += len(output.token_ids) if choice.has_output else 0
-                self._deliver(choice, output)
+                self._deliver(replica, choice, output)
         if step.num_tokens:
             self.admission.iterated(max(0, step.num_tokens - num_decode), num_decode, step.seconds)
         if self._on_step is not None:
             self._on_step(step)
 
-    def _deliver(self, choice: Choice, output: Output) -> None:
-        self._push(
-            choice,
-            Update(
-                choice=choice.request.choice,
-                token_ids=output.token_ids,
-                logprobs=output.logprobs,
-                prompt_logprobs=output.prompt_logprobs,
-                pooled=output.pooled,
-                num_cached=0 if choice.generated else output.num_cached,  # later, it is about a resubmission
-                queue_seconds=choice.queue_seconds,
-                finish_reason=output.finish_reason,
-                error=output.error,
-                timing=choice.add_up(output.timing),
-            ),
-        )
-        choice.queue_seconds = None
+    def _deliver(self, replica: Replica, choice: Choice, output: Output) -> None:
         self.admission.generated(choice, len(output.token_ids), output.num_cached, time.monotonic())
-        choice.generated += output.token_ids
-        choice.has_prompt_logprobs = choice.has_prompt_logprobs or bool(output.prompt_logprobs)
-        choice.crashes = choice.lone_crashes = 0
+        choice.push(choice.take(output))
         if output.finish_reason is not None:
-            self._forget(choice, output.finish_reason, has_ended=True)
-        else:
-            self._pause_if_full(choice)
-            self._acquit(choice)
-
-    def on_death(self, replica: Replica, death: Death) -> bool:
-        """Finds the suspects, and has everyone else go on elsewhere. True if a suspect has been convicted, and ended.
-
-        A kill from outside is no evidence, unless it is the second one without progress in between: where there is
-        another replica, its victims go on there at once, among others.
-        """
-        had = dict(replica.submitted)
-        recorded = set(death.in_flight)
-        on_board = [choice for id, choice in had.items() if id in recorded]
-        for choice in had.values():
             replica.release(choice)
-        self._suspects.leave(replica)
+            self._forget(choice, output.finish_reason)
+            return
+        if choice.is_late and not self._is_draining:  # what it has is enough to go on from later
+            choice.is_paused = True
+            replica.take_back(choice)
+        self._dispatcher.acquit(choice)
+
+    def on_death(self, replica: Replica, on_board: list[Choice], from_outside: bool) -> bool:
+        """Everyone goes on elsewhere, suspects by turns. True if one has been convicted, and ended."""
         self._count_engines()
-        is_excusable = death.from_outside and bool(self.replicas.in_force)
-        # If nobody ran, then it was somebody's arrival.
-        convicts = self._suspects.blame(on_board or list(had.values()), is_excusable)
+        convicts = self._dispatcher.blame(replica, on_board, from_outside)
         for choice in convicts:
             self._end(choice, CRASHED)
-        self._resume()
+        self._dispatcher.resume()
         return bool(convicts)
 
     def on_failed(self, replica: Replica, message: str) -> None:
-        for choice in list(replica.submitted.values()):
-            replica.release(choice)
         self._count_engines()
         if self.replicas.state == "failed":
             self.failure = message
@@ -571,15 +419,5 @@ class Pool:
             left = [other for other in self.replicas if other.state == "ready"]
             if left and not self.replicas.in_force and not self.replicas.is_any_coming:
                 self.on_ready(left[0])  # its profile, which is another one, is all that is left
-            self._resume()
+            self._dispatcher.resume()
         self._has_changed()
-
-
-def _resolved(num_prompt: int, params: SamplingParams, max_model_len: int) -> SamplingParams:
-    """The parameters with max_tokens known. Raises ContextLengthError; ValueError for an empty prompt."""
-    if num_prompt == 0:
-        raise ValueError("an empty prompt: there is nothing to go on from")
-    max_tokens = max_model_len - num_prompt if params.max_tokens is None else params.max_tokens
-    if num_prompt + max_tokens > max_model_len or (params.max_tokens is None and max_tokens < 1):
-        raise ContextLengthError(num_prompt, params.max_tokens, max_model_len)
-    return msgspec.structs.replace(params, max_tokens=max_tokens)

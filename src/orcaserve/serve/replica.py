@@ -27,12 +27,15 @@ class Keeper(Protocol):
 
     def on_step(self, replica: Replica, step: Step) -> None: ...
 
-    def on_death(self, replica: Replica, death: Death) -> bool:
-        """Its engine is dead. True if that settled something."""
+    def on_death(self, replica: Replica, on_board: list[Choice], from_outside: bool) -> bool:
+        """Its engine is dead, and has nobody any more. True if that settled something.
+
+        on_board: of its last batches or, if nobody ran, all that it had: then it was somebody's arrival.
+        """
         ...
 
     def on_failed(self, replica: Replica, message: str) -> None:
-        """It will have no further engine."""
+        """It will have no further engine, and has nobody any more."""
         ...
 
 
@@ -51,6 +54,7 @@ class Replica:
         self.busy_seconds: tuple[float, ...] = ()
         self._keeper = keeper
         self._supervisor = Supervisor(options, self, command)
+        self._is_watched = False
         self._stats = Stats()  # of the engine that lives
         self._before = Stats()  # what those before it counted
 
@@ -102,7 +106,8 @@ class Replica:
         self._supervisor.send(Submit(choice.submission(id)))
 
     def watch(self, on: bool) -> None:
-        """Whether its engine is to say why requests wait. The next engine does not know."""
+        """Whether its engines are to say why requests wait."""
+        self._is_watched = on
         self._supervisor.send(Watch(on))
 
     def has_begun(self, choice: Choice) -> bool:
@@ -122,6 +127,10 @@ class Replica:
             self.unstarted.pop(choice.engine_id, None)
             choice.engine_id = choice.replica = None
 
+    def _release_all(self) -> None:
+        for choice in list(self.submitted.values()):
+            self.release(choice)
+
     # -- what the supervisor tells -------------------------------------------------------------------------------
 
     @property
@@ -133,6 +142,8 @@ class Replica:
 
     def on_ready(self, info: EngineInfo) -> None:
         self.info = info
+        if self._is_watched:
+            self._supervisor.send(Watch(True))
         self._keeper.on_ready(self)
 
     def on_beat(self, beat: Beat) -> None:
@@ -150,9 +161,13 @@ class Replica:
         self._before = Stats(**_counted((self._before, self._stats)))
         self._stats = Stats()
         self.busy_seconds = ()
-        return self._keeper.on_death(self, death)
+        recorded = set(death.in_flight)
+        on_board = [choice for id, choice in self.submitted.items() if id in recorded] or list(self.submitted.values())
+        self._release_all()
+        return self._keeper.on_death(self, on_board, death.from_outside)
 
     def on_failed(self, message: str) -> None:
+        self._release_all()
         self._keeper.on_failed(self, message)
 
 

@@ -12,6 +12,17 @@ from orcaserve.serve.replica import Keeper, Replica
 from orcaserve.worker.machine import available_memory, usable_cpus
 
 
+class Replication(msgspec.Struct, frozen=True, kw_only=True):
+    """How many engines there are, and by what a request is given to one of them: a key of `ROUTERS`.
+
+    commands: argv of what stands in for each one's process, if they run on other hosts. None: they share this one.
+    """
+
+    replicas: int = 1
+    router: str = "prefix"
+    commands: tuple[tuple[str, ...], ...] | None = None
+
+
 class Replicas:
     """Owner of the replicas, and of which numerics profile is in force: streams go on only where it is.
 
@@ -20,12 +31,17 @@ class Replicas:
     """
 
     def __init__(
-        self, options: Sequence[EngineOptions], keeper: Keeper, commands: Sequence[Sequence[str] | None]
+        self, options: EngineOptions, replication: Replication, command: Sequence[str] | None, keeper: Keeper
     ) -> None:
-        """options, commands: of each."""
+        """command: argv of an engine process on this host; None: ours."""
+        count = replication.replicas
+        commands: Sequence[Sequence[str] | None]
+        if replication.commands is None:
+            each, commands = shares(options, count), [command] * count
+        else:
+            each, commands = [options] * count, replication.commands
         self._all = [
-            Replica(index, own, keeper, command)
-            for index, (own, command) in enumerate(zip(options, commands, strict=True))
+            Replica(index, own, keeper, argv) for index, (own, argv) in enumerate(zip(each, commands, strict=True))
         ]
         self.info: EngineInfo | None = None
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-import weakref
+from collections.abc import Callable
 
 import msgspec
 
-from orcaserve.core.request import NewRequest
+from orcaserve.core.request import NewRequest, Output
 from orcaserve.core.router import Keys
 from orcaserve.core.timing import Timing
-from orcaserve.serve.stream import Stream
+from orcaserve.serve.stream import Stream, Update
 from orcaserve.serve.terms import Terms
 
 
@@ -51,7 +51,7 @@ class Choice:
         self.terms = terms
         self.alarm: asyncio.TimerHandle | None = None  # rings when the next of its deadlines passes
         self.expected = 0.0  # tokens that it should generate, as was thought when it came
-        self.stream: weakref.ref[Stream] | None = None
+        self.stream: Callable[[], Stream | None] = lambda: None  # a weak reference: to drop the stream is to leave
         self.generated: list[int] = []
         self.has_output = False  # whether its prompt has been computed once
         self.has_prompt_logprobs = False
@@ -85,12 +85,39 @@ class Choice:
         self._latest, self._since = None, now
         self.engine_id, self.replica = engine_id, replica
 
-    def add_up(self, latest: Timing | None) -> Timing | None:
-        """Its timing by all engines. latest: what the one that has it tells now, if it does."""
-        if latest is None:
-            return None
-        self._latest = latest
-        return self._past + latest
+    def take(self, output: Output) -> Update:
+        """What its engine has computed of it is noted. Returns what its stream gains by that."""
+        update = Update(
+            choice=self.request.choice,
+            token_ids=output.token_ids,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+            pooled=output.pooled,
+            num_cached=0 if self.generated else output.num_cached,  # later, it is about a resubmission
+            queue_seconds=self.queue_seconds,
+            finish_reason=output.finish_reason,
+            error=output.error,
+            timing=None if output.timing is None else self._past + output.timing,
+        )
+        if output.timing is not None:
+            self._latest = output.timing
+        self.queue_seconds = None
+        self.generated += output.token_ids
+        self.has_output = True
+        self.has_prompt_logprobs = self.has_prompt_logprobs or bool(output.prompt_logprobs)
+        self.crashes = self.lone_crashes = 0
+        return update
+
+    def push(self, update: Update) -> None:
+        """To its stream, if there still is somebody who has that."""
+        if (stream := self.stream()) is not None:
+            stream.push(update)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether its client has not read what there is, so that nothing should follow."""
+        stream = self.stream()
+        return stream is not None and stream.is_full(self.request.choice)
 
     @property
     def due(self) -> float | None:

@@ -35,7 +35,8 @@ from orcaserve.serve.bodies import BODIES_AT_ONCE
 from orcaserve.serve.frontend import Frontend, HttpOptions
 from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.page import Page, changed_options
-from orcaserve.serve.pool import EngineFailed, Pool, Replication
+from orcaserve.serve.pool import EngineFailed, Pool
+from orcaserve.serve.replicas import Replication
 from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.terms import api_key
 from orcaserve.worker.process import tell

@@ -263,7 +263,6 @@ class Supervisor:
         self._is_fruitful = False
         self.state = "loading"
         self.num_starts = 0  # how often an engine got ready
-        self.start_seconds = 0.0  # how long the last start took
 
     def start(self) -> None:
         self._task = asyncio.get_running_loop().create_task(self._run(), name="engine supervisor")
@@ -339,15 +338,13 @@ class Supervisor:
     async def _live(self) -> Death:
         """One engine process, from its start to its end."""
         self._watch = watch = Watch(time.monotonic())
-        began = time.monotonic()
-
         verdict: str | None = None
 
         def on_frame(frame: FromEngine) -> None:
             if verdict is not None:
                 return  # the last words of one that is given up
             watch.hear(frame, time.monotonic())
-            self._hear(frame, began)
+            self._hear(frame)
 
         try:
             engine = await EngineProcess.start(self._command, self._options, on_frame)
@@ -369,7 +366,7 @@ class Supervisor:
             death = await engine.reap()
         return death if verdict is None else Death(verdict, death.in_flight)
 
-    def _hear(self, frame: FromEngine, began: float) -> None:
+    def _hear(self, frame: FromEngine) -> None:
         match frame:
             case Step():
                 self._is_fruitful = self._is_fruitful or bool(frame.outputs)
@@ -380,7 +377,6 @@ class Supervisor:
                 self._owner.on_loading(frame.stage, frame.done, frame.total)
             case Ready():
                 self._ready_since = time.monotonic()
-                self.start_seconds = self._ready_since - began
                 self.num_starts += 1
                 self.state = "ready"
                 self._owner.on_ready(frame.info)
