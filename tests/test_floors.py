@@ -22,6 +22,7 @@ FLOORS = [
             "cli_bench",
             "cli_simulate",
             "cli_config",
+            "cli_engine",
             "cli_explain",
             "cli_policy",
             "cli_itl",

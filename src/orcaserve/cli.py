@@ -9,145 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+from msgspec import Struct
 
 from orcaserve import __version__
 from orcaserve.cli_bench import bench
 from orcaserve.cli_config import config_option
+from orcaserve.cli_engine import engine_of, engine_options
 from orcaserve.cli_explain import explain
-from orcaserve.cli_itl import max_itl_option
-from orcaserve.cli_policy import POLICY_HELP, PolicyName
 from orcaserve.cli_simulate import simulate
-from orcaserve.cli_size import Size
 from orcaserve.cli_top import top
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.router import ROUTERS
-
-
-def engine_options(command: Any) -> Any:
-    """The options that decide how a model runs, the same for every command that runs one."""
-    options = [
-        click.option(
-            "--dtype",
-            type=click.Choice(["auto", "bfloat16", "float32"]),
-            default="auto",
-            show_default=True,
-            help="Of weights and activations; auto keeps float32, and makes bfloat16 of the 16-bit ones.",
-        ),
-        click.option(
-            "--kv-memory", type=Size(), default="auto", show_default=True, help="KV cache: 24MiB, 4GiB, auto."
-        ),
-        click.option(
-            "--swap-space",
-            type=Size(),
-            default="0",
-            show_default=True,
-            help="Room for KV of preempted requests, which is else computed again: 4GiB.",
-        ),
-        click.option(
-            "--swap-dir",
-            type=click.Path(exists=True, file_okay=False),
-            help="Have it in a file of this folder, not in memory.",
-        ),
-        click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and output together, in tokens."),
-        click.option(
-            "--max-batch-size", type=click.IntRange(1), default=64, show_default=True, help="Requests of an iteration."
-        ),
-        click.option(
-            "--max-batch-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of an iteration."
-        ),
-        max_itl_option("Default on a CPU: 250, or four times what decodes take alone, if that is longer. 0: no limit."),
-        click.option("--policy", type=PolicyName(), default="default", show_default=True, help=POLICY_HELP),
-        click.option("--threads", type=click.IntRange(1), help="Compute threads; default: all the process may use."),
-        click.option(
-            "--quantization",
-            type=click.Choice(["none", "int8", "int4"]),
-            default="none",
-            show_default=True,
-            help="Keep weights in 8 or 4 bits: a half or a third of the memory traffic.",
-        ),
-        click.option(
-            "--kv-cache-dtype",
-            "kv_dtype",
-            type=click.Choice(["auto", "int8"]),
-            default="auto",
-            show_default=True,
-            help="int8 keeps keys and values in 8 bits: half the memory of bfloat16.",
-        ),
-        click.option(
-            "--tensor-parallel-size",
-            "tensor_parallel",
-            type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="Processes that share every layer: 1, 2, 4 or 8.",
-        ),
-        click.option(
-            "--pipeline-parallel-size",
-            "pipeline_parallel",
-            type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="Stages that share out the layers, each with a batch of its own.",
-        ),
-        click.option(
-            "--stage-split",
-            type=click.Choice(["balanced", "equal"]),
-            default="balanced",
-            show_default=True,
-            help="Stages that take equally long, or have equally many layers.",
-        ),
-        click.option(
-            "--control-plane",
-            type=click.Choice(["separate", "mixed"]),
-            default="separate",
-            show_default=True,
-            help="mixed sends batches along with the activations, to see what that costs.",
-        ),
-        click.option("--kernels", default="auto", show_default=True, help="Of the CPU: auto, torch, avx2, portable, …"),
-        click.option(
-            "--backend",
-            type=click.Choice(["auto", "native", "transformers"]),
-            default="auto",
-            show_default=True,
-            help="auto is our own decoder where it knows the architecture, else transformers' (an extra).",
-        ),
-        click.option(
-            "--device",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            show_default=True,
-            help="auto is the GPU, if there is one and nothing else asked for needs the CPU.",
-        ),
-        click.option(
-            "--numerics",
-            type=click.Choice(["invariant", "fast"]),
-            default="invariant",
-            show_default=True,
-            help="On a GPU: fast takes the vendor's matrix products, whose bits depend on the load.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _engine(model: str, options: dict[str, Any]) -> tuple[str, EngineOptions]:
-    """The model's public name and the engine's options. Ends the program with one line if there is no such model."""
-    from orcaserve.serve.console import Console
-    from orcaserve.serve.find_model import find_model
-
-    console = Console()
-    try:
-        name, folder = find_model(model, lambda done, total: console.on_progress(f"download {model}", done, total))
-    except ModelError as error:
-        raise click.ClickException(str(error)) from None
-    finally:
-        console.close()
-    if options["swap_space"] is None or (options["swap_dir"] is not None and not options["swap_space"]):
-        raise click.ClickException("--swap-space needs a size, for example 4GiB")
-    # An iteration always has room for one token of every request.
-    options["max_batch_tokens"] = max(options["max_batch_tokens"], options["max_batch_size"])
-    return name, EngineOptions(model=str(folder), **options)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -251,28 +123,13 @@ def main() -> None:
 )
 def serve(
     model: str,
-    host: str,
-    port: int,
     replicas: int,
     router: str,
     replicas_join: str | None,
     ray: str | None,
-    max_queue_requests: int,
-    max_queue_tokens: int,
-    tenant_queue_share: float,
-    tenant_requests_per_minute: float | None,
-    tenant_tokens_per_minute: float | None,
     api_key: tuple[str, ...],
-    operator: str | None,
     served_model_name: tuple[str, ...],
     cors_origin: tuple[str, ...],
-    grpc_port: int | None,
-    otlp_traces_endpoint: str | None,
-    metrics_prefix: str,
-    ssl_certfile: str | None,
-    ssl_keyfile: str | None,
-    drain_seconds: float,
-    log_level: str,
     node_rank: int,
     end_with_parent: bool,
     **options: Any,
@@ -296,25 +153,15 @@ def serve(
             Path(step_log).write_bytes(b"")  # engines append to it, so that one that dies does not take its log along
         except OSError as error:
             raise click.ClickException(f"the step log {step_log} cannot be written: {error.strerror}") from None
-    name, engine = _engine(model, options)
+    limits = Limits(**_taken(Limits, options))
+    wishes = _taken(HttpOptions, options)
+    name, engine = engine_of(model, options)
     if node_rank >= engine.nnodes:
         raise click.ClickException(f"of {engine.nnodes} hosts there is none of rank {node_rank}")
     if node_rank:
         return _join(engine, node_rank, end_with_parent)
     http = HttpOptions(
-        host=host,
-        port=port,
-        api_keys=api_key,
-        operator=operator,
-        served_model_names=served_model_name or (name,),
-        cors_origins=cors_origin,
-        grpc_port=grpc_port,
-        otlp_traces_endpoint=otlp_traces_endpoint,
-        metrics_prefix=metrics_prefix,
-        ssl_certfile=ssl_certfile,
-        ssl_keyfile=ssl_keyfile,
-        drain_seconds=drain_seconds,
-        log_level=log_level,
+        api_keys=api_key, served_model_names=served_model_name or (name,), cors_origins=cors_origin, **wishes
     )
     console = Console()
     commands = None
@@ -323,13 +170,6 @@ def serve(
         console.on_ready(info, replicas if commands is None else 1)
         console.say(f"serving {', '.join(http.served_model_names)} on {url}")
 
-    limits = Limits(
-        max_queue_requests=max_queue_requests,
-        max_queue_tokens=max_queue_tokens,
-        tenant_queue_share=tenant_queue_share,
-        tenant_requests_per_minute=tenant_requests_per_minute,
-        tenant_tokens_per_minute=tenant_tokens_per_minute,
-    )
     with ExitStack() as stack:
         stack.callback(console.close)
         try:
@@ -345,6 +185,11 @@ def serve(
             on_ready=on_ready,
         )
     sys.exit(code)
+
+
+def _taken(group: type[Struct], options: dict[str, Any]) -> dict[str, Any]:
+    """Takes the fields of a group out of the options."""
+    return {name: options.pop(name) for name in group.__struct_fields__ if name in options}
 
 
 def _join(engine: EngineOptions, node_rank: int, end_with_parent: bool) -> None:
@@ -411,7 +256,7 @@ def generate(
     given = {name: value for name, value in wishes.items() if value is not None}
 
     async def stream() -> None:
-        name, engine = _engine(model, options)
+        name, engine = engine_of(model, options)
         async with AsyncLLM.of(name, engine) as llm:
             asked: Any = [{"role": "user", "content": prompt}] if chat else prompt
             async for piece in llm.stream(asked, **given):
@@ -444,7 +289,7 @@ def batch(source: Path, target: Path, model: str, **options: Any) -> None:
     from orcaserve.serve.pool import EngineFailed
 
     options["max_itl"] = options["max_itl"] or 0.0  # nobody reads along
-    name, engine = _engine(model, options)
+    name, engine = engine_of(model, options)
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("", total=None)
