@@ -19,7 +19,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --clean --quiet
 	@echo build/site/index.html
 
-# The promise on a thousand requests of each kind; `make test` has sixty or less.
+# The promise on a thousand requests of each kind; `make test` has 24 or fewer.
 promise: $(VENV)/.test
 	$(BIN)/python -m pytest tests/e2e/test_promise.py --promised 1000 -s
 

@@ -11,19 +11,19 @@ import pytest
 from serving import Serving
 
 
-def requests(seed: int, count: int, least: int) -> list[dict]:
-    """Prompts that share beginnings, of all lengths, greedy and seeded. least: tokens of the shortest answer."""
+def requests(seed: int, count: int, shared: tuple[int, int], own: int, tokens: tuple[int, int]) -> list[dict]:
+    """Prompts that share beginnings, greedy and seeded. shared, tokens: the least and most; own: the most."""
     rng = random.Random(seed)
     stems = [[rng.randrange(300, 1500) for _ in range(200)] for _ in range(3)]
     made = []
     for i in range(count):
-        stem = rng.choice(stems)[: rng.randint(1, 100)]
-        tail = [rng.randrange(300, 1500) for _ in range(rng.randint(0, 40))]
+        stem = rng.choice(stems)[: rng.randint(*shared)]
+        tail = [rng.randrange(300, 1500) for _ in range(rng.randint(0, own))]
         sampling = rng.choice([{"temperature": 0}, {"temperature": 1.1, "seed": i, "top_p": 0.95, "top_k": 50}])
         made.append(
             {
                 "prompt": stem + tail,
-                "max_tokens": rng.randint(least, 90),
+                "max_tokens": rng.randint(*tokens),
                 "ignore_eos": True,
                 "logprobs": 3,
                 "return_token_ids": True,
@@ -49,29 +49,28 @@ async def crowd(url: str, bodies: list[dict], rng: random.Random) -> list[tuple]
         return await asyncio.gather(*(ask(body) for body in bodies))
 
 
-PLAIN = ["--dtype", "bfloat16"]
-
-
 @pytest.mark.parametrize(
     ("options", "kv_memory"),
     [
         pytest.param(["--dtype", "float32"], "1536KiB", id="float32"),
-        pytest.param(PLAIN, "768KiB", id="bfloat16"),
+        pytest.param(["--dtype", "bfloat16"], "768KiB", id="bfloat16"),
         pytest.param(["--quantization", "int8"], "768KiB", id="int8", marks=kernel_sets.NEEDS_NATIVE),
         pytest.param(["--quantization", "int4"], "768KiB", id="int4", marks=kernel_sets.NEEDS_NATIVE),
         pytest.param(["--dtype", "bfloat16", "--kv-cache-dtype", "int8"], "448KiB", id="kv-int8"),
-        pytest.param(["--kernels", "torch"], "768KiB", id="torch"),
+        pytest.param(["--kernels", "torch"], "320KiB", id="torch"),
     ],
 )
 def test_alone_and_in_a_crowd(options: list[str], kv_memory: str, pytestconfig: pytest.Config) -> None:
     """Alone on one thread; in a crowd on two, chunked, preempted (a tiny KV pool), with hits in the prefix cache."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
-    asked = pytestconfig.getoption("promised") or (60 if options in (["--dtype", "float32"], PLAIN) else 30)
-    # torch is slow: a few requests, long enough that they do not fit beside each other
-    count, least = (6, 70) if "torch" in options else (asked, 1)
-    bodies = requests(seed, count, least)
-    serve = [*options, "--max-model-len", "256"]
+    if "torch" in options:  # it is slow: a few requests, of which no three fit beside each other to their ends
+        bodies = requests(seed, 5, shared=(40, 40), own=8, tokens=(28, 32))
+    else:
+        asked = pytestconfig.getoption("promised") or 24
+        bodies = requests(seed, asked, shared=(1, 100), own=40, tokens=(1, 90))
+    count = len(bodies)
+    serve = [*options, "--max-model-len", "128" if "torch" in options else "256"]
     with Serving(*serve, "--threads", "1") as server:
         alone = [answer(server.client.post("/v1/completions", json=body)) for body in bodies]
     crowded = ["--threads", "2", "--max-batch-tokens", "64", "--max-batch-size", "32", "--kv-memory", kv_memory]
