@@ -143,7 +143,7 @@ def test_a_prompt_that_cannot_fit_is_told_before_it_is_tokenised(model_dir: Path
 
 def test_streams_in_progress_do_not_notice(model_dir: Path) -> None:
     limits = {"max_queue_requests": 1}
-    body = {"prompt": "The fox", "max_tokens": 400, "ignore_eos": True, "seed": 3}
+    body = {"prompt": "The fox", "max_tokens": 200, "ignore_eos": True, "seed": 3}
     step = ("--step-seconds", "0.005", "--blocks", "2048")
     with Server(model_dir, *step, limits=limits).ready() as server, server.client() as client:
         alone = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
@@ -154,7 +154,7 @@ def test_streams_in_progress_do_not_notice(model_dir: Path) -> None:
                 wait_for(lambda: metric(client, "num_requests_running") == 64)
                 waiting = Asking(server, SMALL)
                 wait_for(lambda: metric(client, "num_requests_waiting") == 1)
-                for _ in range(150):
+                for _ in range(75):
                     assert client.post("/v1/completions", json=SMALL).status_code == 429
 
             class Rest:
@@ -257,9 +257,9 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(model_dir: Path, s
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_deadline_that_passes_in_the_queue_is_told_once_with_a_status(model_dir: Path, stream: bool) -> None:
     """The SDK, which asks again after a 408, is told that nobody wants that."""
-    with Server(model_dir, "--step-seconds", "3").ready() as server, server.client() as client:
+    with Server(model_dir, "--step-seconds", "1.5").ready() as server, server.client() as client:
         first = Asking(server, {**SMALL, "max_tokens": 1})
-        time.sleep(0.5)  # its iteration is under way, and lasts
+        time.sleep(0.3)  # its iteration is under way, and lasts
         began = time.monotonic()
         sdk = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2)
         with sdk, pytest.raises(openai.APIStatusError) as late:
@@ -269,19 +269,19 @@ def test_a_deadline_that_passes_in_the_queue_is_told_once_with_a_status(model_di
         assert late.value.status_code == 408
         assert late.value.code == "deadline_passed"
         assert late.value.response.headers["x-should-retry"] == "false"
-        assert 0.29 < time.monotonic() - began < 2.5
+        assert 0.29 < time.monotonic() - began < 1.2
         assert metric(client, "admission_rejections_total", "deadline_passed") == 1, "it was not asked again"
         assert first.answer().status_code == 200
 
 
 def test_a_timeout_ends_what_runs(model_dir: Path) -> None:
-    body = {"prompt": "The", "max_tokens": 150, "ignore_eos": True, "seed": 1}
+    body = {"prompt": "The", "max_tokens": 80, "ignore_eos": True, "seed": 1}
     with Server(model_dir, "--step-seconds", "0.01").ready() as server, server.client() as client:
         whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
-        answer = client.post("/v1/completions", json={**body, "timeout": 0.5})
+        answer = client.post("/v1/completions", json={**body, "timeout": 0.3})
         assert (answer.status_code, answer.json()["error"]["code"]) == (408, "timeout")
         assert answer.headers["x-should-retry"] == "false"
-        with client.stream("POST", "/v1/completions", json={**body, "timeout": 0.5, "stream": True}) as response:
+        with client.stream("POST", "/v1/completions", json={**body, "timeout": 0.3, "stream": True}) as response:
             assert response.status_code == 200
             chunks = events(response)
         assert chunks[-1]["error"]["code"] == "timeout"

@@ -22,7 +22,7 @@ def test_every_way_is_measured_and_stages_are_foretold(tmp_path: Path) -> None:
     model, out = tmp_path / "model", tmp_path / "parallel.json"
     model.mkdir()
     write_random(model, SHAPE)
-    asked = ["bench", "parallel", str(model), "--requests", "8", "--batch", "4", "--rounds", "1", "--out", str(out)]
+    asked = ["bench", "parallel", str(model), "--requests", "4", "--batch", "4", "--rounds", "1", "--out", str(out)]
     result = CliRunner().invoke(main, asked)
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_bytes())

@@ -506,6 +506,6 @@ def test_mutant_is_caught(mutant: type[Scheduler]) -> None:
 
 
 def test_the_original_is_not_caught() -> None:
-    for seed in range(LIVES // 4):
+    for seed in range(LIVES // 8):
         random_life(seed)
         pressed_life(seed)

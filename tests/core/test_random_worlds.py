@@ -18,7 +18,7 @@ from orcaserve.core.policy import POLICIES
 from orcaserve.core.request import Output, Request
 from orcaserve.core.scheduler import SchedulerConfig
 
-STEPS_IN_CI = 30_000
+STEPS_IN_CI = 15_000
 
 
 def test_many_steps() -> None:
@@ -38,15 +38,15 @@ def test_many_steps() -> None:
         if steps >= STEPS_IN_CI:
             break
     print(f"seeds {base} … {seed}: {steps} steps, {preemptions} preemptions, {swapped} swaps, {hits} cached tokens")
-    assert preemptions > 45
-    assert hits > 600
+    assert preemptions > 20
+    assert hits > 250
 
 
 def test_little_memory_and_a_swap_space() -> None:
     """As above, where nearly everybody is preempted, and swapped or not."""
     base = random.SystemRandom().randrange(10**9)
     preemptions = swapped = 0
-    for seed in range(base, base + 100):
+    for seed in range(base, base + 60):
         try:
             world = pressed_life(seed)
         except BaseException:
@@ -55,13 +55,13 @@ def test_little_memory_and_a_swap_space() -> None:
         stats = world.loop.stats()
         preemptions, swapped = preemptions + stats.num_preemptions, swapped + stats.num_swapped
     print(f"seeds {base} …: {preemptions} preemptions, {swapped} swaps")
-    assert swapped > 40
-    assert preemptions - swapped > 40
+    assert swapped > 20
+    assert preemptions - swapped > 20
 
 
 TestLife = Life.TestCase
 TestLife.settings = settings(
-    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=50, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -69,7 +69,7 @@ TestLife.settings = settings(
 def test_every_policy_with_overlap(policy: str) -> None:
     """As above, and the same calls make the same batches."""
     base = random.SystemRandom().randrange(10**9)
-    for seed in range(base, base + 6):
+    for seed in range(base, base + 4):
         try:
             one = random_life(seed, Noting, policy, overlap=1)
             other = random_life(seed, Noting, policy, overlap=1)
@@ -100,11 +100,11 @@ class Noting(CheckedScheduler):
     + [(policy, 2, True) for policy in sorted(POLICIES) if policy != "static"],
 )
 def test_small_worlds(policy: str, depth: int, overlap: bool) -> None:
-    """Three requests of every small size, arriving at every small distance: every tenth world."""
-    first = random.SystemRandom().randrange(10)
-    print(f"every tenth from {first} on")
+    """Three requests of every small size, arriving at every small distance: every twentieth world."""
+    first = random.SystemRandom().randrange(20)
+    print(f"every twentieth from {first} on")
     for config in small_configs(policy, depth, overlap):
-        for arrivals in itertools.islice(small_arrivals(3), first, None, 10):
+        for arrivals in itertools.islice(small_arrivals(3), first, None, 20):
             small_life(config, arrivals)
 
 
@@ -132,8 +132,8 @@ class NeverQuiet(Recorded):
 
 def test_quiet_rows_are_only_quicker() -> None:
     quiet = 0
-    for seed in range(50):
+    for seed in range(25):
         quick, slow = (random_life(seed, scheduler=scheduler) for scheduler in (Recorded, NeverQuiet))
         assert quick.scheduler.said == slow.scheduler.said, f"seed {seed}"
         quiet += quick.scheduler.was_quiet
-    assert quiet > 10
+    assert quiet > 5

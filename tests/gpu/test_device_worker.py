@@ -181,7 +181,7 @@ def test_a_recorded_iteration_gives_what_its_kernels_give_one_by_one(folders, de
 
 def test_what_was_warmed_up_leaves_no_trace(folders, device):
     requests = [draw_request(random.Random(6), id, temperature=1.0) for id in range(2)]
-    executor = on_device(folders["llama"], device)
-    plain = serve(executor, requests)
-    executor._worker.warm(40)
-    assert serve(executor, requests).tokens == plain.tokens
+    executor = on_device(folders["llama"], device, batch=2, tokens=32)
+    plain = serve(executor, requests, batch=2, tokens=32)
+    executor._worker.warm(20)
+    assert serve(executor, requests, batch=2, tokens=32).tokens == plain.tokens

@@ -334,7 +334,7 @@ def frequencies(dim: int) -> torch.Tensor:
 def test_attention(name, threads, dtype, heads, kv_heads, d, rotary_dim, norms, options):
     seed = random.randrange(10**6)
     print("seed", seed)
-    lengths = [300, 1, 129, 64, 140, 20]
+    lengths = [170, 1, 129, 64, 20]
     rotary = Rotary(frequencies(rotary_dim), interleaved=heads == 8) if rotary_dim else None
     shape = {"heads": heads, "kv_heads": kv_heads, "d": d, "lengths": lengths, "dtype": dtype}
     world = World(name, seed, **shape, norms=norms, rotary=rotary, threads=threads)
@@ -356,9 +356,9 @@ def test_attention(name, threads, dtype, heads, kv_heads, d, rotary_dim, norms, 
     assert (found - wanted).norm() <= of_all * wanted.norm()
     assert ((found - wanted).abs() <= of_one * (1 + wanted.abs())).all()
     world.fresh()
-    world.step([(4, 0, 60)], **options)
-    decoded = torch.cat([world.step([(4, p, 1)], **options)[0] for p in range(60, lengths[4])])
-    assert torch.equal(decoded, alone[4][60:])
+    world.step([(2, 0, 85)], **options)
+    decoded = torch.cat([world.step([(2, p, 1)], **options)[0] for p in range(85, lengths[2])])
+    assert torch.equal(decoded, alone[2][85:])
     for most in (20, 200):
         world.fresh()
         for r, out in enumerate(world.run_ragged(most, **options)):

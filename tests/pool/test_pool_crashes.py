@@ -71,7 +71,7 @@ def test_any_mixture_of_deaths_aborts_and_arrivals() -> None:
     async def main() -> None:
         options = EngineOptions(model="ledger", block_size=4, max_batch_size=16, check=True)
         async with pool_of("--blocks", "300", "--crash-on", str(POISON), options=options) as pool:
-            asked = [wish for wish in wishes(seed, 150) if POISON not in (*wish.prompt, *wish.answer()[0])]
+            asked = [wish for wish in wishes(seed, 100) if POISON not in (*wish.prompt, *wish.answer()[0])]
             asked += [Wish((POISON, n), n, 9) for n in range(2)]
             rng.shuffle(asked)
             live: list[tuple[Wish, asyncio.Task[tuple[list[int], str | None, Update]]]] = []

@@ -214,6 +214,7 @@ def test_a_replica_that_never_comes_back_leaves_its_requests_to_the_others(
 ) -> None:
     """Suspects have no place of their own then: one of the others gets free for them."""
     monkeypatch.setattr("orcaserve.serve.supervisor.BACKOFF_SECONDS", (0.01, 0.05))
+    monkeypatch.setattr("orcaserve.serve.supervisor.MOST_FRUITLESS", 3)
     broken = tmp_path / "broken"
 
     async def main() -> None:

@@ -50,10 +50,10 @@ def batches(data: bytes) -> list:
     return [event.rows for log in read(data) for event in log.events if isinstance(event, Submitted)]
 
 
-@pytest.mark.parametrize("first", range(0, 400, 50))
+@pytest.mark.parametrize("first", range(0, 160, 40))
 def test_random_lives_are_replayed_batch_for_batch(first: int) -> None:
     seen = {"preempted": 0, "cached": 0, "stopped": 0}
-    for seed in range(first, first + 50):
+    for seed in range(first, first + 40):
         world = recorded_life(seed)
         [log] = read(bytes(world.data))
         assert replay(log) == batches(world.data), f"seed {seed}"
@@ -77,7 +77,7 @@ class Jumpy(Recorded):
 
 def test_a_time_limit_is_replayed_with_all_that_it_learned() -> None:
     differ = 0
-    for seed in range(25):
+    for seed in range(15):
         rng = random.Random(seed)
         config = msgspec.structs.replace(random_config(rng, "default"), max_itl=rng.choice([1e-4, 1e-3, 0.02]))
         world = Jumpy(config, rng)
@@ -93,12 +93,12 @@ def test_a_time_limit_is_replayed_with_all_that_it_learned() -> None:
             replay(msgspec.structs.replace(log, header=free))
         except ReplayError:
             differ += 1
-    assert differ > 5, "it was meant to cut"
+    assert differ > 2, "it was meant to cut"
 
 
 def test_swaps_are_replayed_copy_for_copy() -> None:
     lives = []
-    for seed in range(60):
+    for seed in range(30):
         rng = random.Random(seed)
         world = Recorded(pressed_config(rng), eager=rng.random() < 0.5)
         press(world, rng)
@@ -106,7 +106,7 @@ def test_swaps_are_replayed_copy_for_copy() -> None:
         assert replay(log) == batches(world.data), f"seed {seed}"
         if any(event.swaps for event in log.events if isinstance(event, Submitted)):
             lives.append(log)
-    assert len(lives) > 10
+    assert len(lives) > 4
     for log in lives:
         dear = msgspec.structs.replace(log.header.config.swap, copy_seconds=1e9)
         other = msgspec.structs.replace(log.header, config=msgspec.structs.replace(log.header.config, swap=dear))

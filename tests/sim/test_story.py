@@ -26,7 +26,7 @@ def test_a_story_tells_what_the_scheduler_has_counted(policy: str | None) -> Non
     base = random.SystemRandom().randrange(10**9)
     waits = losses = 0
     # The last one let in for a moment who never ran, and lost his place a second time.
-    for seed in [*range(base, base + (100 if policy is None else 25)), 100610698]:
+    for seed in [*range(base, base + (50 if policy is None else 15)), 100610698]:
         world = logged_life(seed, policy)
         [log] = read(bytes(world.data))
         assert replay(log) == [event.rows for event in log.events if isinstance(event, Submitted)], f"seed {seed}"
@@ -62,8 +62,8 @@ def test_a_story_tells_what_the_scheduler_has_counted(policy: str | None) -> Non
             assert story.waited == pytest.approx(first + again, abs=1e-6), where
             waits += len(in_queue)
             losses += len(story.losses)
-    assert waits > 50
-    assert losses > 10 or policy is not None
+    assert waits > 25
+    assert losses > 5 or policy is not None
 
 
 class Checker:
@@ -208,7 +208,15 @@ class Checker:
 def test_the_batches_bear_out_every_reason(policy: str | Policy) -> None:
     base = random.SystemRandom().randrange(10**9)
     seen: dict[str, int] = defaultdict(int)
-    for seed in range(base, base + 60):
+    wanted = {
+        "default": {"rows", "tokens", "blocks", "preemption", "yields, running"},
+        "orca": {"rows", "blocks", "blocks, counted"},
+        "static": {"closed", "rows", "blocks, counted"},
+        "stacked": {"shape", "rows"},
+    }.get(str(policy), {"rows", "blocks, counted", "preemption"})
+    for seed in range(base, base + 400):
+        if seed >= base + 40 and wanted <= set(seen):  # one life in twenty sees somebody yield
+            break
         world = logged_life(seed, policy)
         [log] = read(bytes(world.data))
         try:
@@ -217,14 +225,7 @@ def test_the_batches_bear_out_every_reason(policy: str | Policy) -> None:
         except BaseException:
             print(f"seed {seed}")
             raise
-    wanted = {
-        "default": {"rows", "tokens", "blocks", "preemption", "yields, running"},
-        "orca": {"rows", "blocks", "blocks, counted"},
-        "static": {"closed", "rows", "blocks, counted"},
-        "stacked": {"shape", "rows"},
-    }
-    name = policy if isinstance(policy, str) else "plain"
-    assert wanted.get(name, {"rows", "blocks, counted", "preemption"}) <= set(seen), dict(seen)
+    assert wanted <= set(seen), dict(seen)
 
 
 def test_decisions_are_few() -> None:
