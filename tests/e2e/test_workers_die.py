@@ -1,4 +1,4 @@
-"""A server on two worker processes: any of them may die or freeze, and every stream ends as if nothing had been."""
+"""A server on several worker processes: any of them may die or freeze, and every stream ends as if nothing had been."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serving import Serving, is_alive
 
 pytestmark = kernel_sets.NEEDS_NATIVE
 
-STREAMS, RANKS = 24, 2
+STREAMS, RANKS = 24, 4
 BODIES = [body(i, 30 + i % 50) for i in range(STREAMS)]
 
 
@@ -42,16 +42,16 @@ async def disturbed(server: Serving, total: int, harm: list[tuple[int, int]]) ->
 
 
 def test_streams_survive_their_workers() -> None:
-    options = ["--tensor-parallel-size", "2", "--kv-memory", "8MiB"]
+    options = ["--tensor-parallel-size", "2", "--pipeline-parallel-size", "2", "--kv-memory", "8MiB"]
     with Serving(*options, "--max-batch-size", "32") as server:
         calm = asyncio.run(all_streams(server.url, BODIES, [0] * STREAMS))
         lines = server.client.get("/metrics").text.splitlines()
         busy = [line for line in lines if line.startswith("orcaserve:rank_busy_seconds_total{")]
-        assert [line.partition('rank="')[2][0] for line in busy] == list("01")
+        assert [line.partition('rank="')[2][0] for line in busy] == list("0123")
         assert all(float(line.split()[-1]) > 0 for line in busy), f"every rank has worked: {busy}"
         total = sum(len(ids) for _, ids, _, _ in calm)
         began = time.monotonic()
-        harm = [(1, signal.SIGKILL), (0, signal.SIGSTOP)]
+        harm = [(3, signal.SIGKILL), (1, signal.SIGSTOP)]
         stormy, gone = asyncio.run(disturbed(server, total, harm))
         print(f"{total} tokens in {time.monotonic() - began:.1f} s, workers lost: {gone}")
         assert len(set(gone)) == 2 * RANKS
