@@ -26,6 +26,7 @@ ENDS = (1, 0)  # the second is of a request, and the library knows nothing of it
 class Response:
     grammar: str
     tokens: list[int] = field(default_factory=list)
+    id: int = 0
     end_token_ids: tuple[int, ...] = ENDS
     guide: Guide | None = None
     allowed: Allowed | None = None

@@ -47,6 +47,10 @@ class DeviceExecutor:
         """The KV tensors of each layer."""
         return self._worker.caches
 
+    @property
+    def grammars(self) -> Grammars | None:
+        return self._worker.grammars
+
     def submit(self, batch: Batch) -> DevicePending:
         return self._worker.submit(batch)
 

@@ -13,10 +13,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+
+import msgspec
 
 from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.config import BudgetLine, EngineInfo, EngineOptions, ModelError
+from orcaserve.core.request import NewRequest
 from orcaserve.engine.framing import encode
 from orcaserve.executors.hosts import Host, gather_hosts
 from orcaserve.executors.measure import measure
@@ -26,11 +30,15 @@ from orcaserve.executors.messages import (
     Loaded,
     MakeCache,
     Place,
+    Prepare,
+    Prepared,
     Progress,
     Refused,
+    Release,
     Result,
     Serving,
     Span,
+    WhileServing,
 )
 from orcaserve.model.config import ModelConfig, read_config
 from orcaserve.model.plan import shared
@@ -50,13 +58,18 @@ class WorkerLost(RuntimeError):
 class DistributedExecutor:
     """Owner of the hosts, and through them of the workers. submit and result are called by one thread.
 
-    pids: of the workers on this host.
+    grammars: compiled by the rank that answers. pids: of the workers on this host.
     """
 
     def __init__(
-        self, hosts: Sequence[Host], arrived: queue.SimpleQueue[StepResult | WorkerLost], busy: list[float]
+        self,
+        hosts: Sequence[Host],
+        arrived: queue.SimpleQueue[StepResult | WorkerLost],
+        busy: list[float],
+        grammars: _RemoteGrammars,
     ) -> None:
         self._hosts = tuple(hosts)
+        self.grammars = grammars
         self._arrived = arrived
         self._busy = busy
         self._known: dict[int, None] = {}  # requests that the workers have been told of
@@ -86,6 +99,22 @@ class DistributedExecutor:
             host.close()
 
 
+class _RemoteGrammars:
+    """`Preparing`, by the rank that answers. prepared: by each request that it knows, who hears that it is done."""
+
+    def __init__(self, tell: Callable[[WhileServing], None], prepared: dict[int, Callable[[], None]]) -> None:
+        self._tell = tell
+        self._prepared = prepared
+
+    def prepare(self, request: NewRequest, ready: Callable[[], None]) -> None:
+        self._prepared[request.id] = ready
+        self._tell(Prepare(msgspec.structs.replace(request, token_ids=())))
+
+    def release(self, id: int) -> None:
+        if self._prepared.pop(id, None) is not None:
+            self._tell(Release(id))
+
+
 class _Awaited:
     """A batch that the workers have."""
 
@@ -111,6 +140,7 @@ def start_workers(
     heard: queue.SimpleQueue[tuple[int, FromWorker] | WorkerLost] = queue.SimpleQueue()
     arrived: queue.SimpleQueue[StepResult | WorkerLost] = queue.SimpleQueue()
     busy = [0.0] * len(places)
+    prepared: dict[int, Callable[[], None]] = {}
     serving = threading.Event()
 
     def on_frame(rank: int, frame: FromWorker) -> None:
@@ -119,6 +149,9 @@ def start_workers(
             arrived.put(frame.result)
         elif isinstance(frame, Alive):
             busy[rank] = frame.busy_seconds
+        elif isinstance(frame, Prepared):
+            if (ready := prepared.get(frame.id)) is not None:
+                ready()
         else:
             heard.put((rank, frame))
 
@@ -139,7 +172,9 @@ def start_workers(
                 host.tell(place.rank, MakeCache(num_blocks, num_slots))
         at = time.monotonic()
         _each(Serving, len(places), heard, None)
-        executor = DistributedExecutor(hosts, arrived, busy)
+        last = next(place for place in places if place.stage == places[-1].stage)  # the rank that answers
+        [host] = [host for host in hosts if last in host.places]
+        executor = DistributedExecutor(hosts, arrived, busy, _RemoteGrammars(partial(host.tell, last.rank), prepared))
         swap = measure(
             executor,
             num_slots=num_slots,

@@ -27,6 +27,7 @@ from orcaserve.executors.messages import (
     Tell,
     ToHost,
     Told,
+    WhileServing,
 )
 from orcaserve.executors.workers import TICK_SECONDS, OnFrame, OnLost, Workers
 
@@ -48,7 +49,7 @@ class Host(Protocol):
     @property
     def pids(self) -> tuple[int, ...]: ...
 
-    def tell(self, rank: int, frame: MakeCache) -> None: ...
+    def tell(self, rank: int, frame: MakeCache | WhileServing) -> None: ...
 
     def run(self, batch: bytes) -> None:
         """A batch for its workers, as `engine.framing` has it."""
@@ -85,7 +86,7 @@ class RemoteHost:
             on_lost(self.lost)
         self._send(start)
 
-    def tell(self, rank: int, frame: MakeCache) -> None:
+    def tell(self, rank: int, frame: MakeCache | WhileServing) -> None:
         self._send(Tell(rank, frame))
 
     def run(self, batch: bytes) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orcaserve.core.batch import Batch, StepResult
+from orcaserve.worker.grammars import Grammars
 from orcaserve.worker.worker import Worker
 
 
@@ -23,6 +24,10 @@ class LocalExecutor:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+
+    @property
+    def grammars(self) -> Grammars | None:
+        return self._worker.grammars
 
     def submit(self, batch: Batch) -> Finished:
         return Finished(self._worker.run(batch))

@@ -6,6 +6,7 @@ import msgspec
 
 from orcaserve.core.batch import StepResult
 from orcaserve.core.config import BudgetLine, EngineOptions
+from orcaserve.core.request import NewRequest
 
 Span = tuple[int, int]  # layers [first, last)
 
@@ -100,8 +101,27 @@ class Result(msgspec.Struct, frozen=True, tag=True):
     busy_seconds: float
 
 
-ToWorker = Begin | MakeCache
-FromWorker = Loaded | Progress | Serving | Refused | Alive | Result
+class Prepare(msgspec.Struct, frozen=True, tag=True):
+    """Compile the grammar of a request, which comes without its tokens. To the rank that answers."""
+
+    request: NewRequest
+
+
+class Prepared(msgspec.Struct, frozen=True, tag=True):
+    """That has been done."""
+
+    id: int
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """Whoever has this id needs its grammar no more."""
+
+    id: int
+
+
+WhileServing = Prepare | Release
+ToWorker = Begin | MakeCache | WhileServing
+FromWorker = Loaded | Progress | Serving | Refused | Alive | Result | Prepared
 
 
 class Joined(msgspec.Struct, frozen=True, tag=True):
@@ -120,7 +140,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 class Tell(msgspec.Struct, frozen=True, tag=True):
     rank: int
-    frame: MakeCache
+    frame: MakeCache | WhileServing
 
 
 class Run(msgspec.Struct, frozen=True, tag=True):

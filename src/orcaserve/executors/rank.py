@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -13,7 +16,20 @@ import torch.distributed as dist
 
 from orcaserve.core.batch import Batch
 from orcaserve.executors.loading import load_part
-from orcaserve.executors.messages import Begin, FromWorker, Loaded, MakeCache, Place, Progress, Result, Serving
+from orcaserve.executors.messages import (
+    Begin,
+    FromWorker,
+    Loaded,
+    MakeCache,
+    Place,
+    Prepare,
+    Prepared,
+    Progress,
+    Release,
+    Result,
+    Serving,
+    WhileServing,
+)
 from orcaserve.parallel.world import Hidden, World
 from orcaserve.worker.grammars import Grammars
 from orcaserve.worker.process import in_one_line, keep_freed_memory, tell
@@ -26,11 +42,16 @@ OnServing = Callable[[Callable[[], float]], None]
 
 
 def serve(
-    begin: Begin, make: queue.SimpleQueue[MakeCache], batches: queue.SimpleQueue[Batch], put: Put, on_serving: OnServing
+    begin: Begin,
+    commands: queue.SimpleQueue[MakeCache | WhileServing],
+    batches: queue.SimpleQueue[Batch],
+    put: Put,
+    on_serving: OnServing,
 ) -> int:
     """Returns the exit code, if an iteration fails; raises ModelError if the model cannot be served.
 
-    put: what the engine is to hear. on_serving: is given, once, what tells how many seconds this rank has computed.
+    commands: brings MakeCache first. put: what the engine is to hear. on_serving: is given, once, what tells how many
+    seconds this rank has computed.
     """
     options, place = begin.options, begin.place
     world = World(_meet(begin), place.rank, place.tensor, len(place.stages))
@@ -55,8 +76,9 @@ def serve(
         )
     )
     hidden = Hidden(world, model.config.hidden_size, model.dtype)
-    size = make.get()
+    size = cast(MakeCache, commands.get())
     answers = world.is_last and place.is_first_of_stage
+    grammars = Grammars(Path(options.model), model.config.vocab_size) if answers else None
     worker = StageWorker(
         model,
         hidden,
@@ -64,8 +86,10 @@ def serve(
         block_size=options.block_size,
         num_slots=size.num_slots,
         swap_dir=options.swap_dir,
-        grammars=Grammars(Path(options.model), model.config.vocab_size) if answers else None,
+        grammars=grammars,
     )
+    if grammars is not None:
+        threading.Thread(target=_prepare, args=(commands, grammars, put), name="prepare", daemon=True).start()
     on_serving(lambda: worker.busy_seconds)
     keep_freed_memory()
     put(Serving())
@@ -78,6 +102,16 @@ def serve(
     except Exception as error:
         tell(f"orcaserve worker {place.rank}: an iteration failed: {in_one_line(error)}")
         return EXIT_ITERATION
+
+
+def _prepare(commands: queue.SimpleQueue[MakeCache | WhileServing], grammars: Grammars, put: Put) -> None:
+    """Does what the engine says about grammars, for ever."""
+    while True:
+        match commands.get():
+            case Prepare(request):
+                grammars.prepare(request, partial(put, Prepared(request.id)))
+            case Release(id):
+                grammars.release(id)
 
 
 def _meet(begin: Begin) -> dist.Store:

@@ -31,6 +31,7 @@ from orcaserve.executors.messages import (
     MakeCache,
     Refused,
     ToWorker,
+    WhileServing,
 )
 from orcaserve.worker.process import die_with_parent, dump_when_told, in_one_line, tell, uncollected
 
@@ -64,11 +65,11 @@ def main(report_fd: int, inbox_fd: int, out_fds: Sequence[int]) -> int:
     sock = socket.socket(fileno=report_fd)
     report = Report(sock)
     begin: queue.SimpleQueue[Begin] = queue.SimpleQueue()
-    make: queue.SimpleQueue[MakeCache] = queue.SimpleQueue()
+    commands: queue.SimpleQueue[MakeCache | WhileServing] = queue.SimpleQueue()
     batches: queue.SimpleQueue[Batch] = queue.SimpleQueue()
 
     def on_command(frame: ToWorker) -> None:
-        begin.put(frame) if isinstance(frame, Begin) else make.put(frame)
+        begin.put(frame) if isinstance(frame, Begin) else commands.put(frame)
 
     _read_in_background(sock, cast(type[ToWorker], ToWorker), on_command, (), lambda: os._exit(0))
     pulse = _Pulse(report)
@@ -80,7 +81,7 @@ def main(report_fd: int, inbox_fd: int, out_fds: Sequence[int]) -> int:
         with uncollected():
             from orcaserve.executors.rank import serve  # torch comes with it: late, so that beats tell that we live
 
-        return serve(first, make, batches, report.put, pulse.watch)
+        return serve(first, commands, batches, report.put, pulse.watch)
     except ModelError as error:
         report.put(Refused(str(error)))
         return EXIT_MODEL

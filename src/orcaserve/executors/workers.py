@@ -53,6 +53,7 @@ class Workers:
         """
         self._on_frame, self._on_lost = on_frame, on_lost
         self._ended = threading.Event()
+        self._telling = threading.Lock()
         self.places = tuple(places)
         self._reports: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -100,7 +101,7 @@ class Workers:
         return tuple(process.pid for process in self._processes)
 
     def tell(self, rank: int, frame: ToWorker) -> None:
-        with contextlib.suppress(OSError):  # its death is heard elsewhere
+        with contextlib.suppress(OSError), self._telling:  # its death is heard elsewhere
             self._reports[rank - self.places[0].rank].sendall(encode(frame))
 
     def run(self, batch: bytes) -> None:

@@ -27,10 +27,10 @@ from orcaserve.core.order import OrderError
 from orcaserve.core.pace import LEAST_SHARE
 from orcaserve.core.policy import parse_policy
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
-from orcaserve.engine.executor import Executor, Timekeeping
+from orcaserve.engine.executor import Executor, Guided, Timekeeping
 from orcaserve.engine.framing import FrameReader, encode
-from orcaserve.engine.loop import EngineLoop
-from orcaserve.engine.messages import Command, Submit
+from orcaserve.engine.loop import EngineLoop, Outbox
+from orcaserve.engine.messages import Command
 from orcaserve.engine.step_log import Header, StepLog, log_clock
 from orcaserve.serve.flight_recorder import FlightRecorder, RecordingExecutor
 from orcaserve.serve.frames import (
@@ -44,6 +44,7 @@ from orcaserve.serve.frames import (
     ToEngine,
     Watch,
 )
+from orcaserve.serve.inbox import Releasing, SocketInbox
 from orcaserve.serve.step_log_file import StepLogFile
 from orcaserve.worker.machine import cpu_name
 from orcaserve.worker.process import (
@@ -69,30 +70,6 @@ Build = Callable[[EngineOptions, Progress, Lost], tuple[Executor, EngineInfo]]
 
 
 YIELDS = 5  # niceness: where the frontend has no core of its own it must still answer, if only to refuse
-
-
-class SocketInbox:
-    """Commands as they come from the socket, which it times. Filled by the reader thread, emptied by the loop."""
-
-    def __init__(self) -> None:
-        self._commands: list[tuple[float, Command]] = []
-        self._some = threading.Condition()
-
-    def put(self, command: Command) -> None:
-        with self._some:
-            self._commands.append((time.monotonic(), command))
-            self._some.notify()
-
-    def take(self, block: bool) -> list[Command]:
-        with self._some:
-            while block and not self._commands:
-                self._some.wait()
-            commands, self._commands = self._commands, []
-        now = time.monotonic()
-        return [
-            Submit(command.request, now - came) if isinstance(command, Submit) else command
-            for came, command in commands
-        ]
 
 
 class SocketOutbox:
@@ -164,10 +141,14 @@ def _serve(
         build = build or _default_build()
         executor, info = build(options, lambda stage, done, total: outbox.put(Loading(stage, done, total)), _end)
         recording = RecordingExecutor(executor, recorder)
+        answers: Outbox = outbox
+        if isinstance(executor, Guided) and executor.grammars is not None:
+            inbox.grammars = executor.grammars
+            answers = Releasing(outbox, executor.grammars)
         scheduler = (CheckedScheduler if options.check else Scheduler)(_scheduler_config(options, info))
         file = None if options.step_log is None else StepLogFile(Path(options.step_log))
         log = file and StepLog(_header(options, info), file.write, secrets.token_bytes(32))
-        loop = EngineLoop(scheduler, recording, inbox, outbox, log_clock(time.monotonic), log, watched.is_set)
+        loop = EngineLoop(scheduler, recording, inbox, answers, log_clock(time.monotonic), log, watched.is_set)
     except ModelError as error:
         outbox.put(Failed(str(error)))
         return EXIT_MODEL

@@ -51,6 +51,8 @@ class Structures:
             raise errors.invalid(f"'{name}' and '{param}' cannot both decide where a response ends.", name)
         if not end_token_ids:
             raise errors.invalid(f"This model has no end token, which '{param}' needs.", param)
+        if self._compiler is not None and self._compiler.known(grammar) is not None:
+            return grammar  # it need not wait for those that are not
         async with self._turn:
             try:
                 await asyncio.to_thread(self._compile, grammar, end_token_ids[0], vocab_size)

@@ -6,12 +6,16 @@ function of its request as any other. Grammars travel as the library's own text.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from orcaserve.core.request import NewRequest
 
 NOT_FOLLOWED = "the grammar cannot be followed"  # how the error of a response begins whose grammar proves too hard
 MOST_CACHED = 64  # compiled grammars that are kept
@@ -47,24 +51,35 @@ class Compiler:
         self._make = llguidance.LLMatcher
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
+    def known(self, grammar: str) -> Any | None:
+        """What `compile` gives, if it was compiled lately."""
+        return self._compiled.get(grammar)
+
     def compile(self, grammar: str) -> Any:
-        """A matcher at the beginning of a response. Raises GrammarError."""
+        """A matcher at the beginning of a response, of which each response takes a copy. Raises GrammarError.
+
+        Others run meanwhile: the library works without Python's lock.
+        """
         found = self._compiled.get(grammar)
         if found is None:
             found = self._make(self._tokenizer, grammar, log_level=0, limits=self._limits)
-            if found.is_error():
-                raise GrammarError(_line(found.get_error()))
+            first = found.deep_copy()  # copies share an automaton, whose beginning may take as long as the rest
+            if not first.is_error():
+                first.compute_bitmask()
+            if first.is_error():
+                raise GrammarError(_line(first.get_error()))
             self._compiled[grammar] = found
             if len(self._compiled) > MOST_CACHED:
                 self._compiled.popitem(last=False)
-        return found.deep_copy()
+        return found
 
 
 class Guide:
     """One response's place in its grammar. Owner of a matcher. num_consumed: generated tokens that it has seen."""
 
-    def __init__(self, matcher: Any, end_token_ids: Sequence[int], vocab_size: int) -> None:
-        self._matcher = matcher
+    def __init__(self, compiled: Any, end_token_ids: Sequence[int], vocab_size: int) -> None:
+        """compiled: by a Compiler."""
+        self._matcher = compiled.deep_copy()
         self._ends = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
         for id in end_token_ids:
             if id < vocab_size:
@@ -101,6 +116,8 @@ class Follows(Protocol):
     """A request whose response follows a grammar, as a worker knows it."""
 
     @property
+    def id(self) -> int: ...
+    @property
     def grammar(self) -> str: ...
     @property
     def end_token_ids(self) -> Sequence[int]: ...
@@ -113,16 +130,40 @@ class Follows(Protocol):
 
 
 class Grammars:
-    """Finds out what may come next. Owner of a compiler, once it is needed.
+    """Finds out what may come next. Owner of a compiler, once it is needed, and of what requests have prepared.
 
-    It works in the thread that calls: some ten microseconds for a response, which is less than to hand work to another
+    It looks in the thread that calls: some ten microseconds for a response, which is less than to hand work to another
     thread and to wait for it, where all cores compute the model. A GPU computes meanwhile, and so do stages before.
+    What is prepared is compiled in a thread of its own, one grammar at a time.
     """
 
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self._folder = folder
         self._vocab_size = vocab_size
         self._compiler: Compiler | None = None
+        self._making = threading.Lock()  # of the compiler
+        self._prepared: dict[int, Future[Any]] = {}
+        self._thread = ThreadPoolExecutor(1, "grammars")
+
+    @property
+    def num_prepared(self) -> int:
+        """Requests whose grammars are kept."""
+        return len(self._prepared)
+
+    def prepare(self, request: NewRequest, ready: Callable[[], None]) -> None:
+        grammar = request.params.grammar or ""
+        known = None if self._compiler is None else self._compiler.known(grammar)
+        if known is None:
+            future = self._thread.submit(self._compile, grammar, request.end_token_ids)
+        else:  # it need not wait for those that are not
+            future = Future()
+            future.set_result(known)
+        self._prepared[request.id] = future
+        future.add_done_callback(lambda _: ready())
+
+    def release(self, id: int) -> None:
+        if (future := self._prepared.pop(id, None)) is not None:
+            future.cancel()
 
     def look(self, requests: Iterable[Follows]) -> None:
         """Tells each what is allowed next."""
@@ -134,11 +175,18 @@ class Grammars:
 
     def _allowed(self, request: Follows) -> np.ndarray:
         if request.guide is None:
-            if self._compiler is None:
-                self._compiler = Compiler(self._folder, self._vocab_size, request.end_token_ids[0])
-            matcher = self._compiler.compile(request.grammar)
-            request.guide = Guide(matcher, request.end_token_ids, self._vocab_size)
+            if (prepared := self._prepared.get(request.id)) is not None:
+                compiled = prepared.result()
+            else:
+                compiled = self._compile(request.grammar, request.end_token_ids)
+            request.guide = Guide(compiled, request.end_token_ids, self._vocab_size)
         return request.guide.allowed(request.generated(request.guide.num_consumed))
+
+    def _compile(self, grammar: str, end_token_ids: Sequence[int]) -> Any:
+        with self._making:
+            if self._compiler is None:
+                self._compiler = Compiler(self._folder, self._vocab_size, end_token_ids[0])
+        return self._compiler.compile(grammar)
 
 
 def _line(text: str) -> str:

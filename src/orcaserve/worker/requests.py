@@ -120,6 +120,10 @@ class _Request:
         self._num_blocks = need
 
     @property
+    def id(self) -> int:
+        return self.new.id
+
+    @property
     def grammar(self) -> str:
         return self.new.params.grammar or ""
 

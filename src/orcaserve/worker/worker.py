@@ -37,7 +37,7 @@ class Worker:
     ) -> None:
         """num_slots: blocks that the swap space holds. Raises ModelError, in one line, if it cannot be made."""
         self._model = model
-        self._grammars = grammars
+        self.grammars = grammars
         self._requests = Requests(model.vocab_size, num_blocks, block_size)
         self._kv = make_caches(model, num_blocks, block_size)
         self._swapper = Swapper(self._kv, num_slots, swap_dir) if num_slots else None
@@ -70,8 +70,8 @@ class Worker:
         return [result for job in jobs for result in self._attempt([job])]
 
     def _compute(self, jobs: Sequence[Job]) -> list[RowResult]:
-        if self._grammars is not None:
-            self._grammars.look(under_grammar(jobs))
+        if self.grammars is not None:
+            self.grammars.look(under_grammar(jobs))
         layout = self._requests.layout(jobs)
         hidden = self._model.forward(token_ids(jobs), layout, self._kv)
         return answer(self._model, hidden, layout, jobs)

@@ -131,7 +131,7 @@ class DeviceWorker:
         """num_heads: of queries. num_slots: blocks that the swap space holds; ModelError if it cannot be made."""
         self._model = model
         self._stream = stream
-        self._grammars = grammars
+        self.grammars = grammars
         self._block_size = block_size
         self._max_batch_size = max_batch_size
         self._requests = Requests(model.vocab_size, num_blocks, block_size, ahead=1)
@@ -316,8 +316,8 @@ class DeviceWorker:
         jobs = [plan.jobs[i] for i in plan.on_host]
         if not jobs:
             return {}
-        if self._grammars is not None:
-            self._grammars.look(under_grammar(jobs))
+        if self.grammars is not None:
+            self.grammars.look(under_grammar(jobs))
         rows = [
             Row(plan.firsts[i], job.row.num_tokens, job.row.start, job.request.blocks)
             for i, job in zip(plan.on_host, jobs, strict=True)
