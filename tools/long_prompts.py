@@ -1,12 +1,12 @@
-"""Streams that run beside long prompts, on a real server: the time between their tokens, without --max-itl and with it.
+"""Streams that run beside long prompts, on a real server: the time between their tokens, by --max-itl.
 
     python tools/random_checkpoint.py medium DIR
     python tools/long_prompts.py DIR --max-itl 100
 
-Streams begin, and from then on a long prompt comes every so many seconds. Two servers of the same checkpoint wait side
-by side and are measured in turn, and so are others that are named by --beside. A prompt has 4000 tokens if both servers
-read that in half of the time until the next one comes, else as many as they can. Server and client want a core each;
-nothing else should run on the machine.
+Streams begin, and from then on a long prompt comes every so many seconds. Servers of the same checkpoint, without a
+limit, with the default one and with the one that is given, wait side by side and are measured in turn, and so are
+others that are named by --beside. A prompt has 4000 tokens if our servers read that in half of the time until the next
+one comes, else as many as they can. Server and client want a core each; nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from orcaserve.bench.measures import quantile
 from orcaserve.bench.workloads import LOWEST_ID, Item
 
 STREAM_PROMPT, LONGEST, OUTPUT = 64, 4000, 8
+FREE = "none"
 LEAD = 3.0  # seconds that streams have to begin
 
 
@@ -115,7 +116,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         serving: dict[str, Serving] = {}
         try:
-            for name, options in (("off", []), (limit, ["--max-itl", limit])):
+            for name, options in ((FREE, ["--max-itl", "0"]), ("default", []), (limit, ["--max-itl", limit])):
                 serving[name] = Serving(
                     [arguments.checkpoint, *arguments.serve, *options], Path(folder) / f"{name}.jsonl"
                 )
@@ -148,7 +149,7 @@ def main() -> None:
         finally:
             for running in serving.values():
                 running.close()
-    off, on = (sum(one["tokens/s"] for one in found[name]) for name in ("off", limit))
+    off, on = (sum(one["tokens/s"] for one in found[name]) for name in (FREE, limit))
     late = max(one["p99"] for one in found[limit])
     print(
         f"\np99 is at most {late / arguments.max_itl:.2f} times the limit; throughput is {on / off:.1%} of that without"
