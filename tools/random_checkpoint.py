@@ -2,8 +2,8 @@
 
     python tools/random_checkpoint.py qwen3-0.6b DIR
 
-Needs transformers (the extra of that name). Shapes: see SHAPES; "medium" is quick on a single core, "tiny" is for tests
-of the tools themselves.
+Needs transformers (the extra of that name). Shapes: see SHAPES; "medium" and "small" are quick on a single core, "tiny"
+is for tests of the tools themselves.
 """
 
 from __future__ import annotations
@@ -38,6 +38,17 @@ SHAPES = {
         "num_key_value_heads": 4,
         "head_dim": 64,
         "vocab_size": 16000,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    },
+    "small": {
+        "num_hidden_layers": 8,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 4096,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     },
