@@ -6,8 +6,9 @@ Serves a checkpoint with a step log, puts one workload on it (--learn), then ano
 rate) at several rates. Fits a cost model to the first workload, predicts the other one, and prints every figure with
 two real runs beside it. Nothing else should run on the machine meanwhile.
 
-A run has several parts, each with arrivals of its own, and the two runs take turns part by part, a piece of the learned
-workload before each: a machine that is slower for some minutes is so for what is learned and for both runs.
+A run has several parts, each with arrivals of its own, and the two runs take turns part by part. A shared machine is
+slower in some minutes than in others, so that a piece of the learned workload goes before and after each part: how long
+its iterations took, beside the model of all pieces, is the pace at which the part is simulated.
 
 What happens outside of the engine (HTTP, tokens on their way to the client) is measured in the learning run, too: from
 when a request was due to when the engine took it, and from an iteration's results to when the client had them.
@@ -16,6 +17,7 @@ when a request was due to when the engine took it, and from an iteration's resul
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import socket
 import statistics
@@ -35,8 +37,8 @@ from orcaserve.bench.client import Record, Reply, Server
 from orcaserve.bench.simulation import Fitted
 from orcaserve.bench.workloads import Work, spec
 from orcaserve.engine.step_log import Arrived, Log, Returned, Submitted, read
-from orcaserve.sim.cost import Door
-from orcaserve.sim.fit import fit, nnls
+from orcaserve.sim.cost import CostModel, Door, Residuals
+from orcaserve.sim.fit import fit, nnls, samples_of
 
 FIGURES = {
     **{f"{name} p{share}": (name, share / 100) for name in ("ttft", "tpot", "normalised") for share in (50, 90, 99)},
@@ -186,14 +188,34 @@ def mean_door(doors: Sequence[Door]) -> Door:
     return Door(**{name: statistics.mean(getattr(one, name) for one in doors) for name in Door.__struct_fields__})
 
 
-def predicted(parts: Sequence[Work], fitted: Fitted) -> dict[str, float]:
-    """The median of each figure over draws of the noise: one draw is one run, and may be any."""
+def predicted(parts: Sequence[Work], fitted: Fitted, paces: Sequence[Sequence[float]]) -> dict[str, float]:
+    """The median of each figure over draws of the noise: one draw is one run, and may be any.
+
+    paces: of each run, by part.
+    """
     arrivals = [simulation.arrivals_of(work) for work in parts]
-    runs = [
-        figures([simulation.run(part, fitted.config, fitted.cost, seed=seed) for part in arrivals])
-        for seed in range(DRAWS)
-    ]
+    runs = []
+    for seed in range(DRAWS):
+        costs = [at_pace(fitted.cost, pace) for pace in paces[seed % len(paces)]]
+        pairs = zip(arrivals, costs, strict=True)
+        runs.append(figures([simulation.run(part, fitted.config, cost, seed=seed) for part, cost in pairs]))
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def at_pace(cost: CostModel, pace: float) -> CostModel:
+    """The same where everything takes `pace` times as long."""
+    bands = tuple(Residuals(band.above, tuple(pace * factor for factor in band.factors)) for band in cost.residuals)
+    return msgspec.structs.replace(cost, residuals=bands)
+
+
+def paces_of(logs: Sequence[Log], cost: CostModel) -> list[float]:
+    """How long each log's iterations took, all together, beside what the model says; of all logs together it is 1."""
+    sums = []
+    for log in logs:
+        samples = samples_of(log)
+        sums.append((sum(seconds for _, seconds in samples), sum(cost.stages[0](of) for of, _ in samples)))
+    whole = sum(took for took, _ in sums) / sum(expected for _, expected in sums)
+    return [took / expected / whole for took, expected in sums]
 
 
 def figures(parts: Sequence[Sequence[Record]]) -> dict[str, float]:
@@ -231,44 +253,49 @@ def main() -> None:
     def work_of(text: str, seed: int) -> Work:
         return spec.make(text, vocab=arguments.vocab, seed=seed)
 
-    numbers = range(RUNS * arguments.parts)
-    pieces = [work_of(arguments.learn, arguments.seed + number) for number in numbers]
     works = {
         rate: [
             work_of(arguments.predict.replace("RATE", rate), arguments.seed + 1000 + i) for i in range(arguments.parts)
         ]
         for rate in arguments.rates.split(",")
     }
+    turns = [(part, run, rate) for part in range(arguments.parts) for run in range(RUNS) for rate in works]
+    pieces = [work_of(arguments.learn, arguments.seed + number) for number in range(len(turns) + 1)]
     logs, doors, raw = [], [], []
     learned: list[list[Record]] = []
     runs: dict[str, list[list[list[Record]]]] = {rate: [[] for _ in range(RUNS)] for rate in works}
-    for number, piece in zip(numbers, pieces, strict=True):
-        part, run = divmod(number, RUNS)
+    for number, piece in enumerate(pieces):
+        print(f"{number} of {len(turns)} parts are measured", file=sys.stderr)
         keep = arguments.out / f"learned-{number}.jsonl" if arguments.out else None
         records, log = measure(piece, arguments.serve, arguments.vocab, keep)
         logs.append(log)
         doors.append(door(records, log))
         learned.append(records)
-        raw += [row("learned", run, part, record) for record in records]
-        for rate, parts in works.items():
-            print(f"round {number + 1} of {len(numbers)}: {rate} requests/s", file=sys.stderr)
-            records = measure(parts[part], arguments.serve, arguments.vocab)[0]
+        raw += [row("learned", 0, number, record) for record in records]
+        if number < len(turns):
+            part, run, rate = turns[number]
+            records = measure(works[rate][part], arguments.serve, arguments.vocab)[0]
             runs[rate][run].append(records)
             raw += [row(rate, run, part, record) for record in records]
-    seen = {"learned": [figures(learned)]} | {rate: [figures(run) for run in found] for rate, found in runs.items()}
     cost = msgspec.structs.replace(fit(logs, "the learning runs"), door=mean_door(doors))
     fitted = Fitted(cost=cost, config=logs[0].header.config, model=logs[0].header.model, machine=logs[0].header.machine)
+    around = dict(zip(turns, map(statistics.mean, itertools.pairwise(paces_of(logs, cost))), strict=True))
+    paces = {
+        rate: [[around[part, run, rate] for part in range(arguments.parts)] for run in range(RUNS)] for rate in works
+    }
     table = []
-    print("| rate | figure | predicted | real runs | error | spread of the runs |")
-    print("|---|---|---|---|---|---|")
-    for rate, parts in {"learned": pieces, **works}.items():
-        for name, value in predicted(parts, fitted).items():
-            real = [run[name] for run in seen[rate]]
+    print("| rate | pace | figure | predicted | real runs | error | spread of the runs |")
+    print("|---|---|---|---|---|---|---|")
+    for rate, parts in works.items():
+        seen = [figures(run) for run in runs[rate]]
+        shown_paces = "; ".join(" ".join(f"{pace:.2f}" for pace in run) for run in paces[rate])
+        for name, value in predicted(parts, fitted, paces[rate]).items():
+            real = [run[name] for run in seen]
             middle = statistics.mean(real)
             error, spread = value / middle - 1, (max(real) - min(real)) / middle
             shown = " / ".join(f"{one:.4g}" for one in real)
-            print(f"| {rate} | {name} | {value:.4g} | {shown} | {error:+.1%} | {spread:.1%} |")
-            table.append({"rate": rate, "figure": name, "predicted": value, "real": real})
+            print(f"| {rate} | {shown_paces} | {name} | {value:.4g} | {shown} | {error:+.1%} | {spread:.1%} |")
+            table.append({"rate": rate, "figure": name, "predicted": value, "real": real, "paces": paces[rate]})
     if arguments.out:
         (arguments.out / "cost.json").write_bytes(msgspec.json.format(msgspec.json.encode(fitted)))
         (arguments.out / "predictions.json").write_text(json.dumps(table, indent=2))
