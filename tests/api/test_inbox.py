@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
+import msgspec
 import pytest
 
 from orcaserve import builtin
@@ -32,7 +33,7 @@ def inbox(grammars: Grammars) -> SocketInbox:
 
 
 def grammar(**fields: object) -> str:
-    request = CompletionRequest(prompt="x", **fields)  # type: ignore[arg-type]
+    request = msgspec.convert({"prompt": "x", **fields}, CompletionRequest)
     found = asyncio.run(Structures(builtin.MODEL_DIR).grammar(request, ENDS, VOCAB_SIZE))
     assert found is not None
     return found
