@@ -84,14 +84,16 @@ def answers(model, members, num_blocks, swap=None, folder=None):
 
 
 def draw(rng, count):
+    """The first four begin in one block each, so that all of them run in seven blocks, and need three to end."""
     stem = [rng.randrange(2, VOCAB) for _ in range(40)]
     for id in range(count):
-        prompt = (*stem[: rng.choice([0, 20, 40])], *(rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 20))))
+        own, shared = (rng.randint(6, BLOCK - 6), 0) if id < 4 else (rng.randint(1, 20), rng.choice([0, 20, 40]))
+        prompt = (*stem[:shared], *(rng.randrange(2, VOCAB) for _ in range(own)))
         params = SamplingParams(
             temperature=float(id % 2), logprobs=2, prompt_logprobs=1 if id % 4 == 0 else None, repetition_penalty=1.1
         )
         yield NewRequest(
-            id=id, token_ids=prompt, num_prompt=len(prompt), max_tokens=rng.randint(24, 40), params=params, seed=id
+            id=id, token_ids=prompt, num_prompt=len(prompt), max_tokens=rng.randint(28, 40), params=params, seed=id
         )
 
 
