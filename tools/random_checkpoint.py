@@ -71,11 +71,20 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE without merges, filled up with words that only decoding meets."""
+    """A byte-level BPE: a space and up to four letters are a token, each of the token that is a letter shorter.
+
+    So text that a model makes of words is the same tokens again, and programs that ask for merges find some.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ("Ġ" + "".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=4))
-    tokens = list(itertools.islice(itertools.chain(["<|end|>"], alphabet, words), vocab_size))
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    words = (
+        "Ġ" + "".join(letters)
+        for size in range(1, 5)
+        for letters in itertools.product(string.ascii_lowercase, repeat=size)
+    )
+    words = list(itertools.islice(words, vocab_size - len(alphabet) - 1))
+    tokens = ["<|end|>", *alphabet, *words]
+    merges = [(word[:-1], word[-1]) for word in words]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end|>"])

@@ -16,6 +16,7 @@ from math import sqrt
 from typing import NamedTuple
 
 from orcaserve.core.batch import Batch, ScheduledRequest
+from orcaserve.core.slack import Slack
 
 SMALLEST_CHUNK = 32  # tokens: less of a prompt is not worth an iteration of its own
 GROWTH = 2  # a chunk may be so many times the longest one whose time is known
@@ -28,6 +29,7 @@ HUBER = 2.0  # spreads from which on an error counts by its size, not its square
 BOUND = 4.0  # no iteration is taken to be off by more than so many times its expected time
 SHARE = 0.9  # of the iterations with prompts are to stay below the limit
 MOST_SLACK = 1.5
+SLACK_STEP = 0.02
 
 
 class Load(NamedTuple):
@@ -83,7 +85,7 @@ class IterationCost:
     @property
     def slack(self) -> float:
         """Times as long as expected, and no longer, take SHARE of the iterations that read prompts; from 1 on."""
-        return self._reading.slack
+        return self._reading.slack.value
 
     def tokens_within(self, seconds: float, start: int) -> int:
         """The longest chunk of a prompt, from `start` on, that adds no more than so many seconds to an iteration."""
@@ -134,7 +136,7 @@ class _Equations:
         count = len(NOTHING)
         self.gram = [[0.0] * count for _ in range(count)]
         self.right = [0.0] * count
-        self.slack = 1.0
+        self.slack = Slack(SHARE, MOST_SLACK, SLACK_STEP)
         self._spread = 1.0  # half of the relative errors are smaller
 
     def add(self, load: Sequence[float], seconds: float, expected: float) -> None:
@@ -143,11 +145,10 @@ class _Equations:
         weight = 1 / (scale * scale)
         if error > HUBER * self._spread:
             weight *= HUBER * self._spread / error
-        # Both follow their quantile in small steps, as large errors must not move them further than others.
+        # In small steps, as large errors must not move it further than others.
         self._spread = max(0.01, self._spread * (1.05 if error > self._spread else 0.95))
         if expected > 0:
-            step = SHARE if seconds > expected * self.slack else SHARE - 1
-            self.slack = min(MOST_SLACK, max(1.0, self.slack + 0.02 * step))
+            self.slack.learn(seconds, expected)
         for i, value in enumerate(load):
             scaled = weight * value
             self.right[i] = KEPT * self.right[i] + scaled * seconds

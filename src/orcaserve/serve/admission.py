@@ -13,12 +13,16 @@ import msgspec
 from orcaserve.core.backlog import Ahead, Backlog
 from orcaserve.core.lengths import Lengths
 from orcaserve.core.request import SamplingParams
+from orcaserve.core.slack import Slack
 from orcaserve.core.token_bucket import TokenBucket
 from orcaserve.serve.resume import Choice
 from orcaserve.serve.terms import Terms
 
 RETRY_SECONDS = (1.0, 120.0)
 UNKNOWN_OUTPUT = 128.0  # tokens that a request is expected to generate while nothing is known of its like
+IN_TIME = 0.95  # of those who are let in with little time to spare are to have their first token in time
+MOST_SLACK = 3.0
+_SLACK_STEP = 0.05
 _FEW_TENANTS = 64
 
 
@@ -108,6 +112,7 @@ class Admission:
         self._most_buckets = _FEW_TENANTS
         self._backlog = Backlog(max_batch_size, max_batch_tokens)
         self._lengths = Lengths()
+        self._slack = Slack(IN_TIME, MOST_SLACK, _SLACK_STEP)
         self._num_engines = 1
         self._num_present = 0  # choices; the sums of `Ahead` over them, of all engines
         self._prompt_tokens = 0
@@ -178,7 +183,8 @@ class Admission:
             return  # a server that has nothing else to do tries: what it believes of its pace may be wrong
         ahead, late = self._ahead(), 0.0
         if claim.first_by is not None:
-            late = now + self._backlog.until_first_token(ahead, claim.longest_prompt) - claim.first_by
+            wait = self._backlog.until_first_token(ahead, claim.longest_prompt)
+            late = now + self._slack.value * wait - claim.first_by
         if claim.end_by is not None:
             end = now + self._backlog.until_end(ahead, claim.longest_prompt, claim.output_tokens)
             late = max(late, end - claim.end_by)
@@ -228,6 +234,10 @@ class Admission:
         """A choice of a request that has been admitted."""
         request = choice.request
         choice.expected = self.expected(request.tenant, request.num_prompt, request.params)
+        if choice.terms.first_by is not None:
+            wait = self._backlog.until_first_token(self._ahead(), request.num_prompt)
+            if 0.5 <= self._slack.value * wait / max(1e-9, choice.terms.first_by - choice.arrived) <= 1:
+                choice.foretold = wait  # only who has little time to spare tells what the slack decides
         self._num_present += 1
         self._prompt_tokens += request.num_prompt
         self._output_tokens += choice.expected
@@ -249,11 +259,12 @@ class Admission:
         request = choice.request
         if not choice.has_output:
             self._prompt_tokens -= request.num_prompt
+            self._learn_slack(choice, now)
             self._backlog.learn_prompt(request.num_prompt, num_cached)
         if (tokens := self._buckets_of(request.tenant)[1]) is not None:
             tokens.take(num_tokens, now)
 
-    def leave(self, choice: Choice) -> None:
+    def leave(self, choice: Choice, now: float) -> None:
         """It has ended, however: what counts is how long it was there."""
         request = choice.request
         self._num_present -= 1
@@ -261,12 +272,19 @@ class Admission:
         self._kv_tokens -= choice.footprint
         if not choice.has_output:
             self._prompt_tokens -= request.num_prompt
+            if now - choice.arrived > self._slack.value * choice.foretold:  # else it might still have been in time
+                self._learn_slack(choice, now)
         elif request.max_tokens:  # one that asked for no token says nothing of how many others get
             self._lengths.learn(request.tenant, request.num_prompt, len(choice.generated))
 
     def iterated(self, num_prefill: int, num_decode: int, seconds: float) -> None:
         """An engine has computed so many tokens of prompts, and so many rows that decode."""
         self._backlog.learn(num_prefill, num_decode, seconds)
+
+    def _learn_slack(self, choice: Choice, now: float) -> None:
+        """It has its first token, or waits no longer."""
+        if choice.foretold:
+            self._slack.learn(now - choice.arrived, choice.foretold)
 
 
 def resolved(num_prompt: int, params: SamplingParams, max_model_len: int) -> SamplingParams:

@@ -332,7 +332,7 @@ class Pool:
         self._leave_queue(choice)
         if choice.alarm is not None:
             choice.alarm.cancel()
-        self.admission.leave(choice)
+        self.admission.leave(choice, time.monotonic())
         self._dispatcher.acquit(choice)
         if not self._live:
             self._has_changed()

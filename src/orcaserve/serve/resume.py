@@ -28,6 +28,7 @@ class Choice:
         "crashes",
         "engine_id",
         "expected",
+        "foretold",
         "generated",
         "has_output",
         "has_prompt_logprobs",
@@ -51,6 +52,7 @@ class Choice:
         self.terms = terms
         self.alarm: asyncio.TimerHandle | None = None  # rings when the next of its deadlines passes
         self.expected = 0.0  # tokens that it should generate, as was thought when it came
+        self.foretold = 0.0  # seconds to its first token, as was thought when it came with little time; else 0
         self.stream: Callable[[], Stream | None] = lambda: None  # a weak reference: to drop the stream is to leave
         self.generated: list[int] = []
         self.has_output = False  # whether its prompt has been computed once
