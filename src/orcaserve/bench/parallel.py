@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import msgspec
@@ -30,8 +29,6 @@ from orcaserve.sim.fit import fit_stage
 from orcaserve.sim.run import simulate
 from orcaserve.sim.stages import share_layers, split_layers
 
-# A decode of sixteen requests, and one beside which a prompt is read.
-TYPICAL = (Size(16, 16, 16, 16 * 256, 16 * 256), Size(128, 16, 16, 16 * 256, 128 * 256))
 SETTLE = 0.5  # seconds until every rank has said how busy it was
 MICROBATCHED = msgspec.structs.replace(STATIC, name="microbatched", deal=True)
 _POLICIES = {policy.name: policy for policy in (DEFAULT, STATIC, MICROBATCHED)}
@@ -50,8 +47,8 @@ Layouts = Mapping[Layout, Running]
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One way to run the trace. rate: (prompt + generated) tokens/s; busy: share of the time of each rank.
 
-    predicted: the rate that the simulator foretells of what one stage's iterations took, and of what an exchange takes.
-        For two ranks, of what they took while the other core computed, too: cores share memory and caches.
+    predicted: the rate that the simulator foretells of what one stage's iterations took, alone, and of what an exchange
+        takes.
     """
 
     name: str
@@ -85,13 +82,9 @@ class Joined(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """beside: how many times as long one stage's iterations take while the other core computes, too.
-
-    iterations: in this process; in one worker process; in two stages, the planes separate and mixed.
-    """
+    """iterations: in this process; in one worker process; in two stages, the planes separate and mixed."""
 
     work: str
-    beside: float
     runs: list[Run]
     iterations: list[Iteration]
     joins: list[Joined]
@@ -126,37 +119,9 @@ def run(plan: Plan, say: Callable[[str], None]) -> Found:
             layout: stack.enter_context(plan.ranks(*layout))
             for layout in (ONE, STAGES, SHARED, MIXED)  # all there at once: who has no batch waits for one
         }
-        say("what an iteration costs")
-        alone, turn = _learn(plan, layouts, say)
-        with _busy(plan, say):
-            beside, _ = _learn(plan, layouts, say)
-        costs = {1: alone, 2: beside}
-        runs = [_foretold(plan, work, costs[one.threads], turn, joins, one) for one in _trace(plan, layouts, work, say)]
-        slower = statistics.mean(beside(size) / alone(size) for size in TYPICAL)
-        return Found(text, slower, runs, _iterations(plan, layouts, say), joins)
-
-
-@contextmanager
-def _busy(plan: Plan, say: Callable[[str], None]) -> Iterator[None]:
-    """The engine in this process computes on the other core meanwhile."""
-    say("what it costs while the other core computes")
-    enough = threading.Event()
-    setup = Setup(name="busy", policy=DEFAULT, max_batch_size=plan.batch)
-    work = make(
-        f"burst:in=16-{plan.inside.max_model_len // 4},out=1-9,n=8", vocab=plan.inside.vocab_size, seed=plan.seed
-    )
-
-    def compute() -> None:
-        while not enough.is_set():
-            drive(plan.inside, work, setup)
-
-    other = threading.Thread(target=compute)
-    other.start()
-    try:
-        yield
-    finally:
-        enough.set()
-        other.join()
+        stage, turn = _learn(plan, layouts, say)
+        runs = [_foretold(plan, work, stage, turn, joins, one) for one in _trace(plan, layouts, work, say)]
+        return Found(text, runs, _iterations(plan, layouts, say), joins)
 
 
 class _Timed:
@@ -187,6 +152,7 @@ class _Timed:
 
 def _learn(plan: Plan, layouts: Layouts, say: Callable[[str], None]) -> tuple[StageCost, float]:
     """What one stage's iterations cost, from another work than the one that is foretold; and a turn of the host."""
+    say("what an iteration costs")
     longest = plan.inside.max_model_len
     text = f"burst:in=16-{min(600, longest * 4 // 5)},out=1-{min(60, longest // 5)},n={max(16, plan.requests // 2)}"
     engine, _ = layouts[ONE]
@@ -283,7 +249,6 @@ def show(found: Found, console: Any) -> None:
     from rich.table import Table
 
     console.print(f"All at once: {found.work}; medians of rounds.")
-    console.print(f"While the other core computes one stage's iterations take {found.beside:.2f} times as long.")
     base = found.runs[0].rate
     head = ("", "ranks", "threads", "tokens/s", "foretold", "by one stage", "iterations", "busy")
     table = Table(*head, box=None)
