@@ -33,7 +33,7 @@ def test_every_way_is_measured_and_stages_are_foretold(tmp_path: Path) -> None:
     for run in runs.values():
         assert run["rate"] > 0 and run["iterations"] > 0
         assert all(0 < share < 1.1 for share in run["busy"])
-        assert run["predicted"] > 0
+        assert run["predicted"] > 0 and run["learned"] > 0
     assert len(runs["two stages"]["busy"]) == 2
     assert [at["requests"] for at in found["iterations"]][:2] == [1, 16]
     assert [join["rows"] for join in found["joins"]] == [1, 4, 16, 64, 512]

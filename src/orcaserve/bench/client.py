@@ -7,13 +7,15 @@ ended. The client shares its cores with the server.
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, Literal, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
 import msgspec
 
 from orcaserve.bench.workloads import Item, Work
@@ -142,8 +144,8 @@ def server_from(name: str, text: str) -> Server:
     """A server at URL or URL#MODEL, with or without /v1. ValueError says what is wrong."""
     match = re.fullmatch(r"(https?://[^/#\s][^#\s]*?)(?:/v1)?/*(?:#(.+))?", text)
     try:
-        is_url = match is not None and (httpx.URL(match[1]).port or 80) < 1 << 16
-    except httpx.InvalidURL:
+        is_url = match is not None and bool(urlsplit(match[1]).hostname) and (urlsplit(match[1]).port or 80) > 0
+    except ValueError:
         is_url = False
     if match is None or not is_url:
         raise ValueError(f"{text} is not a URL, as http://127.0.0.1:8000 is")
@@ -172,18 +174,18 @@ async def usable(server: Server, warm_up: Work, api_key: str | None = None) -> S
 
 async def asked(server: Server, api_key: str | None = None) -> Server:
     """The server with its model and version filled in. BenchError if nobody answers."""
-    async with _client(server, api_key) as client:
+    async with _client(api_key) as client:
         version = model = None
         try:
             if server.model is None:
-                response = await client.get("/v1/models", timeout=30)
-                if response.status_code != 200:
-                    raise BenchError(f"{server.name}: {_refusal(response.status_code, response.content).message}")
-                model = str(response.json()["data"][0]["id"])
-            response = await client.get("/version", timeout=30)
-            if response.status_code == 200:
-                version = str(response.json()["version"])
-        except httpx.HTTPError as error:
+                status, body = await _get(client, f"{server.url}/v1/models")
+                if status != 200:
+                    raise BenchError(f"{server.name}: {_refusal(status, body).message}")
+                model = str(json.loads(body)["data"][0]["id"])
+            status, body = await _get(client, f"{server.url}/version")
+            if status == 200:
+                version = str(json.loads(body)["version"])
+        except (aiohttp.ClientError, TimeoutError) as error:
             raise BenchError(f"{server.name}: {_broken(error, server.url).message}") from None
         except (ValueError, LookupError, TypeError):
             if server.model is None and model is None:
@@ -192,6 +194,11 @@ async def asked(server: Server, api_key: str | None = None) -> Server:
                     f"name the model: {server.url}#MODEL"
                 ) from None
     return msgspec.structs.replace(server, model=server.model or model, version=version)
+
+
+async def _get(client: aiohttp.ClientSession, url: str) -> tuple[int, bytes]:
+    async with client.get(url, allow_redirects=False, timeout=aiohttp.ClientTimeout(30)) as response:
+        return response.status, await response.read()
 
 
 async def run(server: Server, work: Work, on_reply: Callable[[], None] = lambda: None) -> list[Record]:
@@ -223,8 +230,7 @@ async def send(
     limit: AbstractAsyncContextManager[Any] = nullcontext()
     if server.concurrency is not None:
         limit = asyncio.Semaphore(server.concurrency)
-    async with _client(server, api_key, silence) as client, asyncio.TaskGroup() as tasks:
-        client.headers.update(headers or {})
+    async with _client(api_key, silence, headers or {}) as client, asyncio.TaskGroup() as tasks:
         start = time.perf_counter()
 
         async def one(reply: Reply) -> None:
@@ -252,7 +258,9 @@ async def send(
             tasks.create_task(one(reply))
 
 
-async def _stream(client: httpx.AsyncClient, server: Server, item: Item, take: Callable[[bytes], None]) -> Fault | None:
+async def _stream(
+    client: aiohttp.ClientSession, server: Server, item: Item, take: Callable[[bytes], None]
+) -> Fault | None:
     """Streams one reply into `take`; what went wrong, if something did."""
     body = {
         "model": server.model,
@@ -268,14 +276,15 @@ async def _stream(client: httpx.AsyncClient, server: Server, item: Item, take: C
         body["user"] = item.tenant
     if item.priority:
         body["priority"] = item.priority
+    url, content = f"{server.url}/v1/completions", msgspec.json.encode(body)
     try:
-        async with client.stream("POST", "/v1/completions", content=msgspec.json.encode(body)) as response:
-            if response.status_code != 200:
-                refusal = _refusal(response.status_code, await response.aread())
+        async with client.post(url, data=content, allow_redirects=False) as response:
+            if response.status != 200:
+                refusal = _refusal(response.status, await response.read())
                 return refusal._replace(retry_after=_seconds(response.headers.get("retry-after")))
-            async for data in response.aiter_raw():
+            async for data in response.content.iter_any():
                 take(data)
-    except httpx.HTTPError as error:
+    except (aiohttp.ClientError, TimeoutError) as error:
         return _broken(error, server.url)
     return None
 
@@ -368,18 +377,18 @@ class _Chunk(msgspec.Struct):
 _decode = msgspec.json.Decoder(_Chunk).decode
 
 
-def _client(server: Server, api_key: str | None = None, silence: float = 600) -> httpx.AsyncClient:
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+def _client(
+    api_key: str | None = None, silence: float = 600, headers: Mapping[str, str] | None = None
+) -> aiohttp.ClientSession:
+    own = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
     if api_key is not None:
-        headers["Authorization"] = f"Bearer {api_key}"
-    return httpx.AsyncClient(
-        base_url=server.url,
-        headers=headers,
+        own["Authorization"] = f"Bearer {api_key}"
+    return aiohttp.ClientSession(
+        headers={**own, **(headers or {})},
         # Servers drop idle connections after some five seconds; a request must not meet one that is just being dropped.
-        limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2),
-        timeout=httpx.Timeout(30, read=silence, pool=None),
-        verify=server.url.startswith("https"),  # reading the certificates takes longer than a request
-        trust_env=False,
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=silence),
+        cookie_jar=aiohttp.DummyCookieJar(),
     )
 
 
@@ -403,10 +412,10 @@ def _message(error: Any) -> str:
     return str(error)
 
 
-def _broken(error: httpx.HTTPError, url: str) -> Fault:
-    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+def _broken(error: aiohttp.ClientError | TimeoutError, url: str) -> Fault:
+    if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
         return Fault("no connection", f"nobody answers at {url}; is the server running there?")
-    if isinstance(error, httpx.TimeoutException):
+    if isinstance(error, TimeoutError):
         return Fault("silence", "it has stopped answering; is the server stuck?")
     return Fault("connection cut", _one_line(f"the server cut the connection ({error})", "look at its own log"))
 

@@ -47,8 +47,8 @@ Layouts = Mapping[Layout, Running]
 class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One way to run the trace. rate: (prompt + generated) tokens/s; busy: share of the time of each rank.
 
-    predicted: the rate that the simulator foretells of what one stage's iterations took, alone, and of what an exchange
-        takes.
+    predicted: the rate that the simulator foretells from what one rank's iterations took, and what an exchange takes.
+    learned: the same from what iterations took that went through these ranks one at a time.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     iterations: int
     busy: tuple[float, ...]
     predicted: float = 0.0
+    learned: float = 0.0
 
 
 class Iteration(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,8 +120,9 @@ def run(plan: Plan, say: Callable[[str], None]) -> Found:
             layout: stack.enter_context(plan.ranks(*layout))
             for layout in (ONE, STAGES, SHARED, MIXED)  # all there at once: who has no batch waits for one
         }
-        stage, turn = _learn(plan, layouts, say)
-        runs = [_foretold(plan, work, stage, turn, joins, one) for one in _trace(plan, layouts, work, say)]
+        say("what an iteration costs")
+        costs = {layout: _learn(plan, layouts[layout][0]) for layout in (ONE, STAGES, SHARED)}
+        runs = [_foretold(plan, work, costs, joins, one) for one in _trace(plan, layouts, work, say)]
         return Found(text, runs, _iterations(plan, layouts, say), joins)
 
 
@@ -150,12 +152,10 @@ class _Timed:
         self._device.forget_all()
 
 
-def _learn(plan: Plan, layouts: Layouts, say: Callable[[str], None]) -> tuple[StageCost, float]:
-    """What one stage's iterations cost, from another work than the one that is foretold; and a turn of the host."""
-    say("what an iteration costs")
+def _learn(plan: Plan, engine: Engine) -> tuple[StageCost, float]:
+    """What iterations cost, one at a time, in another work than the one that is foretold; and a turn of the host."""
     longest = plan.inside.max_model_len
     text = f"burst:in=16-{min(600, longest * 4 // 5)},out=1-{min(60, longest // 5)},n={max(16, plan.requests // 2)}"
-    engine, _ = layouts[ONE]
     timed = _Timed(engine.device)
     setup = Setup(name="learn", policy=DEFAULT, max_batch_size=plan.batch)
     learning = msgspec.structs.replace(engine, device=timed)
@@ -163,20 +163,27 @@ def _learn(plan: Plan, layouts: Layouts, say: Callable[[str], None]) -> tuple[St
     return fit_stage(timed.samples[2:]), statistics.median(timed.between)
 
 
-def _foretold(plan: Plan, work: Work, stage: StageCost, turn: float, joins: Sequence[Joined], one: Run) -> Run:
-    """With the simulator's rate: one stage's cost, cut at the layers at which the engine cuts it, or shared out."""
+def _foretold(
+    plan: Plan, work: Work, costs: Mapping[Layout, tuple[StageCost, float]], joins: Sequence[Joined], one: Run
+) -> Run:
+    """With the simulator's rates. Costs are cut at the layers at which the engine cuts them."""
     tensor = len(one.busy) // one.stages
     layers = plan.layers(one.stages)
+    setup = Setup(name="", policy=_POLICIES[one.policy], max_batch_size=plan.batch, depth=len(layers))
+    tokens = sum(len(item.prompt_ids) + item.max_tokens for item in work.items)
+
+    def rate(stage: StageCost, turn: float) -> float:
+        model = CostModel(stages=split_layers(stage, layers), turn=turn)
+        records, _ = simulate(arrivals_of(work), setup.config(plan.inside), model, model.host)
+        return tokens / max(record.token_times[-1] for record in records)
+
+    alone, turn = costs[ONE]
     if tensor > 1:
         few, many = joins[0], joins[-1]
         per_row = max(0.0, (many.fixed - few.fixed) / (many.rows - few.rows))
-        stage = share_layers(stage, sum(layers), tensor, few.fixed, per_row)
-    model = CostModel(stages=split_layers(stage, layers), turn=turn)
-    setup = Setup(name="", policy=_POLICIES[one.policy], max_batch_size=plan.batch, depth=len(layers))
-    records, _ = simulate(arrivals_of(work), setup.config(plan.inside), model, model.host)
-    seconds = max(record.token_times[-1] for record in records)
-    tokens = sum(len(item.prompt_ids) + item.max_tokens for item in work.items)
-    return msgspec.structs.replace(one, predicted=tokens / seconds)
+        alone = share_layers(alone, sum(layers), tensor, few.fixed, per_row)
+    learned = rate(*costs[tensor, one.stages, one.threads, "separate"])
+    return msgspec.structs.replace(one, predicted=rate(alone, turn), learned=learned)
 
 
 def _trace(plan: Plan, layouts: Layouts, work: Work, say: Callable[[str], None]) -> list[Run]:
@@ -248,9 +255,11 @@ def show(found: Found, console: Any) -> None:
     """Three tables on a rich console."""
     from rich.table import Table
 
-    console.print(f"All at once: {found.work}; medians of rounds.")
+    console.print(
+        f"All at once: {found.work}; medians of rounds. Foretold from one rank's iterations, and by its ranks'."
+    )
     base = found.runs[0].rate
-    head = ("", "ranks", "threads", "tokens/s", "foretold", "by one stage", "iterations", "busy")
+    head = ("", "ranks", "threads", "tokens/s", "foretold", "by its ranks", "by one stage", "iterations", "busy")
     table = Table(*head, box=None)
     for one in found.runs:
         table.add_row(
@@ -259,6 +268,7 @@ def show(found: Found, console: Any) -> None:
             str(one.threads),
             f"{one.rate:.0f}",
             f"{one.predicted:.0f}",
+            f"{one.learned:.0f}",
             f"{one.rate / base:.2f}",
             str(one.iterations),
             " ".join(f"{share:.0%}" for share in one.busy),
