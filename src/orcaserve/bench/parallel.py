@@ -17,7 +17,7 @@ import msgspec
 
 from orcaserve.bench import measures
 from orcaserve.bench.paper.drive import drive
-from orcaserve.bench.paper.engine import Device, Engine, Setup
+from orcaserve.bench.paper.engine import Engine, Setup
 from orcaserve.bench.simulation import arrivals_of
 from orcaserve.bench.workloads import Work
 from orcaserve.bench.workloads.spec import make
@@ -120,47 +120,53 @@ def run(plan: Plan, say: Callable[[str], None]) -> Found:
             layout: stack.enter_context(plan.ranks(*layout))
             for layout in (ONE, STAGES, SHARED, MIXED)  # all there at once: who has no batch waits for one
         }
-        say("what an iteration costs")
-        costs = {layout: _learn(plan, layouts[layout][0]) for layout in (ONE, STAGES, SHARED)}
-        runs = [_foretold(plan, work, costs, joins, one) for one in _trace(plan, layouts, work, say)]
+        learners = {layout: _Learner(layouts[layout][0]) for layout in (ONE, STAGES, SHARED)}
+        runs = _trace(plan, layouts, learners, work, say)
+        costs = {layout: learner.cost for layout, learner in learners.items()}
+        runs = [_foretold(plan, work, costs, joins, one) for one in runs]
         return Found(text, runs, _iterations(plan, layouts, say), joins)
 
 
-class _Timed:
-    """A device that notes what each batch held and how long it took, and the time between batches. One in flight."""
+class _Learner:
+    """What iterations cost an engine, one in flight; the device of its own runs, whose batches it notes."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self.samples: list[tuple[Size, float]] = []
-        self.between: list[float] = []
+    def __init__(self, engine: Engine) -> None:
+        self._engine = msgspec.structs.replace(engine, device=self)
+        self._device = engine.device
+        self._samples: list[tuple[Size, float]] = []
+        self._between: list[float] = []
         self._ended: float | None = None
+
+    @property
+    def cost(self) -> tuple[StageCost, float]:
+        """Of all its ranks as if they were one; and a turn of the host, in seconds."""
+        return fit_stage(self._samples), statistics.median(self._between)
+
+    def learn(self, plan: Plan, number: int) -> None:
+        """From another work than the one that is foretold."""
+        longest = plan.inside.max_model_len
+        text = f"burst:in=16-{min(600, longest * 4 // 5)},out=1-{min(60, longest // 5)},n={max(16, plan.requests // 4)}"
+        self._ended = None
+        known = len(self._samples)
+        setup = Setup(name="learn", policy=DEFAULT, max_batch_size=plan.batch)
+        drive(self._engine, make(text, vocab=self._engine.vocab_size, seed=plan.seed + number), setup)
+        del self._samples[known : known + 2]  # they warm up
 
     def submit(self, batch: Batch) -> Pending:
         now = time.perf_counter()
         if self._ended is not None:
-            self.between.append(now - self._ended)
+            self._between.append(now - self._ended)
         self._batch, self._began, self._pending = batch, now, self._device.submit(batch)
         return self
 
     def result(self) -> StepResult:
         result = self._pending.result()
         self._ended = time.perf_counter()
-        self.samples.append((size(self._batch), self._ended - self._began))
+        self._samples.append((size(self._batch), self._ended - self._began))
         return result
 
     def forget_all(self) -> None:
         self._device.forget_all()
-
-
-def _learn(plan: Plan, engine: Engine) -> tuple[StageCost, float]:
-    """What iterations cost, one at a time, in another work than the one that is foretold; and a turn of the host."""
-    longest = plan.inside.max_model_len
-    text = f"burst:in=16-{min(600, longest * 4 // 5)},out=1-{min(60, longest // 5)},n={max(16, plan.requests // 2)}"
-    timed = _Timed(engine.device)
-    setup = Setup(name="learn", policy=DEFAULT, max_batch_size=plan.batch)
-    learning = msgspec.structs.replace(engine, device=timed)
-    drive(learning, make(text, vocab=engine.vocab_size, seed=plan.seed + 1), setup)
-    return fit_stage(timed.samples[2:]), statistics.median(timed.between)
 
 
 def _foretold(
@@ -186,8 +192,13 @@ def _foretold(
     return msgspec.structs.replace(one, predicted=rate(alone, turn), learned=learned)
 
 
-def _trace(plan: Plan, layouts: Layouts, work: Work, say: Callable[[str], None]) -> list[Run]:
-    """One stage of one thread, then two: continuous, and static with a batch's rows dealt out as microbatches."""
+def _trace(
+    plan: Plan, layouts: Layouts, learners: Mapping[Layout, _Learner], work: Work, say: Callable[[str], None]
+) -> list[Run]:
+    """One stage of one thread, then two: continuous, and static with a batch's rows dealt out as microbatches.
+
+    Before each round what iterations cost is learned, at the pace that the machine has then.
+    """
     ways = [
         ("one stage", ONE, DEFAULT),
         ("two stages", STAGES, DEFAULT),
@@ -197,6 +208,9 @@ def _trace(plan: Plan, layouts: Layouts, work: Work, say: Callable[[str], None])
     ]
     found: dict[str, list[Run]] = {name: [] for name, *_ in ways}
     for number in range(plan.rounds):
+        say(f"round {number + 1} of {plan.rounds}: what iterations cost")
+        for learner in learners.values():
+            learner.learn(plan, number + 1)
         for name, layout, policy in ways:
             say(f"round {number + 1} of {plan.rounds}: {name}")
             tensor, pipeline, threads, _ = layout
