@@ -144,7 +144,8 @@ def server_from(name: str, text: str) -> Server:
     """A server at URL or URL#MODEL, with or without /v1. ValueError says what is wrong."""
     match = re.fullmatch(r"(https?://[^/#\s][^#\s]*?)(?:/v1)?/*(?:#(.+))?", text)
     try:
-        is_url = match is not None and bool(urlsplit(match[1]).hostname) and (urlsplit(match[1]).port or 80) > 0
+        parts = urlsplit(match[1] if match else "")
+        is_url = parts.hostname is not None and parts.port != 0
     except ValueError:
         is_url = False
     if match is None or not is_url:
@@ -230,7 +231,7 @@ async def send(
     limit: AbstractAsyncContextManager[Any] = nullcontext()
     if server.concurrency is not None:
         limit = asyncio.Semaphore(server.concurrency)
-    async with _client(api_key, silence, headers or {}) as client, asyncio.TaskGroup() as tasks:
+    async with _client(api_key, silence, headers) as client, asyncio.TaskGroup() as tasks:
         start = time.perf_counter()
 
         async def one(reply: Reply) -> None:
