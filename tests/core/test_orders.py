@@ -204,18 +204,58 @@ def test_fair_shares_follow_the_weights() -> None:
     assert got["a"] / got["b"] == pytest.approx(3, rel=0.15)
 
 
-def test_fair_time_without_requests_is_no_credit() -> None:
-    w = world("fair", max_batch_size=1)
+@pytest.mark.parametrize(("credit", "first"), [(0, 1), (4, 1), (10, 2), (22, 3), (1000, 6)])
+def test_fair_time_without_requests_is_no_credit_but_so_much(credit: int, first: int) -> None:
+    """Each request counts 2 + 2 × 5 = 12; `first`: how many go at once of who comes back."""
+    w = world(f"fair,credit={credit}", max_batch_size=1)
     w.submit((1,), 1, tenant="idle")
     w.drain()
     for _ in range(20):
         w.submit((1, 2), 5, tenant="busy")
-    w.step(50)
+    w.step(52)
     w.rows.clear()
     back = [w.submit((5, 6), 5, tenant="idle") for _ in range(6)]
-    w.step(60)
+    w.drain()
     served = ["idle" if id in back else "busy" for id in started(w)]
-    assert served[:7].count("busy") >= 3, served
+    assert served[0] == "busy", "who runs goes on"
+    own, others = served[1:].index("idle"), served.count("busy")
+    assert own <= 1, "a turn of the others at most"
+    assert served[own + 1 :].index("busy") == first, served
+    assert others > 6
+
+
+def test_fair_who_asks_for_little_does_not_wait_for_a_turn_of_the_others() -> None:
+    w = world("fair,credit=100", max_batch_size=1)
+    for _ in range(30):
+        w.submit((1, 2), 5, tenant="flood")
+    for _ in range(4):
+        w.step(32)  # six requests of the flood, and a part of the seventh
+        polite = w.submit((3, 4), 5, tenant="polite")
+        w.rows.clear()
+        w.step(8)
+        assert started(w)[1] == polite
+    w.drain()
+
+
+@pytest.mark.parametrize("credit", [0, 100])
+def test_fair_reads_a_prompt_of_a_newcomer_before_the_rest_of_one_that_runs(credit: int) -> None:
+    """Unless it would not have gone first when that one was let in."""
+    w = world(f"fair,credit={credit}", max_batch_size=8, max_batch_tokens=16)
+    w.submit((9,) * 40, 3, tenant="flood")
+    w.drain()
+    flood = [w.submit(tuple(range(number, number + 40)), 3, tenant="flood") for number in range(3)]
+    w.step(2)
+    polite = w.submit((3,) * 16, 3, tenant="polite")
+    w.step()
+    assert w.rows[-1] == ([polite] if credit else [flood[0], flood[1]])
+    w.drain()
+
+
+def test_a_chunk_is_not_taken_from_who_came_first() -> None:
+    w = world("default", max_batch_size=8, max_batch_tokens=16)
+    ids = [w.submit(tuple(range(number, number + 40)), 3) for number in range(3)]
+    w.step(3)
+    assert w.rows[-3:] == [[ids[0]], [ids[0]], [ids[0], ids[1]]]
     w.drain()
 
 
@@ -241,7 +281,7 @@ def serve(order: Fair, waiting: Waiting, num_generated: int = 1) -> None:
 
 def test_fair_tenants_that_are_gone_are_forgotten_without_a_gain() -> None:
     """Three times as many tenants as it remembers have a request each, all at once."""
-    order = Fair(FairOptions())
+    order = Fair(FairOptions(credit=0))
     waiting = Waiting(order)
     for number in range(3 * MOST_GONE):
         wait(order, waiting, f"tenant {number}", number)
@@ -310,7 +350,10 @@ def fair_life(seed: int, order: type[Fair], policy: str) -> float:
     return gap.widest / gap.bound
 
 
-@pytest.mark.parametrize("policy", ["fair", "orca,order=fair", "fair,weights=a:2+b:0.5"])
+@pytest.mark.parametrize(
+    "policy",
+    ["fair,credit=0", "orca,order=fair,credit=0", "fair,credit=20,weights=a:2+b:0.5", "orca,order=fair,credit=9"],
+)
 def test_fair_the_gap_keeps_to_the_published_bound(policy: str) -> None:
     base = random.SystemRandom().randrange(10**9)
     widest = 0.0
@@ -324,7 +367,7 @@ def test_fair_the_gap_keeps_to_the_published_bound(policy: str) -> None:
 def test_fair_the_bound_catches_other_counters(broken: type[Fair]) -> None:
     with pytest.raises(InvariantError, match="about the same"):
         for seed in range(60):
-            fair_life(seed, broken, "orca,order=fair")
+            fair_life(seed, broken, "orca,order=fair,credit=0")
 
 
 # -- deadline ----------------------------------------------------------------------------------------------------
@@ -440,10 +483,11 @@ def test_every_order_has_a_default_for_every_option_and_says_what_it_is() -> Non
     [
         ("fastest", "there is no policy 'fastest'"),
         ("orca,order=fastest", "there is no order 'fastest'"),
-        ("fair,weight=a:1", "its options: input, output, weights"),
+        ("fair,weight=a:1", "its options: input, output, credit, weights"),
         ("fair,weights=a", "'a' is no tenant:weight"),
         ("fair,weights=a:0", "weight above 0"),
         ("fair,input=nan", "numbers from 0"),
+        ("fair,credit=-1", "credit is a number from 0"),
         ("priority,ageing=-1", "from 0, or inf"),
         ("priority,ageing=soon", "order 'priority'"),
         ("deadline,default=inf", "a number of seconds"),

@@ -88,9 +88,13 @@ class Budget:
 
     def _prompts(self, running: Sequence[Request], waiting: Waiting, kv: KVCacheManager) -> Iterator[tuple[int, int]]:
         """Where the prompts stand that come next, and how many tokens of each are left; in order, but for lanes."""
-        for request in running:
-            if request.lag > 1 and request.finish_reason is None:
-                yield request.num_computed, request.lag
-        for request in islice(waiting, max(0, self._most_rows - len(running))):
+        reading = [request for request in running if request.lag > 1 and request.finish_reason is None]
+        num_free = max(0, self._most_rows - len(running))
+        if reading and waiting and num_free and waiting.place(waiting.first) < reading[0].entry:
+            start = kv.known_prefix(waiting.first)
+            yield start, waiting.first.num_tokens - start
+        for request in reading:
+            yield request.num_computed, request.lag
+        for request in islice(waiting, num_free):
             start = kv.known_prefix(request)
             yield start, request.num_tokens - start

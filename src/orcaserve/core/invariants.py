@@ -202,7 +202,7 @@ class CheckedScheduler(Scheduler):
 
     def _check_gap(self) -> None:
         if self.gap is not None:
-            self.gap.look({request.new.tenant for request in self.waiting})
+            self.gap.look({one.new.tenant for one in self.waiting} - {one.new.tenant for one in self.passed})
             require(self.gap.widest <= self.gap.bound + 1e-6, "tenants that wait get about the same")
 
     def _check_batch(self, batch: Batch, num_running: int) -> None:

@@ -65,6 +65,9 @@ class Order:
         It may set `request.key`, and then `moved`.
         """
 
+    def passed_over(self, request: Request) -> None:
+        """Others may have been admitted before a request that waits for a prefix which one that runs computes."""
+
     def ended(self, request: Request) -> None:
         """A request is gone: it has all its tokens, failed, or was aborted."""
 
@@ -107,6 +110,10 @@ class Waiting:
                 heapreplace(heads, (risen, key, arrival, lane))
             else:
                 return head
+
+    def place(self, request: Request) -> tuple[float, float, int]:
+        """Of a request among all; the least goes first."""
+        return self._order.rank(request.lane), request.key, request.arrival
 
     def has_lane(self, name: str) -> bool:
         return name in self._lanes

@@ -151,6 +151,7 @@ class Request:
         "block_keys",
         "block_table",
         "end_token_ids",
+        "entry",
         "finish_reason",
         "id",
         "is_described",
@@ -187,6 +188,7 @@ class Request:
         self.timer = Timer(arrived - waited, len(new.token_ids) - 1 if len(new.token_ids) > new.num_prompt else 0)
         self.lane = ""  # where it waits, and its place there: the order's
         self.key = 0.0
+        self.entry = (0.0, 0.0, arrival)  # its place among all when it was let in
         self.token_ids: list[int] = list(new.token_ids)
         self.num_computed = 0  # tokens whose K and V are stored (batches in flight included)
         self.ahead_below = 0  # with fewer known tokens it may be scheduled before it has the next one: the scheduler's

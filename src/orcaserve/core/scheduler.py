@@ -98,6 +98,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._held: list[Output] = []  # what a request-level batch returns at its end
         self._yielding: list[Request] = []  # who does not go ahead now, to be in no batch when the next one is made
+        self.passed: list[Request] = []  # by whom others passed in the last schedule(), as it waits for their prefix
 
     @property
     def num_steps(self) -> int:
@@ -149,6 +150,7 @@ class Scheduler:
         """The next iteration, or None if nothing can run now: nothing is ready, or memory waits for a batch's end."""
         self._put_in_order()
         self._yielding.clear()
+        self.passed.clear()
         if self.order.preempts:
             self._make_way(now)
             self._put_in_order()
@@ -162,12 +164,13 @@ class Scheduler:
         num_own = 0
         is_alone = self.budget.lanes == 1
         alike, block_size, yielding = self.policy.alike, self.kv.block_size, self._yielding
+        merges = self.policy.cuts_prompts  # prompts are read in order, whether their requests run yet or not
         ready, quiet = self._ready(), list[Request]()  # who is chosen, and not told to the sealer yet
         for request in ready:
             if tokens_left == 0:
                 break
             own = 1 if is_alone or not request.num_in_flight else 0
-            if own and num_own == row_limit:
+            if own and num_own >= row_limit:
                 continue
             start, num_tokens = request.num_computed, 1
             if start < request.quiet_below and start < request.num_known_slots:  # as for most
@@ -181,6 +184,11 @@ class Scheduler:
             if not request.block_table or request in yielding:  # for an older one, a moment ago
                 continue
             if request_level or len(request.token_ids) - start > 1:
+                if merges and self.waiting and not closed and self.num_preemptions == num_preemptions:
+                    num_own, tokens_left, closed = self._let_in(num_own, tokens_left, now, request.entry)
+                    self._put_in_order()
+                    if tokens_left == 0 or (own and num_own >= row_limit):
+                        continue
                 start, num_tokens = self._shape(request, tokens_left)
             if alike and not self._joins((start, num_tokens)):
                 continue
@@ -194,21 +202,10 @@ class Scheduler:
             tokens_left -= num_tokens
         self.sealer.add_quiet(quiet)
         # Who was preempted just now would be let in again at once, and the memory was not for him.
-        closed = closed or self.num_preemptions > num_preemptions
-        held_back: list[Request] = []
-        while not closed and self.waiting and num_own < self.config.max_batch_size and tokens_left > 0:
-            request = self.waiting.first
-            if len(held_back) < self.config.max_batch_size and self.kv.awaits(request, self.running):
-                self.waiting.remove(request)
-                held_back.append(request)
-                continue
-            if not self._joins(self._first_shape(request, tokens_left)) or not self._admit(request, now):
-                break  # stop, not skip: nobody overtakes
-            start, num_tokens = self._shape(request, tokens_left)
-            self.sealer.add(request, start, num_tokens, now)
-            num_own += 1
-            tokens_left -= num_tokens
-        for request in held_back:
+        if not closed and self.num_preemptions == num_preemptions:
+            num_own, tokens_left, _ = self._let_in(num_own, tokens_left, now)
+        for request in self.passed:
+            self.order.passed_over(request)
             self.waiting.add(request)
         if self.decisions is not None:
             self._say_who_waits(self.decisions, ready, num_own, tokens_left, has_begun)
@@ -245,6 +242,40 @@ class Scheduler:
         return self._return_together(outputs) if self.policy.request_level else tuple(outputs)
 
     # -- deciding ------------------------------------------------------------------------------------------------
+
+    def _let_in(
+        self,
+        num_own: int,
+        tokens_left: int,
+        now: float,
+        before: tuple[float, float, int] | None = None,
+    ) -> tuple[int, int, bool]:
+        """Admits who waits, in order, and gives each a row. Who waits for a prefix is passed over, out of the queue.
+
+        before: where the running request stands that would read its prompt otherwise: only those that come before that
+        place, and as long as all that run can have rows. Nobody is passed over then: the prefix may be what it reads.
+        Returns how many rows there are and tokens are left then, and whether the first that waits cannot run now.
+        """
+        most = self.config.max_batch_size
+        while self.waiting and num_own < most and tokens_left > 0:
+            request = self.waiting.first
+            if before is not None and (
+                self._place(request) > before
+                or len(self.running) >= most * self.budget.lanes
+                or self.kv.awaits(request, self.running)
+            ):
+                break
+            if len(self.passed) < most and self.kv.awaits(request, self.running):
+                self.waiting.remove(request)
+                self.passed.append(request)
+                continue
+            if not self._joins(self._first_shape(request, tokens_left)) or not self._admit(request, now):
+                return num_own, tokens_left, True  # stop, not skip: nobody overtakes
+            start, num_tokens = self._shape(request, tokens_left)
+            self.sealer.add(request, start, num_tokens, now)
+            num_own += 1
+            tokens_left -= num_tokens
+        return num_own, tokens_left, False
 
     def _ready(self) -> list[Request]:
         """Running requests with something to compute that the host need not know, in the order in which they choose."""
@@ -388,6 +419,7 @@ class Scheduler:
         if not self.kv.admit(request, self.policy.room(request), spare):
             return False
         request.timer.returning = max(0, num_swapped - request.num_published * self.kv.block_size)
+        request.entry = self._place(request)
         self.order.started(request, now)
         if request.num_cached is None:
             request.num_cached = request.num_computed
@@ -399,7 +431,7 @@ class Scheduler:
 
     def _place(self, request: Request) -> tuple[float, float, int]:
         """Among all requests; the least goes first, the greatest is preempted first."""
-        return self.order.rank(request.lane), request.key, request.arrival
+        return self.waiting.place(request)
 
     def _wait(self, request: Request, now: float) -> None:
         request.key = self.order.key(request, now)

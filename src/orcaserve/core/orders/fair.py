@@ -15,16 +15,20 @@ MOST_GONE = 1024  # tenants without a request whose counters are kept
 class FairOptions(OrderOptions, frozen=True, kw_only=True):
     """input, output: what a token of a prompt that the cache does not hold, and a generated one, count.
 
+    credit: so much of what somebody has got less than others before he comes back is kept for him. 0: as published.
     weights: alice:2+bob:1 entitles alice to twice as much as bob; who is not named has 1.
     """
 
     input: float = 1.0
     output: float = 2.0
+    credit: float = 2048.0
     weights: str = ""
 
     def __post_init__(self) -> None:
         if not (0 <= self.input < float("inf") and 0 <= self.output < float("inf") and self.input + self.output > 0):
             raise ValueError("input and output are numbers from 0, and one of them is above")
+        if not 0 <= self.credit < float("inf"):
+            raise ValueError("credit is a number from 0")
         self.shares()
 
     def shares(self) -> dict[str, float]:
@@ -54,13 +58,17 @@ class Fair(Order):
 
     A tenant's counter grows by input × (prompt tokens to compute) / weight when a request of his is first admitted, and
     by output / weight with each token that he gets. The tenant of the least counter who waits goes first; his requests
-    go by arrival. When somebody comes who does not wait, his counter is lifted to the least of those who do, or, if
-    nobody does, to that of the one who was admitted last: time without requests is no credit.
+    go by arrival. When somebody comes who does not wait, his counter is lifted to `credit` below the level: the least
+    counter of those who do, or, if nobody does, that of the one who was admitted last; in any case the greatest that
+    somebody had when he was admitted. So time without requests is no credit but this. Without it (0, as published) who
+    asks for less than his share waits for a turn of all others with each request; with it he waits for none.
 
-    Bound (theorem 4.4): of two tenants that both wait all through an interval, neither gets more than 2 U of service
-    over weight more than the other; U = input × (longest prompt) + output × (tokens that one tenant's running requests
-    still generate), over the least weight. Where admission reserves, and output ≥ input, the published
-    U = max(input × (longest prompt), output × (slots of the KV cache)) is enough.
+    Bound (theorem 4.4): of two tenants that both wait all through an interval, neither gets more than 2 U + credit of
+    service over weight more than the other; U = input × (longest prompt) + output × (tokens that one tenant's running
+    requests still generate), over the least weight. Where admission reserves, and output ≥ input, the published
+    U = max(input × (longest prompt), output × (slots of the KV cache)) is enough. For a counter of those who wait is at
+    most U above the level, where it was at its last admission, and at most `credit` below; once both wait, the lesser
+    goes first, so that they only come closer until they are U apart.
 
     A tenant without requests is forgotten as soon as his counter would be lifted anyway, or when MOST_GONE others are
     gone, the least counter first. Then who is unknown begins at the greatest counter that was forgotten so: to be
@@ -76,7 +84,7 @@ class Fair(Order):
         self._tenants: dict[str, _Tenant] = {}
         self._gone: list[tuple[float, str]] = []  # a heap of those without requests; some have come back since
         self._last: _Tenant | None = None  # whose request was admitted last
-        self._least = 0.0  # who waits has this counter or more: that of whoever was admitted last, before it grew
+        self._level = 0.0  # the greatest counter that somebody had when he was admitted, before it grew
         self._forgotten = 0.0
 
     def lane(self, request: Request) -> str:
@@ -93,25 +101,32 @@ class Fair(Order):
         tenant.requests += 1
         if waiting.has_lane(name):
             return
+        level = self._level
         if waiting:
-            tenant.counter = max(tenant.counter, self.rank(waiting.first.lane))
+            level = max(level, self.rank(waiting.first.lane))
         elif self._last is not None:
-            tenant.counter = max(tenant.counter, self._last.counter)
+            level = max(level, self._last.counter)
+        tenant.counter = max(tenant.counter, level - self.told.credit)
         self.moved = True
 
     def key(self, request: Request, now: float) -> float:
-        # A tenant who only ran, and is preempted now, has not waited either.
-        tenant = self._tenants[request.lane]
-        if tenant.counter < self._least:
-            tenant.counter = self._least
-            self.moved = True
+        self._lift(request)  # a tenant who only ran, and is preempted now, has not waited either
         return 0.0
+
+    def passed_over(self, request: Request) -> None:
+        self._lift(request)
+
+    def _lift(self, request: Request) -> None:
+        tenant, least = self._tenants[request.lane], self._level - self.told.credit
+        if tenant.counter < least:
+            tenant.counter = least
+            self.moved = True
 
     def started(self, request: Request, now: float) -> None:
         if request.num_cached is not None:  # it was preempted, and had been paid for
             return
         tenant = self._last = self._tenants[request.lane]
-        self._least = max(self._least, tenant.counter)
+        self._level = max(self._level, tenant.counter)
         tenant.counter += self.told.input * (request.num_tokens - request.num_computed) * tenant.cost
         self.moved = True
         self._forget()
@@ -130,11 +145,11 @@ class Fair(Order):
             self._forget()
 
     def _forget(self) -> None:
-        gone = self._gone
-        while gone and (gone[0][0] <= self._least or len(gone) > MOST_GONE):
+        gone, least = self._gone, self._level - self.told.credit
+        while gone and (gone[0][0] <= least or len(gone) > MOST_GONE):
             counter, name = heappop(gone)
             tenant = self._tenants.get(name)
             if tenant is not None and not tenant.requests and tenant.counter == counter:
                 del self._tenants[name]
-                if counter > self._least:
+                if counter > least:
                     self._forgotten = max(self._forgotten, counter)

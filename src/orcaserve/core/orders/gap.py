@@ -28,12 +28,12 @@ class ServiceGap:
 
     @property
     def bound(self) -> float:
-        """2 U, in units of service."""
+        """2 U + credit, in units of service over weight."""
         told = self._told
         most = told.input * self._longest + told.output * self._generating
         if self._slots is not None and told.output >= told.input:
             most = min(most, max(told.input * self._longest, told.output * self._slots))
-        return 2 * most / self._least_share
+        return 2 * most / self._least_share + told.credit
 
     def admitted(self, request: Request, is_first: bool, running: Iterable[Request]) -> None:
         """A request runs, first or again; running: with it."""
@@ -50,7 +50,10 @@ class ServiceGap:
         self._add(request.new.tenant, self._told.output * num_tokens)
 
     def look(self, waiting: Iterable[str]) -> None:
-        """These tenants wait now, and those among them that waited when it looked last have done so all the time."""
+        """These tenants wait now, and those among them that waited when it looked last have done so all the time.
+
+        Who waits for a prefix, so that others pass by, is not among them.
+        """
         names = sorted(waiting)
         pairs = {}
         for i, one in enumerate(names):
