@@ -83,9 +83,10 @@ class AsyncLLM:
     """A model behind a request pool; owner of both. Use as `async with AsyncLLM(...) as llm`.
 
     model: a folder, a hub name, or the built-in model. options: the fields of EngineOptions, such as dtype or policy.
-    A prompt is a text, token ids, or chat messages. Sampling is told by `params`, or by fields named as in the HTTP API
-    (temperature=0, max_tokens=20, stop=["\\n"], seed=1, ...); what neither says is the model's own default, and
-    without max_tokens an answer may fill the context. `user`, `priority` and `timeout` mean what they do there.
+    A prompt is a text, token ids, or chat messages. Sampling is told by fields named as in the HTTP API (temperature=0,
+    max_tokens=20, stop=["\\n"], seed=1, ...), and what they do not say is the model's own default; or by `params`, and
+    then nothing is the model's: where they are silent, what it predicts is left as it is. Without max_tokens an answer
+    may fill the context. `user`, `priority` and `timeout` mean what they do in the HTTP API.
     Raises ModelError from `start`, RequestError from requests.
     """
 

@@ -172,6 +172,28 @@ def test_scoring_gives_the_prompt_and_nothing_else(client: httpx.Client) -> None
     assert longer["logprobs"]["token_logprobs"][:3] == choice["logprobs"]["token_logprobs"]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "skips", "text", "offsets"),
+    [
+        ("The fox", False, "The fox", [0, 0, 3]),  # a beginning that nobody has written
+        ("<s>The fox", True, "<s>The fox", [0, 0, 3, 6]),
+        ([0, 0], False, "<s><s>", [0, 3]),
+        ([0, 0], True, "", [0, 0]),
+    ],
+)
+def test_special_tokens_of_an_echo_are_where_they_are_written(
+    client: httpx.Client, prompt: str | list[int], skips: bool, text: str, offsets: list[int]
+) -> None:
+    body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 0, "skip_special_tokens": skips}
+    choice = complete(client, **body)["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == (text, offsets)
+
+
+def test_a_prompt_is_truncated_to_leave_room_for_what_is_said_by_default(client: httpx.Client) -> None:
+    body = {"prompt": list(range(5, 305)) * 4, "truncate_prompt_tokens": -1, "ignore_eos": True}
+    assert complete(client, **body)["usage"]["completion_tokens"] == 16
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_text_offsets_point_at_the_tokens(client: httpx.Client, seed: int) -> None:
     choice = complete(client, prompt="世界 fox", max_tokens=60, echo=True, logprobs=0, seed=seed)["choices"][0]

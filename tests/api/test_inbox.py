@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import msgspec
 import pytest
@@ -65,6 +66,37 @@ def test_who_is_ready_comes_in_first(inbox: SocketInbox, grammars: Grammars, slo
     assert isinstance(late, Submit) and late.request.id == 2
     assert late.waited > 0, "the time that it took counts as waiting"
     assert grammars.num_prepared == 3
+
+
+class Held:
+    """Compiles nothing; whoever prepares says when it is ready."""
+
+    def __init__(self) -> None:
+        self.ready: list[Callable[[], None]] = []
+        self.released: list[int] = []
+
+    def prepare(self, request: NewRequest, ready: Callable[[], None]) -> None:
+        self.ready.append(ready)
+
+    def release(self, id: int) -> None:
+        self.released.append(id)
+
+
+def test_an_abort_does_not_overtake_its_request_as_it_becomes_ready() -> None:
+    """The grammar is ready while the loop has the commands, and the abort comes at the same time."""
+    for _ in range(300):
+        inbox, held = SocketInbox(), Held()
+        inbox.grammars = held
+        inbox.put(submit(1, "g"))
+        threads = [threading.Thread(target=held.ready[0]), threading.Thread(target=inbox.put, args=(Abort(1),))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        inbox.put(Stop())
+        kinds = [type(command) for command in inbox.take(block=True)]
+        assert kinds in ([Submit, Abort, Stop], [Stop]), kinds
+        assert held.released == [1]
 
 
 def test_who_is_cancelled_while_its_grammar_is_compiled_leaves_nothing(

@@ -13,7 +13,7 @@ from api_world import make_model
 from orcaserve.core.config import EngineInfo
 from orcaserve.core.request import SamplingParams
 from orcaserve.serve.errors import ApiError
-from orcaserve.serve.job import Job, chat_job, completion_job
+from orcaserve.serve.job import _INLINE_CHARACTERS, Job, _weight, chat_job, completion_job
 from orcaserve.serve.protocol import ChatRequest, CompletionRequest, Message
 from orcaserve.serve.served_model import ServedModel
 
@@ -32,6 +32,13 @@ def make(folder: Path, generation: dict[str, Any]) -> ServedModel:
     make_model(folder)
     (folder / "generation_config.json").write_text(json.dumps(generation))
     return ServedModel("m", folder)
+
+
+def test_all_that_a_template_may_write_counts_before_it_runs_in_the_loop() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    for fields in ({"content": "x" * 9000}, {"tool_calls": [call] * 900}, {"reasoning_content": "x" * 9000}):
+        assert _weight(Message(role="assistant", **fields)) > _INLINE_CHARACTERS
+    assert _weight(Message(role="user", content="hello")) < 20
 
 
 def complete(model: ServedModel, **fields: Any) -> Job:

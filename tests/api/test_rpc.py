@@ -8,11 +8,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
 from api_world import Server, free_port
+
+from orcaserve.serve import errors
+from orcaserve.serve.stream import CutOff
 
 grpc = pytest.importorskip("grpc", reason="needs the extra orcaserve[grpc]")
 health_pb2 = pytest.importorskip("grpc_health.v1.health_pb2")
@@ -21,6 +24,8 @@ reflection_pb2 = pytest.importorskip("grpc_reflection.v1alpha.reflection_pb2")
 reflection_pb2_grpc = pytest.importorskip("grpc_reflection.v1alpha.reflection_pb2_grpc")
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # noqa: E402
+
+from orcaserve.serve.rpc.service import _CODES  # noqa: E402
 
 PROTO = Path(__file__).parent.parent.parent / "src" / "orcaserve" / "serve" / "rpc"
 SERVICE = "orcaserve.v1.OrcaServe"
@@ -162,6 +167,11 @@ def test_what_is_wrong_has_a_status(client: Client, fields: dict[str, Any], code
     assert error.code() == grpc.StatusCode[code], error.details()
     assert trailing(error)["error-param"] == param
     assert "Traceback" not in error.details()
+
+
+def test_whatever_cuts_a_response_off_has_a_status() -> None:
+    for why in get_args(CutOff):
+        assert errors.cut_off(why).status in _CODES, why
 
 
 def test_keys(rpc: Server, port: int) -> None:

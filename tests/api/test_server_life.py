@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -154,6 +155,19 @@ def test_a_drain_ends_in_time(model_dir: Path) -> None:
         assert "error" in chunks[-1]
         server.process.communicate(timeout=20)
         assert server.process.returncode == 0
+
+
+def test_what_a_drain_cuts_off_may_be_asked_for_again(model_dir: Path) -> None:
+    http = {"drain_seconds": 0.5}
+    with Server(model_dir, "--step-seconds", "0.1", http=http).ready() as server, server.client() as client:
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(httpx.post, f"{server.url}/v1/completions", json=LONG, timeout=30)
+            wait_for(lambda: metric(client, "num_requests_running") == 1)
+            server.process.send_signal(signal.SIGTERM)
+            response = waiting.result()
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+        assert response.headers["x-should-retry"] == "true" and "retry-after" in response.headers
+        server.process.communicate(timeout=20)
 
 
 def test_a_second_signal_ends_now(model_dir: Path) -> None:

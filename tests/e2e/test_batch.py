@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -11,6 +12,14 @@ from pathlib import Path
 
 import pytest
 from serving import Serving
+
+from orcaserve import builtin
+from orcaserve.core.config import EngineOptions
+from orcaserve.engine.messages import Step
+from orcaserve.serve import batch
+from orcaserve.serve.batch import run_batch
+from orcaserve.serve.pool import EngineFailed, Pool
+from orcaserve.serve.replica import Replica
 
 COUNT = 24
 
@@ -72,6 +81,32 @@ def test_a_batch_is_answered_as_by_the_server_and_goes_on_after_a_kill(served: S
             assert got[line["custom_id"]]["body"] == theirs and response.status_code == 400
     third = subprocess.run(command(source, target), capture_output=True, text=True, check=False)
     assert third.returncode == 0 and answers(target) == got, "nothing is left to do"
+
+
+def test_without_an_engine_nothing_is_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is given up in the middle: what is left is still to be asked by the next run."""
+
+    class Doomed(Pool):
+        """Gives its engine up for good after the first answers."""
+
+        def on_step(self, replica: Replica, step: Step) -> None:
+            super().on_step(replica, step)
+            if any(output.finish_reason for output in step.outputs) and self.failure is None:
+                replica._supervisor._give_up("it is broken")
+
+    monkeypatch.setattr(batch, "Pool", Doomed)
+    source, target = write(tmp_path / "in.jsonl", lines()), tmp_path / "out.jsonl"
+    told: list[tuple[int, int]] = []
+    options = EngineOptions(model=str(builtin.MODEL_DIR), threads=1)
+
+    async def main() -> None:
+        await run_batch("m", options, source, target, at_once=3, on_answer=lambda *done: told.append(done))
+
+    with pytest.raises(EngineFailed, match="it is broken"):
+        asyncio.run(main())
+    got = answers(target)
+    assert 0 < len(got) < COUNT and told[-1] == (len(got), COUNT)
+    assert {answer["status_code"] for answer in got.values()} == {200}
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_who_waits_past_his_deadline_is_never_begun(tmp_path: Path) -> None:
             ]
             patient = pool.submit((8,), FEW, terms=Terms(first_by=now + 600, end_by=now + 600))
             for tokens, reason, last in await gather_all(late):
-                assert (tokens, reason, last.expired) == ([], "error", "deadline_passed")
+                assert (tokens, reason, last.cut_off) == ([], "error", "deadline_passed")
             assert time.monotonic() - now >= 0.299
             assert (pool.num_waiting, pool.num_unfinished) == (2, 2), "the first iteration has told nothing yet"
             stall.unlink()
@@ -177,7 +177,7 @@ def test_who_is_in_his_first_iteration_does_not_wait_any_more(tmp_path: Path) ->
             assert time.monotonic() - now >= 0.299
             stall.unlink()
             tokens, reason, last = await gather(stream)
-            assert (len(tokens), reason, last.expired) == (4, "length", None)
+            assert (len(tokens), reason, last.cut_off) == (4, "length", None)
 
     run(main())
 
@@ -190,7 +190,7 @@ def test_who_runs_past_his_time_ends_with_what_he_has() -> None:
             stream = submit(pool, LONG, terms=Terms(end_by=now + 0.4))
             soft = submit(pool, Wish((4,), 5, 60), terms=Terms(first_by=now + 0.2))  # a first token is enough
             tokens, reason, last = await gather(stream)
-            assert (reason, last.expired) == ("error", "timeout")
+            assert (reason, last.cut_off) == ("error", "timeout")
             assert tokens == LONG.answer()[0][: len(tokens)]
             assert tokens
             assert (await gather(soft))[0] == Wish((4,), 5, 60).answer()[0]
@@ -205,7 +205,7 @@ def test_what_cannot_be_met_is_refused_at_the_door() -> None:
         async with pool_of("--step-seconds", "0.02", options=ALONE) as pool:
             # Nobody is there: it is tried, whatever has been learnt.
             tried = pool.submit((1,), FEW, terms=Terms(end_by=time.monotonic() + 0.001))
-            assert (await gather(tried))[2].expired is not None
+            assert (await gather(tried))[2].cut_off is not None
             running = await busy(pool)
             for _ in range(20):
                 await anext(running)
@@ -285,7 +285,7 @@ def test_a_deadline_passes_while_there_is_no_engine(tmp_path: Path) -> None:
             now = time.monotonic()
             late = pool.submit((5,), FEW, terms=Terms(first_by=now + 0.2))
             patient = pool.submit((5,), FEW, terms=Terms(first_by=now + 60))
-            assert (await gather(late))[2].expired == "deadline_passed"
+            assert (await gather(late))[2].cut_off == "deadline_passed"
             assert pool.num_waiting == 1
             loading.unlink()
             assert (await gather(patient))[1] == "length"

@@ -143,7 +143,7 @@ def test_what_becomes_of_a_choice_that_waits_for_its_reader(how: str) -> None:
             expected, length = wish.answer()
             assert tokens == expected[: len(tokens)]
             if how == "timeout":
-                assert last.expired == "timeout"
+                assert last.cut_off == "timeout"
             else:
                 assert (tokens, reason) == (expected, length)
 
@@ -292,7 +292,8 @@ def test_drain_has_a_limit() -> None:
             stream = submit(pool, LONG)
             await anext(stream)
             assert not await pool.drain(0.01)
-            assert (await gather(stream))[1] == "error"
+            _, reason, last = await gather(stream)
+            assert (reason, last.cut_off) == ("error", "draining")
 
     run(main())
 

@@ -10,16 +10,24 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 from pool_world import PATIENCE, Wish, gather, is_alive, run, submit, until, wishes
 
 from orcaserve.core.config import EngineOptions
+from orcaserve.executors.hosts import _accept
+from orcaserve.executors.link import connect
+from orcaserve.executors.messages import Joined
 from orcaserve.serve.pool import Pool
+from orcaserve.serve.relay import Offer, _host
 
 HOST = str(Path(__file__).with_name("ledger_host.py"))
 POISON = 5000  # outside of the vocabulary, so that no other request has it
@@ -124,6 +132,35 @@ def test_poison_on_a_remote_engine_ends_alone(tmp_path: Path) -> None:
             assert [(tokens, reason) for tokens, reason, _ in got] == [wish.answer() for wish in innocent]
 
     run(main())
+
+
+@pytest.mark.parametrize("door", [_accept, _host])
+def test_a_host_of_another_command_is_sent_away(door: Callable[..., object]) -> None:
+    """It knows the secret, but has come to the wrong port; whoever is meant comes after it."""
+    secret = secrets.token_bytes(32)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address: tuple[str, int] = listening.getsockname()
+        if door is _accept:  # it listens by itself
+            listening.close()
+            waits = partial(door, address, secret, 2, None)
+            wrong, right = Offer(), Joined(1)
+        else:
+            waits = partial(door, listening, secret)
+            wrong, right = Joined(1), Offer()
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(waits)
+            links = []
+            for said in (wrong, right):
+                while True:
+                    try:
+                        links.append(connect(address, secret))
+                        break
+                    except ConnectionRefusedError:
+                        time.sleep(0.01)
+                links[-1].send(msgspec.msgpack.encode(said))
+            assert found.result(timeout=20)
+            for link in links:
+                link.close()
 
 
 def test_who_does_not_know_the_secret_is_not_let_in(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def test_any_mixture_of_deaths_aborts_poison_and_arrivals(count: int) -> None:
         options = EngineOptions(model="ledger", block_size=4, max_batch_size=8, check=True)
         engine = ("--blocks", "300", "--crash-on", str(POISON), "--step-seconds", "0.001")
         async with pool_of(*engine, options=options, replication=of(count)) as pool:
+            await all_ready(pool)  # an engine that is killed twice before it was ever ready is given up
             asked = innocent(150, seed)
             asked += [Wish((POISON, n), n, 9) for n in range(2)]
             rng.shuffle(asked)

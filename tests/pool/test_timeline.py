@@ -183,7 +183,7 @@ def test_a_request_is_cancelled_whosever_it_is() -> None:
             assert not pool.cancel(0), "it is gone"
             assert pool.cancel(1)
             for tokens, reason, last in await waiting:
-                assert (reason, last.expired) == ("error", "cancelled")
+                assert (reason, last.cut_off) == ("error", "cancelled")
                 assert len(tokens) < 200
             await until(lambda: pool.stats.num_running == 0, "the engine has forgotten them")
 

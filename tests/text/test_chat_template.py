@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from orcaserve.core.config import ModelError
 from orcaserve.serve.chat_template import ChatTemplate, TemplateError
+from orcaserve.serve.protocol import Tool
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
@@ -41,6 +43,20 @@ def test_as_transformers_renders() -> None:
     )
     assert ours == theirs[0]
     assert ours.startswith("<s>Be brief.")
+
+
+def test_tools_are_written_as_transformers_writes_them() -> None:
+    """Models have seen them in that order, and any other makes another prompt."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    function = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+    source = "{{ tools | tojson }}"
+    theirs, _ = render_jinja_template(
+        [MESSAGES], tools=[{"type": "function", "function": function}], chat_template=source
+    )
+    for sent in ({"type": "function", "function": function}, {"function": function, "type": "function"}):
+        shown = msgspec.to_builtins(msgspec.convert(sent, Tool))
+        assert ChatTemplate(source, {}).render(MESSAGES, tools=[shown]) == theirs[0]
 
 
 def test_a_template_says_what_it_does_not_take() -> None:

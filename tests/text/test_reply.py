@@ -12,6 +12,7 @@ from orcaserve.serve.reply import FORMATS, Call, Part, Reply, Thought, ToolForma
 
 HERMES, MISTRAL, LLAMA3 = FORMATS
 CALL = '{"name": "f", "arguments": {"a": 1}}'
+NAMES = frozenset("fg")
 CASES: list[tuple[ToolFormat | None, bool, bool, str, list[Part]]] = [
     (None, False, False, "<think>x</think>", ["<think>x</think>"]),
     (None, True, False, "<think>\nhm\n</think>\n\nyes", [Thought("hm"), "yes"]),
@@ -44,6 +45,10 @@ CASES: list[tuple[ToolFormat | None, bool, bool, str, list[Part]]] = [
         [Call("f", "{}"), Call("g", '{"b": 2}')],
     ),
     (LLAMA3, False, False, '{"answer": 42}', ['{"answer": 42}']),
+    (LLAMA3, False, False, '{"name": "f", "age": 3}', ['{"name": "f", "age": 3}']),
+    (LLAMA3, False, False, '{"name": "Bob", "parameters": {}}', ['{"name": "Bob", "parameters": {}}']),
+    (LLAMA3, False, False, "<|python_tag|>brave.call(x)", ["<|python_tag|>brave.call(x)"]),
+    (LLAMA3, False, False, '<|python_tag|>{"name": "f"}', [Call("f", "{}")]),
     (LLAMA3, False, False, "It is 42. {x}", ["It is 42. {x}"]),
 ]
 
@@ -72,7 +77,7 @@ def parts_of(reply: Reply, pieces: list[str]) -> list[Part]:
 def test_what_a_text_holds(
     tools: ToolFormat | None, thinks: bool, is_thinking: bool, text: str, expected: list[Part], size: int
 ) -> None:
-    reply = Reply(tools, thinks=thinks, is_thinking=is_thinking)
+    reply = Reply(tools, names=NAMES, thinks=thinks, is_thinking=is_thinking)
     assert parts_of(reply, [text[i : i + size] for i in range(0, len(text), size)]) == expected
     assert reply.num_calls == sum(isinstance(part, Call) for part in expected)
 
@@ -108,13 +113,13 @@ def test_cuts_change_nothing_and_no_word_is_lost(
     tools: ToolFormat | None, thinks: bool, is_thinking: bool, words: list[str], cuts: list[int]
 ) -> None:
     text = "".join(words)
-    whole = parts_of(Reply(tools, thinks=thinks, is_thinking=thinks and is_thinking), [text])
+    whole = parts_of(Reply(tools, names=NAMES, thinks=thinks, is_thinking=thinks and is_thinking), [text])
     pieces, at = [], 0
     while at < len(text):
         size = cuts[len(pieces) % len(cuts)]
         pieces.append(text[at : at + size])
         at += size
-    assert parts_of(Reply(tools, thinks=thinks, is_thinking=thinks and is_thinking), pieces) == whole
+    assert parts_of(Reply(tools, names=NAMES, thinks=thinks, is_thinking=thinks and is_thinking), pieces) == whole
     for part in whole:
         if isinstance(part, Call):
             json.loads(part.arguments)

@@ -20,7 +20,7 @@ from orcaserve.serve.admission import Limits
 from orcaserve.serve.app import make_app
 from orcaserve.serve.frontend import Frontend, HttpOptions
 from orcaserve.serve.metrics import Metrics
-from orcaserve.serve.pool import Pool
+from orcaserve.serve.pool import EngineFailed, Pool
 from orcaserve.serve.served_model import ServedModel
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
@@ -150,16 +150,20 @@ async def run_batch(
 
                 async with asyncio.TaskGroup() as group:
                     for _ in range(at_once):
-                        group.create_task(_ask(left, client, write))
+                        group.create_task(_ask(left, client, write, pool))
+                if pool.failure is not None and counted[0] < len(lines):
+                    raise EngineFailed(pool.failure)
         finally:
             await pool.close()
     return counted[1]
 
 
-async def _ask(left: Iterator[Line], client: httpx.AsyncClient, write: Callable[[Answered], None]) -> None:
-    """One after the other, as long as there are any."""
+async def _ask(left: Iterator[Line], client: httpx.AsyncClient, write: Callable[[Answered], None], pool: Pool) -> None:
+    """One after the other, as long as there are any, and an engine: without one nothing is an answer."""
     for line in left:
         response = await client.post(line.url, json=line.body)
+        if response.status_code >= 500 and pool.failure is not None:
+            return
         answer = Answer(
             status_code=response.status_code,
             request_id=response.headers["x-request-id"],

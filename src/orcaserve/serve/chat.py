@@ -117,7 +117,7 @@ class ChatWriter:
 
     def _replies(self) -> list[Reply]:
         job = self._job
-        return [Reply(job.tools, thinks=job.thinks, is_thinking=job.is_thinking) for _ in range(job.n)]
+        return [job.reply() for _ in range(job.n)]
 
     def _piece(self, index: int, piece: Piece, parts: list[Part], reply: Reply) -> ChatChunkChoice:
         return ChatChunkChoice(

@@ -96,7 +96,7 @@ def _raise(message: str) -> NoReturn:
 
 
 def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+    return datetime.datetime.now(datetime.UTC).strftime(form)  # one date for all hosts
 
 
 def _line(error: BaseException) -> str:

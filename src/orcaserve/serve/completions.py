@@ -11,7 +11,7 @@ from msgspec import UNSET
 from orcaserve.core.request import TokenLogprobs
 from orcaserve.serve.choice import Joined, Piece
 from orcaserve.serve.generate import Generation
-from orcaserve.serve.job import Job
+from orcaserve.serve.job import Job, Prompt
 from orcaserve.serve.logprobs import Offsets, completion_logprobs, prompt_logprobs
 from orcaserve.serve.protocol import ChoiceTiming, Completion, CompletionChoice, CompletionLogprobs, Usage
 from orcaserve.serve.timings import choice_timings
@@ -84,6 +84,7 @@ class CompletionWriter:
         job = self._job
         choice = CompletionChoice(index, piece.text, finish_reason=piece.finish_reason)
         ids: Sequence[int] = piece.token_ids
+        texts = [self._text_bytes(id) for id in ids] if job.logprobs is not None else []
         entries: list[TokenLogprobs | None] = list(piece.logprobs)
         if not self._has_begun[index]:
             self._has_begun[index] = True
@@ -92,6 +93,7 @@ class CompletionWriter:
                 choice.text = prompt.text + choice.text
                 ids = [*prompt.ids, *ids]
                 entries = [None, *piece.prompt_logprobs, *entries]
+                texts = [*self._echoed(prompt), *texts] if job.logprobs is not None else []
             if job.return_token_ids:
                 choice.prompt_token_ids = list(prompt.ids)
             if job.prompt_logprobs is not None:
@@ -102,9 +104,27 @@ class CompletionWriter:
             choice.token_ids = piece.token_ids
         if job.logprobs is not None:
             choice.logprobs = completion_logprobs(
-                entries, ids, job.logprobs, self._tokenizer.token_bytes, self._text_bytes, self._offsets[index]
+                entries, ids, job.logprobs, self._tokenizer.token_bytes, texts, self._offsets[index]
             )
         return choice
+
+    def _echoed(self, prompt: Prompt) -> list[bytes]:
+        """What each token of a prompt adds to its echo: a special one its name, if somebody has written it there.
+
+        The tokenizer itself puts some in front, so that it is the first ones that are not written.
+        """
+        found: list[bytes] = []
+        unwritten: dict[int, int] = {}
+        for id in prompt.ids:
+            data = self._tokenizer.text_bytes(id)
+            if not data:
+                name = self._tokenizer.token_bytes(id)
+                if id not in unwritten:
+                    unwritten[id] = prompt.ids.count(id) - prompt.text.count(name.decode(errors="replace"))
+                unwritten[id] -= 1
+                data = name if unwritten[id] < 0 else b""
+            found.append(data)
+        return found
 
 
 def _extend(choice: CompletionChoice, more: CompletionChoice, text: Joined) -> None:

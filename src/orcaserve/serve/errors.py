@@ -158,6 +158,17 @@ def body_too_large(limit: int) -> ApiError:
     )
 
 
+def body_too_slow() -> ApiError:
+    """408: bodies that are on their way take room that others wait for."""
+    return ApiError(
+        408,
+        "The request body did not come in time. Send it at once, and faster.",
+        type="timeout_error",
+        code="body_too_slow",
+        headers={"connection": "close"},
+    )
+
+
 def body_too_complex(what: str, most: int) -> ApiError:
     """413: however short it may be, to parse it would take too long. what: there is too much of, beyond the `most`."""
     return ApiError(
@@ -188,24 +199,35 @@ def refused(reason: str, retry_after: float | None) -> ApiError:
     return ApiError(429, message, type="rate_limit_error", code=code, headers=_retry(retry_after))
 
 
-_EXPIRIES = {
-    "deadline_passed": (408, "The deadline passed while the request was waiting; nothing of it has been computed."),
-    "timeout": (408, "The request's 'timeout' passed before the response was complete."),
-    "cancelled": (410, "The request was cancelled by its server's operator."),
+_CUT_OFF = {  # code → status, message, seconds after which one may ask again
+    "deadline_passed": (
+        408,
+        "The deadline passed while the request was waiting; nothing of it has been computed.",
+        None,
+    ),
+    "timeout": (408, "The request's 'timeout' passed before the response was complete.", None),
+    "cancelled": (410, "The request was cancelled by its server's operator.", None),
+    "draining": (503, "The server shut down before the response was complete.", 1.0),
+    "failed": (503, "The engine failed before the response was complete, and could not be started again.", None),
+    "other_profile": (
+        503,
+        "The engine came back with other numerics before the response was complete. Ask again for a new one.",
+        1.0,
+    ),
 }
+_CUT_OFF_TYPES = {408: "timeout_error", 410: "cancelled_error", 503: "server_error"}
 
 
-def expired(code: str) -> ApiError:
-    """408 or 410. code: a key of the catalogue. Nobody wants the response any more: nobody should ask again."""
-    status, message = _EXPIRIES[code]
-    is_late = status == 408
+def cut_off(code: str) -> ApiError:
+    """408 and 410: nobody wants the response any more. 503: it may be asked for again. code: a key of the catalogue."""
+    status, message, retry_after = _CUT_OFF[code]
     return ApiError(
         status,
         message,
-        type="timeout_error" if is_late else "cancelled_error",
-        param="timeout" if is_late else None,
+        type=_CUT_OFF_TYPES[status],
+        param="timeout" if status == 408 else None,
         code=code,
-        headers={"x-should-retry": "false"},
+        headers=_retry(retry_after),
     )
 
 

@@ -12,6 +12,7 @@ from orcaserve.serve import errors
 from orcaserve.serve.admission import ContextLengthError, NotTaken
 from orcaserve.serve.choice import ChoiceText, Piece
 from orcaserve.serve.door import refusal
+from orcaserve.serve.errors import ApiError
 from orcaserve.serve.job import Job
 from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.pool import Pool
@@ -22,6 +23,8 @@ from orcaserve.serve.stream import Stream, Update
 from orcaserve.serve.terms import Terms
 from orcaserve.serve.tokenizer import Tokenizer
 from orcaserve.worker.grammars import NOT_FOLLOWED
+
+_LATE = ("deadline_passed", "timeout")
 
 
 class Generation:
@@ -112,32 +115,40 @@ class Generation:
                     self._timings[index] = update.timing
                     if self._trace is not None:
                         self._trace.choices[index].told(update.timing)
-                if update.expired is not None:
-                    self._has_ended(index, "abort" if update.expired == "cancelled" else "timeout")
-                    if update.expired == "deadline_passed":
-                        self._metrics.rejected(update.expired)
-                    raise errors.expired(update.expired)
-                if update.finish_reason in ("error", "abort"):
-                    self._has_ended(index, "error")
-                    wrong = update.error or "The request was aborted."
-                    raise (
-                        errors.grammar_failed(wrong)
-                        if wrong.startswith(NOT_FOLLOWED)
-                        else errors.generation_failed(wrong)
-                    )
-                if update.choice == 0:
-                    self._num_cached[number] += update.num_cached
-                if update.queue_seconds is not None:
-                    self._metrics.queued(update.queue_seconds)
-                piece = self._choices[index].take(update)
-                if piece.is_cut:
-                    self._streams[number].abort(update.choice)
-                self._measure(index, len(piece.token_ids))
-                if piece.finish_reason is not None:
-                    self._has_ended(index, piece.finish_reason)
-                if self._reply is not None:
-                    await self._reply.take(piece)
-                yield index, piece
+                # How much an error finds that nobody has taken yet is chance: with it a response may be whole.
+                for one in update.apart():
+                    if one.finish_reason in ("error", "abort"):
+                        raise self._failed(index, one)
+                    piece = self._take(number, index, one)
+                    if self._reply is not None:
+                        await self._reply.take(piece)
+                    yield index, piece
+                    if piece.is_cut:
+                        break
+
+    def _take(self, number: int, index: int, update: Update) -> Piece:
+        if update.choice == 0:
+            self._num_cached[number] += update.num_cached
+        if update.queue_seconds is not None:
+            self._metrics.queued(update.queue_seconds)
+        piece = self._choices[index].take(update)
+        if piece.is_cut:
+            self._streams[number].abort(update.choice)
+        self._measure(index, len(piece.token_ids))
+        if piece.finish_reason is not None:
+            self._has_ended(index, piece.finish_reason)
+        return piece
+
+    def _failed(self, index: int, update: Update) -> ApiError:
+        """What a client is told of a choice that has ended in an error."""
+        why = update.cut_off
+        self._has_ended(index, "abort" if why == "cancelled" else "timeout" if why in _LATE else "error")
+        if why == "deadline_passed":
+            self._metrics.rejected(why)
+        if why is not None:
+            return errors.cut_off(why)
+        wrong = update.error or "The request was aborted."
+        return errors.grammar_failed(wrong) if wrong.startswith(NOT_FOLLOWED) else errors.generation_failed(wrong)
 
     def _measure(self, index: int, num_tokens: int) -> None:
         if num_tokens == 0:

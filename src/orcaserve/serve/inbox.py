@@ -15,7 +15,8 @@ class SocketInbox:
     """Commands as they come from the socket, which it times. Filled by the reader thread, emptied by the loop.
 
     A request that follows a grammar is let in once that is compiled: to the loop it has come late, and nobody waits for
-    it. Owner of those that are not ready. grammars: who compiles; None: nobody has to.
+    it. Owner of those that are not ready, which the thread that compiles takes from it, too. grammars: who compiles;
+    None: nobody has to.
     """
 
     def __init__(self) -> None:
@@ -28,12 +29,16 @@ class SocketInbox:
         came = time.monotonic()
         if self.grammars is not None and isinstance(command, Submit) and command.request.params.grammar is not None:
             id = command.request.id
-            self._unready[id] = came, command
+            with self._some:
+                self._unready[id] = came, command
             self.grammars.prepare(command.request, partial(self._is_ready, id))
-        elif self.grammars is not None and isinstance(command, Abort) and self._unready.pop(command.id, None):
+            return
+        with self._some:
+            is_unready = isinstance(command, Abort) and self._unready.pop(command.id, None) is not None
+            if not is_unready:
+                self._let_in(came, command)
+        if is_unready and self.grammars is not None and isinstance(command, Abort):
             self.grammars.release(command.id)
-        else:
-            self._let_in(came, command)
 
     def take(self, block: bool) -> list[Command]:
         with self._some:
@@ -51,13 +56,14 @@ class SocketInbox:
         ]
 
     def _is_ready(self, id: int) -> None:
-        if (waiting := self._unready.pop(id, None)) is not None:  # else it has been aborted
-            self._let_in(*waiting)
+        with self._some:  # an abort comes before this, or after what it is about
+            if (waiting := self._unready.pop(id, None)) is not None:
+                self._let_in(*waiting)
 
     def _let_in(self, came: float, command: Command) -> None:
-        with self._some:
-            self._commands.append((came, command))
-            self._some.notify()
+        """The lock is held."""
+        self._commands.append((came, command))
+        self._some.notify()
 
 
 class Releasing:

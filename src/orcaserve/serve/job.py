@@ -18,7 +18,7 @@ from orcaserve.serve.chat_template import TemplateError
 from orcaserve.serve.decode_body import decode_text
 from orcaserve.serve.detokenize import StopStrings
 from orcaserve.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, Message
-from orcaserve.serve.reply import THINK, THOUGHT, ToolFormat
+from orcaserve.serve.reply import THINK, THOUGHT, Reply, ToolFormat
 from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.tally import Tally
 from orcaserve.serve.tools import offer_of
@@ -44,8 +44,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What to generate. Choice c of prompt p has index p * n + c in the response.
 
     logprobs, prompt_logprobs: alternatives that the client asked for; None: no log-probabilities.
-    tools: how calls are written; None: none are offered. thinks: whether reasoning is told apart; is_thinking: whether
-    the prompt has begun it. kept: special tokens that are said, because they are marks of these.
+    tools: how calls are written; None: none are offered. tool_names: what may be called. thinks: whether reasoning is
+    told apart; is_thinking: whether the prompt has begun it. kept: special tokens that are said, because they are marks
+    of these.
     packs_vectors: whether vectors are told in base64.
     """
 
@@ -63,10 +64,15 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool
     include_timing: bool
     tools: ToolFormat | None = None
+    tool_names: frozenset[str] = frozenset()
     thinks: bool = False
     is_thinking: bool = False
     kept: frozenset[int] = frozenset()
     packs_vectors: bool = False
+
+    def reply(self) -> Reply:
+        """For the text of one choice: tells apart what it holds."""
+        return Reply(self.tools, names=self.tool_names, thinks=self.thinks, is_thinking=self.is_thinking)
 
     @property
     def prompt_entries(self) -> int:
@@ -126,13 +132,13 @@ async def completion_job(
             if model.tokenizer.bos_token_id is None:
                 raise errors.invalid(f"'{param}' is empty, and this model has no beginning token to start from.", param)
             ids = [model.tokenizer.bos_token_id]
-        ids = _truncate(ids, request, info, request.max_tokens)
+        ids = _truncate(ids, request, info, default_max_tokens if request.max_tokens is None else request.max_tokens)
         if len(ids) > info.max_model_len:
             raise errors.context_length(len(ids), request.max_tokens, info.max_model_len, param)
         if isinstance(prompt, str) and request.truncate_prompt_tokens is None:
             text = prompt
         else:
-            text = _text(ids, model) if request.echo else ""
+            text = _text(ids, model, request.skip_special_tokens is not False) if request.echo else ""
         prompts.append((tuple(ids), text))
     grammar = await model.structures.grammar(request, model.end_token_ids, info.vocab_size)
     return _job(
@@ -184,6 +190,7 @@ async def chat_job(request: ChatRequest, model: ServedModel, info: EngineInfo) -
     return msgspec.structs.replace(
         job,
         tools=tools,
+        tool_names=frozenset(tool.function.name for tool in request.tools or ()) if tools else frozenset(),
         thinks=thinks,
         is_thinking=thinks and text.rstrip().endswith(THINK),
         kept=frozenset(kept),
@@ -208,8 +215,8 @@ async def chat_prompt(
     least = sum(1 if isinstance(message.content, str) else 1 + len(message.content or ()) for message in messages)
     if least > info.max_model_len:
         raise errors.context_length(least, None, info.max_model_len, "messages")
-    tally = Tally()
-    plain = [_plain(message, index, tally) for index, message in enumerate(messages)]
+    is_short = sum(map(_weight, messages)) <= _INLINE_CHARACTERS
+    plain = _plain(messages) if is_short else await asyncio.to_thread(_plain, messages)
     reserved = {"messages", "add_generation_prompt", *model.tokenizer.special_tokens} & set(variables)
     if reserved:
         name = sorted(reserved)[0]
@@ -224,7 +231,8 @@ async def chat_prompt(
 
     try:
         # Variables are the client's own, and a template may do more with them than their size suggests.
-        text = render() if size <= _INLINE_CHARACTERS and not variables else await asyncio.to_thread(render)
+        is_quick = is_short and size <= _INLINE_CHARACTERS and not variables
+        text = render() if is_quick else await asyncio.to_thread(render)
     except TemplateError as error:
         raise errors.invalid(f"{error}"[:500], "messages", "chat_template_error") from None
     ids = await encode(text, model, info, "messages", add_special_tokens=False)
@@ -303,11 +311,33 @@ def _truncate(ids: list[int], request: GenerationRequest, info: EngineInfo, max_
     return ids[-most:]
 
 
-def _text(ids: Sequence[int], model: ServedModel) -> str:
-    return b"".join(map(model.tokenizer.text_bytes, ids)).decode(errors="replace")
+def _text(ids: Sequence[int], model: ServedModel, skips_special: bool) -> str:
+    bytes_of = model.tokenizer.text_bytes if skips_special else model.tokenizer.token_bytes
+    return b"".join(map(bytes_of, ids)).decode(errors="replace")
 
 
-def _plain(message: Message, index: int, tally: Tally) -> dict[str, Any]:
+def _num_characters(value: object) -> int:
+    """Of all texts in a value of JSON, and one for each value."""
+    if isinstance(value, str):
+        return 1 + len(value)
+    if isinstance(value, dict):
+        return 1 + sum(map(_num_characters, value.values())) + sum(map(_num_characters, value))
+    return 1 + sum(map(_num_characters, value)) if isinstance(value, list | tuple) else 1
+
+
+def _weight(message: Message) -> int:
+    """About how many characters a template may write out of a message, and how many values it may look at."""
+    texts = [message.content] if isinstance(message.content, str) else [part.text for part in message.content or ()]
+    return _num_characters(texts) + _num_characters(message.tool_calls) + len(message.reasoning_content or "")
+
+
+def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as templates expect them."""
+    tally = Tally()
+    return [_plain_message(message, index, tally) for index, message in enumerate(messages)]
+
+
+def _plain_message(message: Message, index: int, tally: Tally) -> dict[str, Any]:
     """A message as templates expect it: fields that were not given are absent, and content is one text.
 
     tally: of the JSON in the conversation's strings.

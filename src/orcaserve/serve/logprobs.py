@@ -73,18 +73,18 @@ def completion_logprobs(
     ids: Sequence[int],
     num_top: int,
     token_bytes: TokenBytes,
-    text_bytes: TokenBytes,
+    texts: Sequence[bytes],
     offsets: Offsets,
 ) -> CompletionLogprobs:
-    """entries: one per id; None where there is no log-probability, at the first token of a prompt.
+    """entries: one per id; None where there is no log-probability, at the first token of a prompt. texts: what each id
+    adds to the choice's text.
 
     The chosen token is always among the alternatives. Tokens of equal text share an entry, which is the likeliest's.
     """
     found = CompletionLogprobs([], [], [], [])
-    for id, entry in zip(ids, entries, strict=True):
-        text = token_text(token_bytes(id))
-        found.tokens.append(text)
-        found.text_offset.append(offsets.place(text_bytes(id)))
+    for id, entry, added in zip(ids, entries, texts, strict=True):
+        found.tokens.append(token_text(token_bytes(id)))
+        found.text_offset.append(offsets.place(added))
         if entry is None:
             found.token_logprobs.append(None)
             found.top_logprobs.append(None)

@@ -28,20 +28,20 @@ from orcaserve.serve.dispatcher import Dispatcher
 from orcaserve.serve.replica import Replica
 from orcaserve.serve.replicas import Replicas, Replication
 from orcaserve.serve.resume import Choice
-from orcaserve.serve.stream import Expired, Stream, Update
+from orcaserve.serve.stream import CutOff, Stream, Update
 from orcaserve.serve.terms import Terms
 from orcaserve.serve.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
 CRASHED = "this request makes the engine crash"
-OTHER_PROFILE = "the engine came back with another numerics profile, so this response cannot go on"
-FAILED = "the engine failed and could not be started again"
-CLOSED = "the server is shutting down"
-EXPIRED: dict[Expired, str] = {
+CUT_OFF: dict[CutOff, str] = {
     "deadline_passed": "the deadline passed before the request's first iteration",
     "timeout": "the request's time was up before its end",
     "cancelled": "the request was cancelled",
+    "draining": "the server is shutting down",
+    "failed": "the engine failed and could not be started again",
+    "other_profile": "the engine came back with another numerics profile, so this response cannot go on",
 }
 
 
@@ -169,7 +169,7 @@ class Pool:
         try:
             await asyncio.gather(*(replica.stop() for replica in self.replicas))
         finally:
-            self._end_all(CLOSED)
+            self._end_all("draining")
             self._has_changed()
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ class Pool:
         choice = self._live.get(arrival)
         if choice is None:
             return False
-        self._end(choice, EXPIRED["cancelled"], "cancelled")
+        self._cut_off(choice, "cancelled")
         return True
 
     def watch(self, on: bool) -> None:
@@ -293,8 +293,7 @@ class Pool:
     def _expire(self, choice: Choice) -> None:
         if choice.is_waiting and choice.replica is not None and self.replicas[choice.replica].has_begun(choice):
             return self._has_started(choice)
-        expired: Expired = "deadline_passed" if choice.is_waiting else "timeout"
-        self._end(choice, EXPIRED[expired], expired)
+        self._cut_off(choice, "deadline_passed" if choice.is_waiting else "timeout")
 
     def _has_started(self, choice: Choice, seconds: float = 0.0) -> None:
         """Its first iteration, so many seconds ago."""
@@ -313,14 +312,17 @@ class Pool:
             choice.is_paused = False
             self._dispatcher.hand_in(choice)
 
-    def _end(self, choice: Choice, error: str, expired: Expired | None = None) -> None:
-        choice.push(Update(choice=choice.request.choice, finish_reason="error", error=error, expired=expired))
-        self._forget(choice, "abort" if expired == "cancelled" else "error")
+    def _cut_off(self, choice: Choice, why: CutOff) -> None:
+        self._end(choice, CUT_OFF[why], why)
 
-    def _end_all(self, error: str) -> None:
+    def _end(self, choice: Choice, error: str, cut_off: CutOff | None = None) -> None:
+        choice.push(Update(choice=choice.request.choice, finish_reason="error", error=error, cut_off=cut_off))
+        self._forget(choice, "abort" if cut_off == "cancelled" else "error")
+
+    def _end_all(self, why: CutOff) -> None:
         self._dispatcher.suspects.clear()
         for choice in list(self._live.values()):
-            self._end(choice, error)
+            self._cut_off(choice, why)
 
     def _forget(self, choice: Choice, how: FinishReason) -> None:
         if self._live.pop(choice.arrival, None) is None:
@@ -364,7 +366,7 @@ class Pool:
                 return
             for choice in list(self._live.values()):
                 if choice.has_begun:
-                    self._end(choice, OTHER_PROFILE)
+                    self._cut_off(choice, "other_profile")
         self.replicas.adopt(info)
         self._count_engines()
         self._dispatcher.resume()
@@ -413,7 +415,7 @@ class Pool:
         self._count_engines()
         if self.replicas.state == "failed":
             self.failure = message
-            self._end_all(FAILED)
+            self._end_all("failed")
         else:
             log.error("replica %d is given up: %s", replica.index, message)
             left = [other for other in self.replicas if other.state == "ready"]

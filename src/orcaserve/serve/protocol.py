@@ -156,8 +156,8 @@ class Function(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Tool(msgspec.Struct, kw_only=True):
+    type: Literal["function"] = "function"  # first, as models have seen it in training: templates write tools as JSON
     function: Function
-    type: Literal["function"] = "function"
 
 
 class FunctionName(msgspec.Struct):

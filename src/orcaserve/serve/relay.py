@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -92,8 +93,9 @@ def _host(listening: socket.socket, secret: bytes) -> Link:
         came = accept(listening, secret, BEAT_SECONDS)
         if came is not None:
             link, first = came
-            if isinstance(_decode(first), Offer):
-                return link
+            with suppress(msgspec.MsgspecError):  # it is some other command's, or of another version
+                if isinstance(_decode(first), Offer):
+                    return link
             link.close()
 
 

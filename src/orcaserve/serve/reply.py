@@ -65,12 +65,21 @@ def format_of(template: str) -> ToolFormat | None:
 class Reply:
     """The parts of one choice's text. Owner of what is held back until it is certain what it is.
 
-    tools: how calls are written; None: there are none. thinks: whether reasoning is told apart; is_thinking: whether
-    the prompt has begun it.
+    tools: how calls are written; None: there are none. names: of what may be called; JSON without a mark is a call
+    only if it has one of these, and arguments. thinks: whether reasoning is told apart; is_thinking: whether the prompt
+    has begun it.
     """
 
-    def __init__(self, tools: ToolFormat | None, *, thinks: bool = False, is_thinking: bool = False) -> None:
+    def __init__(
+        self,
+        tools: ToolFormat | None,
+        *,
+        names: frozenset[str] = frozenset(),
+        thinks: bool = False,
+        is_thinking: bool = False,
+    ) -> None:
         self._tools = tools
+        self._names = names
         self._held = ""
         self._is_fresh = is_thinking  # reasoning has begun, but nothing of it was said
         # Where the text is: before anything was said, in reasoning, in words, or in a call.
@@ -147,7 +156,9 @@ class Reply:
             self._place = "call"
             return True
         self._is_bare = self._is_bare and tools.begin.startswith(seen[: len(tools.begin)])
-        return self._until(tools.begin, "call", parts, is_over)
+        found = self._until(tools.begin, "call", parts, is_over)
+        self._is_bare = self._is_bare and not found
+        return found
 
     def _until(self, mark: str, place: str, parts: list[Part], is_over: bool, is_thought: bool = False) -> bool:
         """Text up to a mark, which is taken out; what may be the beginning of one is held."""
@@ -170,7 +181,7 @@ class Reply:
         inside, found, after = self._held.partition(tools.end) if tools.end else (self._held, "", "")
         if not found and not is_over:
             return False
-        calls = read_calls(inside, tools)
+        calls = read_calls(inside, tools, self._names if self._is_bare else None)
         if calls:
             parts += calls
             self.num_calls += len(calls)
@@ -180,8 +191,11 @@ class Reply:
         return bool(after)
 
 
-def read_calls(text: str, tools: ToolFormat) -> list[Call]:
-    """The calls of what stands between a format's marks; none if it is anything else."""
+def read_calls(text: str, tools: ToolFormat, names: frozenset[str] | None = None) -> list[Call]:
+    """The calls of what stands between a format's marks; none if it is anything else.
+
+    names: there are no marks: calls have arguments, and one of these names.
+    """
     pieces = [text]
     if tools.many == "row":
         pieces = _row(text)
@@ -193,7 +207,10 @@ def read_calls(text: str, tools: ToolFormat) -> list[Call]:
             return []
         for one in found if isinstance(found, list) else [found]:
             # Some models use the other family's word.
-            calls.append(Call(one.name, (bytes(one.arguments) or bytes(one.parameters)).decode() or "{}"))
+            arguments = bytes(one.arguments) or bytes(one.parameters)
+            if names is not None and (one.name not in names or not arguments):
+                return []
+            calls.append(Call(one.name, arguments.decode() or "{}"))
     return calls
 
 

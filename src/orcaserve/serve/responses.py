@@ -15,7 +15,7 @@ from orcaserve.serve.generate import Generation
 from orcaserve.serve.job import Job
 from orcaserve.serve.logprobs import chat_logprobs
 from orcaserve.serve.protocol import TokenLogprob, Usage
-from orcaserve.serve.reply import THINK, THOUGHT, Call, Part, Reply, Thought
+from orcaserve.serve.reply import THINK, THOUGHT, Call, Part, Thought
 from orcaserve.serve.responses_protocol import (
     EventType,
     FunctionCallItem,
@@ -54,7 +54,7 @@ class ResponsesWriter:
         self._model = model
         self._created = int(time.time())
         self._token_bytes = tokenizer.token_bytes
-        self._reply = Reply(job.tools, thinks=job.thinks, is_thinking=job.is_thinking)
+        self._reply = job.reply()
         self._thought = ThoughtTokens(tokenizer, job)
         self._items: list[OutputItem] = []
         self._text: list[str] = []  # of the last item, if it is open

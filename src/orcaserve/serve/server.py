@@ -31,7 +31,7 @@ from orcaserve.engine.messages import Step
 from orcaserve.serve import timeline
 from orcaserve.serve.admission import Limits
 from orcaserve.serve.app import make_app
-from orcaserve.serve.bodies import BODIES_AT_ONCE
+from orcaserve.serve.bodies import most_bytes
 from orcaserve.serve.frontend import Frontend, HttpOptions
 from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.page import Page, changed_options
@@ -177,7 +177,7 @@ def whole_budget(
     engines: of the same size, on this host. Of this process: what it takes now, and what it may hold of requests before
     they run, of what happened, and of responses that are no streams: all of them, and one that is beyond that.
     """
-    bodies = 2 * BODIES_AT_ONCE * http.max_body_bytes  # as bytes, and decoded
+    bodies = 2 * most_bytes(http.max_body_bytes)  # as bytes, and decoded
     prompts = limits.max_queue_tokens * _TOKEN_BYTES
     responses = 2 * http.whole_bytes
     frontend = _resident() + bodies + prompts + responses + timeline.MOST_BYTES

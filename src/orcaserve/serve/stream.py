@@ -12,7 +12,7 @@ import msgspec
 from orcaserve.core.request import FinishReason, TokenLogprobs
 from orcaserve.core.timing import Timing
 
-Expired = Literal["deadline_passed", "timeout", "cancelled"]
+CutOff = Literal["deadline_passed", "timeout", "cancelled", "draining", "failed", "other_profile"]
 
 FULL_BYTES = 32 << 10  # of a stream's updates that nobody has taken: then it is better not to go on
 LEAST_BYTES = 4 << 10  # of a choice of many: one that stops for every token gets nowhere
@@ -27,8 +27,10 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: all at once, of the prompt positions 1 … num_prompt-1. pooled: the prompt as one vector, float32.
     finish_reason: set in the choice's last update. error: why it is "error", in words fit for a client.
     timing: where its time went so far; in its last update, unless it was ended without an engine, or in each, if timed.
-    expired: it is an error because of a deadline: one that passed before its first iteration ("deadline_passed"), or
-        while it ran ("timeout"); or because an operator wished so ("cancelled").
+    cut_off: it is an error that lies neither in the request nor in the model: a deadline passed before its first
+        iteration ("deadline_passed"), or while it ran ("timeout"); an operator wished so ("cancelled"); the server is
+        shutting down ("draining"); there is no engine any more ("failed"), or only one that computes other bits
+        ("other_profile").
     """
 
     choice: int
@@ -41,7 +43,7 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: FinishReason | None = None
     error: str | None = None
     timing: Timing | None = None
-    expired: Expired | None = None
+    cut_off: CutOff | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -63,7 +65,17 @@ class Update(msgspec.Struct, frozen=True, kw_only=True):
             finish_reason=later.finish_reason,
             error=later.error,
             timing=self.timing if later.timing is None else later.timing,
-            expired=later.expired,
+            cut_off=later.cut_off,
+        )
+
+    def apart(self) -> tuple[Update, ...]:
+        """What came before an error, if something did, and the error by itself; any other update as it is."""
+        if self.finish_reason not in ("error", "abort") or not (self.token_ids or self.prompt_logprobs):
+            return (self,)
+        replace = msgspec.structs.replace
+        return (
+            replace(self, finish_reason=None, error=None, cut_off=None),
+            replace(self, token_ids=(), logprobs=(), prompt_logprobs=(), num_cached=0, queue_seconds=None),
         )
 
 

@@ -18,7 +18,6 @@ from orcaserve.serve.generate import Generation
 from orcaserve.serve.job import Job, chat_job, completion_job
 from orcaserve.serve.keys import Keys
 from orcaserve.serve.protocol import ChatRequest
-from orcaserve.serve.reply import Reply
 from orcaserve.serve.request_trace import RequestTrace
 from orcaserve.serve.rpc import shapes
 from orcaserve.serve.rpc.translate import NAMES, as_request, reply_of, usage_of
@@ -30,6 +29,7 @@ _CODES = {
     401: grpc.StatusCode.UNAUTHENTICATED,
     404: grpc.StatusCode.NOT_FOUND,
     408: grpc.StatusCode.DEADLINE_EXCEEDED,
+    410: grpc.StatusCode.CANCELLED,
     413: grpc.StatusCode.RESOURCE_EXHAUSTED,
     429: grpc.StatusCode.RESOURCE_EXHAUSTED,
     500: grpc.StatusCode.INTERNAL,
@@ -113,9 +113,7 @@ class Service:
 
     async def _send(self, generation: Generation, job: Job, context: Any, *, is_chat: bool) -> None:
         num_choices = len(job.prompts) * job.n
-        parsers = [
-            Reply(None, thinks=job.thinks, is_thinking=job.is_thinking) if is_chat else None for _ in range(num_choices)
-        ]
+        parsers = [job.reply() if is_chat else None for _ in range(num_choices)]
         num_ended = 0
         async for index, piece in generation:
             num_ended += piece.finish_reason is not None
