@@ -24,6 +24,7 @@ FILES = {
     SHARDS[1]: b"b" * 7000,
     "tokenizer.json": b"{ }",
     "chat_template.jinja": b"hello",
+    "1_Pooling/config.json": b'{"pooling_mode_mean_tokens": true}',
     "pytorch_model.bin": b"not for us",
     "original/consolidated.00.pth": b"not for us either",
 }
@@ -62,7 +63,8 @@ def lay_out(home: Path, files: set[str]) -> Path:
     for file in files:
         blob = root / "blobs" / hashlib.sha256(FILES[file]).hexdigest()
         blob.write_bytes(FILES[file])
-        (snapshot / file).symlink_to(os.path.relpath(blob, snapshot))
+        (snapshot / file).parent.mkdir(exist_ok=True)
+        (snapshot / file).symlink_to(os.path.relpath(blob, (snapshot / file).parent))
     return snapshot
 
 

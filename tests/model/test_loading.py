@@ -230,10 +230,25 @@ def test_longest_context(tmp_path: Path, case: str, limit: int) -> None:
     assert read_config(tmp_path).max_positions == limit
 
 
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3", "qwen3-moe"])
+def test_a_window_that_a_config_leaves_out_is_the_familys(tmp_path: Path, case: str) -> None:
+    """And null is none."""
+    make_model(*CASES[case], 0).config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    raw = {**json.loads(path.read_text()), "use_sliding_window": True, "max_window_layers": 0}
+    for key in ("sliding_window", "layer_types"):
+        raw.pop(key, None)
+    path.write_text(json.dumps(raw))
+    assert {layer.window for layer in read_config(tmp_path).layers} == {4096}
+    path.write_text(json.dumps({**raw, "sliding_window": None}))
+    assert {layer.window for layer in read_config(tmp_path).layers} == {None}
+
+
 def test_gemma_3_leaves_out_what_its_class_says(tmp_path: Path) -> None:
     """As in the 4B checkpoint, whose config.json does not even count the heads."""
     text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
     text |= {"model_type": "gemma3_text", "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    text |= {"eos_token_id": 1}  # the whole model's list goes before it
     raw = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "eos_token_id": [1, 106]}
     (tmp_path / "config.json").write_text(json.dumps({**raw, "torch_dtype": "bfloat16", "text_config": text}))
     found, wanted = read_config(tmp_path), transformers.Gemma3TextConfig(**text)

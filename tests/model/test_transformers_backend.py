@@ -75,6 +75,22 @@ def test_backends(tmp_path: Path) -> None:
         assert getattr(native.config, field) == getattr(foreign.config, field)
 
 
+def test_the_context_ends_where_a_module_would_change_its_mind(tmp_path: Path) -> None:
+    """longrope has other factors beyond the original context, and would take them for all requests of an iteration."""
+    half = CASES["llama-2"][1]["hidden_size"] // CASES["llama-2"][1]["num_attention_heads"] // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * half,
+        "long_factor": [4.0] * half,
+        "original_max_position_embeddings": 64,
+    }
+    for config_class in ("Phi3Config", "LlamaConfig"):
+        arguments = {**_SIZES, "rope_parameters": rope, "original_max_position_embeddings": 64, "pad_token_id": 0}
+        make_model(config_class, arguments, 6).save_pretrained(tmp_path)
+        assert load_model(tmp_path, backend="transformers").config.max_positions == 64
+
+
 def test_bfloat16(tmp_path: Path) -> None:
     make_model(*FOREIGN["olmo2"], 2).to(torch.bfloat16).save_pretrained(tmp_path)
     decoder = load_model(tmp_path)

@@ -1,5 +1,8 @@
 """From options to an executor that runs, through the real loader and a checkpoint that transformers saved."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -7,7 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orcaserve.core.batch import Batch, ScheduledRequest
 from orcaserve.core.config import EngineOptions, ModelError
 from orcaserve.core.request import NewRequest, SamplingParams
+from orcaserve.executors import placement
 from orcaserve.executors.build import build
+from orcaserve.executors.loading import check_files
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,34 @@ def test_the_model_runs_and_says_what_it_is(folder):
     with torch.inference_mode():
         wanted = LlamaForCausalLM.from_pretrained(folder)(torch.tensor([[1, 5, 9]])).logits[0, -1].argmax()
     assert got.token_id == int(wanted)
+
+
+def test_a_module_of_transformers_computes_on_all_threads(folder):
+    build(EngineOptions(model=str(folder), threads=2, backend="transformers"))
+    assert torch.get_num_threads() == 2
+
+
+def test_weights_that_are_kept_shorter_need_less_room(folder, tmp_path):
+    """And files that hold no weights of the checkpoint none."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    size = (tmp_path / "model.safetensors").stat().st_size
+    (tmp_path / "consolidated.safetensors").write_bytes(bytes(9 * size))
+    for options, share in [({}, 1), ({"dtype": "bfloat16"}, 12 / 32), ({"quantization": "int8"}, 8 / 32)]:
+        wish = EngineOptions(model=str(tmp_path), **options)
+        check_files(wish, int(share * size) + 1)
+        with pytest.raises(ModelError, match="not enough memory"):
+            check_files(wish, int(share * size) - 1)
+
+
+def test_where_there_is_a_gpu_a_model_that_it_cannot_compute_runs_on_the_cpu(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Olmo2ForCausalLM"]}))
+    monkeypatch.setattr(placement.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(placement, "find_spec", lambda name: name)
+    assert placement.find_device(EngineOptions(model=str(tmp_path))).type == "cpu"
+    with pytest.raises(ModelError, match="by our own decoder"):
+        placement.find_device(EngineOptions(model=str(tmp_path), device="cuda"))
 
 
 def test_the_profile_tells_dtypes_apart(folder):
@@ -87,6 +120,7 @@ def test_a_swap_space_is_measured_and_told(folder, tmp_path):
         ({"policy": "none"}, "no policy 'none'"),
         ({"kernels": "torch", "quantization": "int8"}, "need the native kernels"),
         ({"backend": "transformers", "kv_dtype": "int8"}, "not in int8; leave out --kv-cache-dtype"),
+        ({"backend": "transformers", "quantization": "int8"}, "weights as they are; leave out --quantization"),
         ({"kernels": "sse9"}, "no kernels for sse9; there are .*torch"),
     ],
 )

@@ -41,7 +41,7 @@ def build(
         return build_device(options, device, progress)
     available = available_memory(most=options.memory)
     if options.nnodes == 1:
-        check_files(Path(options.model), available)
+        check_files(options, available)
     if options.tensor_parallel * options.pipeline_parallel > 1:
         return start_workers(options, progress, on_lost)
 

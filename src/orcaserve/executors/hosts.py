@@ -212,7 +212,9 @@ def _accept(address: tuple[str, int], secret: bytes, nnodes: int, progress: OnPr
             if (came := accept(listening, secret, LOOK_SECONDS)) is None:
                 continue  # to look whether those that are here still are
             link, first = came
-            said = _decode(first)
+            said = None
+            with contextlib.suppress(msgspec.MsgspecError):  # it is some other command's, or of another version
+                said = _decode(first)
             if isinstance(said, Joined) and 0 < said.node_rank < nnodes:
                 if said.node_rank in found:  # it has come again
                     found[said.node_rank].close()

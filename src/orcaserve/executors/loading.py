@@ -15,9 +15,10 @@ import torch
 from orcaserve.core.config import EngineOptions, KVDtype, ModelError, Quantization
 from orcaserve.core.order import OrderError
 from orcaserve.core.policy import Policy, parse_policy
-from orcaserve.model.config import read_config
+from orcaserve.model.config import read_config, read_raw_config
 from orcaserve.model.decoder import Decoder, compute_dtype
 from orcaserve.model.load import load_model
+from orcaserve.model.weights import weight_files
 from orcaserve.ops.kernels import Kernels
 from orcaserve.ops.native_kernels import NativeKernels, instruction_sets
 from orcaserve.ops.torch_kernels import TorchKernels
@@ -28,6 +29,7 @@ from orcaserve.worker.memory import Budget, activation_bytes, make_budget
 if TYPE_CHECKING:
     from orcaserve.model.transformers_backend import TransformersDecoder
 
+_LEAST_BITS = {"none": 12, "int8": 8, "int4": 4}  # of a weight that is not kept in float32
 _WHOLE_PROMPT = 4096  # tokens that the activations' budget allows for where a policy does not cut prompts
 
 Progress = Callable[[int, int], None]
@@ -62,6 +64,8 @@ def load_part(
     model: Decoder | TransformersDecoder
     if layers is None:
         model = load_model(options.model, options.dtype, options.backend, progress, kernels)
+        if not isinstance(model, Decoder):
+            torch.set_num_threads(threads)  # it computes with torch, whatever kernels there are
     else:
         config = read_config(options.model)
         dtype = compute_dtype(config, options.dtype)
@@ -106,12 +110,17 @@ def policy_of(options: EngineOptions) -> Policy:
         raise ModelError(str(error)) from None
 
 
-def check_files(folder: Path, available: int) -> None:
-    """Refuses weights that cannot fit before the machine starts to swap over them."""
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def check_files(options: EngineOptions, available: int) -> None:
+    """Refuses weights that cannot fit, however short they are kept, before the machine starts to swap over them."""
+    folder = Path(options.model)
+    raw = read_raw_config(folder)
+    is_wide = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.") == "float32"
+    stays_wide = options.dtype == "float32" or (options.dtype == "auto" and is_wide)
+    kept_bits = _LEAST_BITS[options.quantization] if options.quantization != "none" or not stays_wide else 32
+    size = sum((folder / name).stat().st_size for name in weight_files(folder)) * kept_bits // (32 if is_wide else 16)
     if size > available:
         raise ModelError(
-            f"not enough memory: the weights of {folder.name} take {size / 2**30:.2f} GiB, "
+            f"not enough memory: the weights of {folder.name} take {size / 2**30:.2f} GiB at least, "
             f"but {available / 2**30:.2f} GiB are free"
         )
 

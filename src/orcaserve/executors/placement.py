@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from orcaserve.core.config import EngineOptions, ModelError
+from orcaserve.model.config import find_row, read_raw_config
 
 
 def find_device(options: EngineOptions) -> torch.device:
     """Where a model runs. Raises ModelError for a GPU that is not there, or an option that it has no kernels for."""
     there = torch.cuda.is_available() and find_spec("triton") is not None
     others = (
-        options.tensor_parallel * options.pipeline_parallel * options.nnodes > 1 or options.backend == "transformers"
+        options.tensor_parallel * options.pipeline_parallel * options.nnodes > 1
+        or options.backend == "transformers"
+        or (options.backend == "auto" and find_row(read_raw_config(Path(options.model))) is None)
     )
     reduced = options.quantization != "none" or options.kv_dtype != "auto"
     chosen = options.kernels != "auto"

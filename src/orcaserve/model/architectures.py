@@ -204,6 +204,7 @@ class Architecture:
 
 _ATTENTION = ("q", "k", "v", "o")
 _ATTENTION_BIAS = (("attention_bias", _ATTENTION),)
+_QWEN_WINDOWS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _GEMMA_KEYS: Keys = {"activation": ("hidden_activation",)}
 _GEMMA_DEFAULTS = {
     "hidden_activation": "gelu_pytorch_tanh",
@@ -376,7 +377,7 @@ ROWS: tuple[Architecture, ...] = (
         model_type="mistral",
         names=_LLAMA,
         windows="all",
-        defaults={"rms_norm_eps": 1e-6},
+        defaults={"rms_norm_eps": 1e-6, "sliding_window": 4096},
     ),
     Architecture(
         name="Qwen2ForCausalLM",
@@ -384,7 +385,7 @@ ROWS: tuple[Architecture, ...] = (
         names=_LLAMA,
         windows="upper",
         biases=((None, ("q", "k", "v")),),
-        defaults={"rms_norm_eps": 1e-6, "use_sliding_window": False, "max_window_layers": 28},
+        defaults={"rms_norm_eps": 1e-6, **_QWEN_WINDOWS},
     ),
     Architecture(
         name="Qwen3ForCausalLM",
@@ -393,7 +394,7 @@ ROWS: tuple[Architecture, ...] = (
         windows="upper",
         biases=_ATTENTION_BIAS,
         qk_norm=True,
-        defaults={"head_dim": 128, "rms_norm_eps": 1e-6, "use_sliding_window": False, "max_window_layers": 28},
+        defaults={"head_dim": 128, "rms_norm_eps": 1e-6, **_QWEN_WINDOWS},
     ),
     Architecture(
         name="GemmaForCausalLM",
@@ -459,7 +460,7 @@ ROWS: tuple[Architecture, ...] = (
         biases=_ATTENTION_BIAS,
         qk_norm=True,
         experts=True,
-        defaults={"rms_norm_eps": 1e-6, "use_sliding_window": False},
+        defaults={"rms_norm_eps": 1e-6, **_QWEN_WINDOWS},
     ),
 )
 

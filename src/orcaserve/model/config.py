@@ -148,7 +148,7 @@ def find_row(raw: Mapping[str, Any]) -> Architecture | None:
 def read_generation(folder: str | Path) -> Generation:
     """Sampling wishes and special tokens of a checkpoint, from generation_config.json before config.json."""
     folder = Path(folder)
-    raw = _read_json(folder / "config.json") or {}
+    outer = raw = _read_json(folder / "config.json") or {}
     row = find_row(raw)
     if row is not None:
         raw = _flat(raw, row)
@@ -157,9 +157,7 @@ def read_generation(folder: str | Path) -> Generation:
     limit = vocab_size if isinstance(vocab_size, int) else _LIMIT
 
     def token_ids(key: str) -> tuple[int, ...]:
-        value = wishes.get(key)
-        if value is None:
-            value = raw.get(key)
+        value = next((found for one in (wishes, outer, raw) if (found := one.get(key)) is not None), None)
         # Checkpoints name end tokens beyond their own vocabulary (a resized one); such tokens can never be drawn.
         values = value if isinstance(value, list) else [value]
         return tuple(dict.fromkeys(t for t in values if type(t) is int and 0 <= t < limit))

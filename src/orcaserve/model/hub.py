@@ -24,6 +24,7 @@ _FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template*",
+    "1_Pooling/config.json",
 )
 
 

@@ -42,6 +42,10 @@ def load_model(
             f"the transformers backend keeps keys and values in the model's dtype, not in {kernels.kv_dtype}; "
             "leave out --kv-cache-dtype"
         )
+    if kernels is not None and kernels.is_quantised:
+        raise ModelError(
+            "the transformers backend computes with the weights as they are; leave out --quantization, or --backend"
+        )
     from orcaserve.model.transformers_backend import TransformersDecoder  # an optional dependency
 
     wanted = None if dtype == "auto" else {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]

@@ -66,14 +66,20 @@ class _Iteration:
 
 @dataclass(frozen=True)
 class _Survey:
-    """Stands in for an iteration once, to learn which layers attend, and over keys and values of which shapes."""
+    """Stands in for an iteration once, to learn which layers attend, and over keys and values of which shapes.
+
+    windows: which of them name one themselves.
+    """
 
     layers: list[tuple[int, int, int, int]] = field(default_factory=list)
+    windows: set[int] = field(default_factory=set)
 
     def attend(
         self, i: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, cap: float | None
     ) -> Tensor:
         self.layers.append((i, k.shape[1], k.shape[2], v.shape[2]))
+        if window is not None:
+            self.windows.add(i)
         return torch.zeros((*q.shape[:2], v.shape[2]), dtype=q.dtype)
 
 
@@ -208,7 +214,7 @@ class TransformersDecoder:
             if hasattr(module, "layer_idx"):
                 module.orcaserve_seat = seat
         windows = _windows(text, num_layers)
-        num_kv_heads, head_dim = _survey(model, seat, num_layers)
+        num_kv_heads, head_dim, has_windows = _survey(model, seat, num_layers)
         config = TransformersConfig(
             architecture=known.__name__,
             vocab_size=int(text.vocab_size),
@@ -218,7 +224,7 @@ class TransformersDecoder:
             num_heads=int(text.num_attention_heads),
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            max_positions=int(text.max_position_embeddings),
+            max_positions=_max_positions(text, has_windows),
             generation=read_generation(folder),
         )
         decoder = cls(model, seat, config, dtype, windows)
@@ -275,8 +281,11 @@ class TransformersDecoder:
                 )
 
 
-def _survey(model: Any, seat: _Seat, num_layers: int) -> tuple[int, int]:
-    """Key-value heads and head size, the same in all layers; ModelError where they are not, or a layer has none."""
+def _survey(model: Any, seat: _Seat, num_layers: int) -> tuple[int, int, bool]:
+    """Key-value heads and head size, the same in all layers, and whether some layer names a window.
+
+    ModelError where they differ, or a layer does not attend.
+    """
     survey = seat.iteration = _Survey()
     with torch.inference_mode():
         ids = torch.zeros((1, 2), dtype=torch.int64)
@@ -290,7 +299,26 @@ def _survey(model: Any, seat: _Seat, num_layers: int) -> tuple[int, int]:
     ((num_kv_heads, head_dim, value_dim),) = shapes
     if head_dim != value_dim:
         raise ModelError("its keys and values have different sizes")
-    return num_kv_heads, head_dim
+    return num_kv_heads, head_dim, bool(survey.windows)
+
+
+def _max_positions(text: Any, has_windows: bool) -> int:
+    """The context in which what we do not see of a module makes no difference.
+
+    longrope rotates a whole iteration by other factors as soon as one of its positions is beyond the original context;
+    and a window that neither layers nor `layer_types` name is in the mask alone.
+    """
+    most = int(text.max_position_embeddings)
+    ropes = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    for rope in [ropes, *(one for one in ropes.values() if isinstance(one, dict))]:
+        if (rope.get("rope_type") or rope.get("type")) in ("longrope", "su"):
+            original = rope.get("original_max_position_embeddings")
+            most = min(most, int(original or getattr(text, "original_max_position_embeddings", None) or most))
+    window = getattr(text, "sliding_window", None)
+    uses = getattr(text, "use_sliding_window", None) is not False
+    if window and uses and not has_windows and not getattr(text, "layer_types", None):
+        most = min(most, int(window))
+    return most
 
 
 def _windows(text: Any, num_layers: int) -> list[int | None]:

@@ -23,6 +23,15 @@ _CPU = torch.device("cpu")
 Progress = Callable[[int, int], None]
 
 
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold a checkpoint's weights, as far as they are there; others may lie beside them."""
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        names = [SINGLE]
+    return [name for name in names if isinstance(name, str) and (folder / name).is_file()]
+
+
 class Weights:
     """Hands out each tensor of a plan once, or what the plan takes of it. Owns the open files; a context manager.
 
