@@ -104,26 +104,27 @@ def _simulate(
 
     if (spec is None) == (log is None):
         raise click.UsageError("give the requests: either --workload or --log")
-    if (cost is None) == (on is None or shape is None):
+    if (cost is None) == (on is None or shape is None) or (cost is not None and (on or shape)):
         raise click.UsageError("give the costs: either --cost, or --hardware and --model")
+    if cost is not None and (options["tensor_parallel"], options["pipeline_parallel"]) != (1, 1):
+        name = "--tensor-parallel" if options["tensor_parallel"] != 1 else "--pipeline-parallel"
+        raise click.UsageError(f"--cost is of the devices that it was fitted to; {name} goes with --hardware")
+    if options["blocks"] is not None and options["kv_memory"] is not None:
+        raise click.UsageError("give the KV cache once: either --blocks or --kv-memory")
     logs = [] if log is None else read_logs(log)
     try:
         limits = limits_from(slo) if slo else {}
         model, config = _engine(cost, on, shape, logs, options)
         if not noise:
             model = msgspec.structs.replace(model, residuals=())
-        tenants: list[str | None] = []
         if spec is not None:
-            work = specs.make(spec, vocab=_VOCAB, seed=seed)
-            arrivals, tenants = simulation.arrivals_of(work), [item.tenant for item in work.items]
+            arrivals = simulation.arrivals_of(specs.make(spec, vocab=_VOCAB, seed=seed))
         else:
             arrivals = simulation.arrivals_of_log(logs[-1])
         header = Header(config=config, machine=f"simulated: {model.made_from or cost}")
         written = [bytearray() for _ in range(replicas if step_log_path else 0)]
         witnesses = [StepLog(header, lines.extend) for lines in written]
-        records = simulation.run(
-            arrivals, config, model, seed=seed, replicas=replicas, tenants=tenants, witnesses=witnesses
-        )
+        records = simulation.run(arrivals, config, model, seed=seed, replicas=replicas, witnesses=witnesses)
         for path, lines in zip(step_logs(step_log_path, replicas), written, strict=False):
             Path(path or "").write_bytes(lines)
         if out is not None:
@@ -181,6 +182,7 @@ def _engine(
         depth=len(model.stages),
         max_itl=max_itl,
         prompt_share=prompt_share,
+        swap=base.swap if base else None,
     )
     return model, config
 

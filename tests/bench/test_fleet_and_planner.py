@@ -38,6 +38,11 @@ def test_engines_share_the_hour_evenly() -> None:
     assert fleet.thinned(ROWS, of, 3) == fleet.thinned(ROWS, of, 3)
 
 
+def test_a_short_excerpt_stands_for_as_many_as_are_asked_for() -> None:
+    got = fleet.thinned(ROWS[:10], Fleet(engines=1, requests=1_000_000, sampled=1), 0)
+    assert len(got) == pytest.approx(1_000_000 * 27 / 3600, rel=0.03)
+
+
 def test_a_sample_stands_for_all() -> None:
     """The interval of a few engines holds what many more of them give, and a larger sample's is narrower."""
     many = fleet.simulate(ROWS, Fleet(engines=60, requests=40_000, sampled=12), CONFIG, COST)

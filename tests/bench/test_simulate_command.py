@@ -12,14 +12,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from orcaserve.bench import simulation
+from orcaserve.bench.simulation import Fitted
 from orcaserve.bench.workloads import spec
 from orcaserve.cli import main
+from orcaserve.core.config import SwapSpace
 from orcaserve.core.policy import POLICIES
 from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Step, Stop, Submit
-from orcaserve.engine.step_log import Header, Log, StepLog, log_clock, read
+from orcaserve.engine.step_log import Arrived, Header, Log, Returned, StepLog, Submitted, log_clock, read
 from orcaserve.sim.cost import CostModel, Door, StageCost
 from orcaserve.sim.executor import SimExecutor, VirtualClock
 from orcaserve.sim.run import Arrival, simulate
@@ -113,6 +115,51 @@ def test_record_fit_and_simulate(tmp_path: Path) -> None:
     records, _ = simulate(arrivals(), CONFIG, COST, COST.host)
     wall = max(record.token_times[-1] for record in records) - min(record.arrival for record in records)
     assert simulated["wall"] == pytest.approx(wall, rel=0.02)
+
+
+def test_what_goes_with_a_fitted_cost_and_what_does_not(tmp_path: Path) -> None:
+    """The engine's swap space is kept; options that would say nothing are refused."""
+    swap = SwapSpace(num_slots=64, copy_seconds=1e-6, token_seconds=1.0)
+    config = msgspec.structs.replace(CONFIG, num_blocks=40, swap=swap)
+    cost, log = tmp_path / "cost.json", tmp_path / "steps.jsonl"
+    cost.write_bytes(msgspec.json.encode(Fitted(cost=COST, config=config)))
+    work = ("--workload", "burst:in=100,out=60,n=7,tenant=a + burst:in=100,out=60,n=1,tenant=b", "--cost", cost)
+    done = run(*work, "--step-log", log)
+    assert done.exit_code == 0, done.output
+    [life] = read(log.read_bytes())
+    assert life.header.config.swap == swap
+    assert any(event.swaps for event in life.events if isinstance(event, Submitted))
+    again = run("--log", log, "--cost", cost)
+    assert again.exit_code == 0 and "tenant" in again.output, "and a log's tenants are told"
+    for options, said in (
+        (("--pipeline-parallel", 2), "goes with --hardware"),
+        (("--tensor-parallel", 2), "goes with --hardware"),
+        (("--hardware", "H100"), "either --cost, or --hardware and --model"),
+        (("--blocks", 9, "--kv-memory", "1MiB"), "either --blocks or --kv-memory"),
+    ):
+        refused = run(*work, *options)
+        assert refused.exit_code == 2 and said in " ".join(refused.output.split()), refused.output
+
+
+def test_a_row_that_was_ahead_of_the_end_gave_nothing() -> None:
+    rows = ((1, 0, 2, True),), ((1, 2, 1, True),), ((1, 3, 1, True),)
+    events = (
+        Arrived(at=0.0, id=1, prompt=2, max_tokens=9),
+        Submitted(0.0, rows[0]),
+        Submitted(0.1, rows[1]),
+        Returned(at=0.2, seconds=0.1),
+        Submitted(0.2, rows[2]),
+        Returned(at=0.3, seconds=0.1, stopped=(1,)),
+        Returned(at=0.4, seconds=0.1),
+    )
+    [arrival] = simulation.arrivals_of_log(Log(Header(config=CONFIG), events))
+    assert arrival.num_output == 2
+
+
+def test_who_leaves_before_the_door_lets_it_in_is_not_computed() -> None:
+    late = msgspec.structs.replace(COST, door=Door(arrive=1.0))
+    gone, other = simulation.run([Arrival(0.0, 5, 3, leaves=0.5), Arrival(0.1, 5, 3)], CONFIG, late)
+    assert (gone.output_tokens, gone.error_kind, other.output_tokens) == (0, "hung up", 3)
 
 
 def test_replicas_share_the_requests() -> None:

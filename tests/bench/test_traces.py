@@ -96,11 +96,15 @@ def test_mooncake_s_arrivals_are_dealt_out_over_their_three_seconds(mooncake: Pa
         ("azure", AZURE + "\n\0", "is no trace of Azure"),
         ("azure", AZURE + "\nnever,1,2", "line 6 is no time and two numbers of tokens"),
         ("azure", AZURE + "\n2024-11-16 18:15:48,1", "line 6 is no time and two numbers of tokens"),
+        ("azure", AZURE + "\n2024-11-16 18:15:48,-5,3", "line 6 has less than no tokens"),
+        ("azure", AZURE + "\n2024-11-16 18:15:48,5,-3", "line 6 has less than no tokens"),
         ("azure", AZURE.splitlines()[0], "has no requests"),
         ("mooncake", "nonsense", "is no trace of Mooncake: line 1: JSON is malformed"),
         ("mooncake", '{"timestamp": 1}', "is no trace of Mooncake: line 1: Object missing required field"),
         ("mooncake", json.dumps(MOONCAKE[0] | {"timestamp": -5}), "line 1: a timestamp before the trace begins"),
         ("mooncake", json.dumps(MOONCAKE[0] | {"hash_ids": [1]}), "line 1: there must be a hash id for every 512"),
+        ("mooncake", json.dumps(MOONCAKE[0] | {"input_length": -5, "hash_ids": []}), "line 1: less than no tokens"),
+        ("mooncake", json.dumps(MOONCAKE[0] | {"output_length": -1}), "line 1: less than no tokens"),
     ],
 )
 def test_what_is_no_trace_says_so_in_one_line(kind: str, content: Any, message: str, tmp_path: Path) -> None:

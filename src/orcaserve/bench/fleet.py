@@ -8,7 +8,6 @@ engines' queues does better: the figures are a bound for it.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 
@@ -48,14 +47,14 @@ def thinned(rows: Sequence[Row], fleet: Fleet, engine: int) -> list[Arrival]:
     span = max(row.at for row in rows) or 1.0
     copies = fleet.requests * span / 3600 / len(rows) / fleet.engines
     rng = random.Random(f"{fleet.seed} {engine}")  # noqa: S311
-    limit = math.exp(-copies)
     found = []
     for row in rows:
-        product = rng.random()
-        while product > limit:  # Knuth's way to a Poisson number
+        # A Poisson number of copies: how many exponential gaps fit.
+        place = rng.expovariate(1.0)
+        while place < copies:
             # Copies come within a second of their row, so that they are no burst of equal requests.
             found.append(Arrival(row.at + rng.random(), row.input_length, max(1, row.output_length)))
-            product *= rng.random()
+            place += rng.expovariate(1.0)
     return sorted(found, key=lambda arrival: arrival.time)
 
 

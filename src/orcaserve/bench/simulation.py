@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,13 +56,15 @@ def arrivals_of_log(log: Log) -> list[Arrival]:
     arrived = {event.id: event for event in log.events if isinstance(event, Arrived)}
     left = {event.id: event.at for event in log.events if isinstance(event, Left)}
     outputs: dict[int, int] = defaultdict(int)
-    flying: list[Submitted] = []
+    ended: set[int] = set()  # whose rows that were ahead gave nothing any more
+    flying: deque[Submitted] = deque()
     for event in log.events:
         if isinstance(event, Submitted):
             flying.append(event)
         elif isinstance(event, Returned) and flying:
-            for id, _, _, samples in flying.pop(0).rows:
-                outputs[id] += samples
+            for id, _, _, samples in flying.popleft().rows:
+                outputs[id] += samples and id not in ended and id not in event.failed
+            ended.update(event.stopped, event.failed)
     found = []
     for id, event in arrived.items():
         leaves = left.get(id)
@@ -96,13 +98,11 @@ def run(
     *,
     seed: int = 0,
     replicas: int = 1,
-    tenants: Sequence[str | None] = (),
     witnesses: Sequence[Witness] = (),
 ) -> list[Record]:
     """Simulates the arrivals on so many equal engines, dealt out in turn, and gives the records that a client writes.
 
-    seed: of the noise. tenants: of each arrival. witnesses: of each engine's loop. ValueError if there is no request,
-    or one that can never fit.
+    seed: of the noise. witnesses: of each engine's loop. ValueError if there is no request, or one that can never fit.
     """
     if not arrivals:
         raise ValueError("there is no request to simulate")
@@ -113,8 +113,7 @@ def run(
         witness = witnesses[replica] if witnesses else None
         seen = _on_one([arrivals[i] for i in own], config, cost, seed + replica, witness)
         for i, record in zip(own, seen, strict=True):
-            tenant = tenants[i] if tenants else None
-            records[i] = record if tenant is None else msgspec.structs.replace(record, tenant=tenant)
+            records[i] = record
     return [record for record in records if record is not None]
 
 
@@ -142,6 +141,7 @@ def _on_one(
             counted="ids",
             error=None if len(got.token_times) == arrival.num_output else "its client hung up",
             error_kind=None if len(got.token_times) == arrival.num_output else "hung up",
+            tenant=arrival.tenant or None,
         )
         for arrival, got in zip(arrivals, found, strict=True)
     ]

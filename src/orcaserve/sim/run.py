@@ -118,9 +118,11 @@ class World:
             self._clock.advance_to(coming[0][0])
         while coming and coming[0][0] <= self._clock.now:
             time, id, leaves = coming.popleft()
+            if id not in self._open:  # it has left before it was let in, or has ended
+                continue
             if not leaves:
                 commands.append(Submit(self._request(id), self._clock.now - time))
-            elif id in self._open:
+            else:
                 self._open.discard(id)
                 commands.append(Abort(id))
         return commands

@@ -89,7 +89,7 @@ def drive(engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None] =
         ],
         samples=sampled.samples,
         preemptions=scheduler.num_preemptions,
-        cached_tokens=scheduler.kv.num_hits,
+        cached_tokens=clients.num_cached,
         swapped=0 if scheduler.kv.swap is None else scheduler.kv.swap.num_swapped,
     )
 
@@ -125,6 +125,7 @@ class _Clients:
         )
         self._on_end = on_end
         self.token_times: list[list[float]] = [[] for _ in work.items]
+        self.num_cached = 0  # prompt tokens that the prefix cache spared when requests were first let in
         self.num_open = len(work.items)
         self._start = time.perf_counter()
 
@@ -146,6 +147,7 @@ class _Clients:
             if output.error is not None:
                 raise BenchError(f"request {output.id} of the workload: {output.error}")
             self.token_times[output.id] += [now] * len(output.token_ids)
+            self.num_cached += output.num_cached
             if output.finish_reason is not None:
                 self.num_open -= 1
                 self._on_end()

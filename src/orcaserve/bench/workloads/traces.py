@@ -46,9 +46,12 @@ def azure(path: Path) -> list[Row]:
             for number, line in enumerate(lines, 2):
                 when, num_in, num_out = (line[key] for key in _AZURE)
                 try:
-                    rows.append(Row(_seconds(when), int(num_in), int(num_out)))
+                    row = Row(_seconds(when), int(num_in), int(num_out))
                 except (ValueError, TypeError):
                     raise ValueError(f"line {number} is no time and two numbers of tokens") from None
+                if min(row.input_length, row.output_length) < 0:
+                    raise ValueError(f"line {number} has less than no tokens")
+                rows.append(row)
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path} is no trace of Azure: {error}") from None
     return _from_zero(rows)
@@ -68,6 +71,8 @@ def mooncake(path: Path, rng: random.Random, spread: float = 3.0) -> list[Row]:
                 row = decode(line)
                 if row.timestamp < 0:
                     raise ValueError("a timestamp before the trace begins")
+                if min(row.input_length, row.output_length) < 0:
+                    raise ValueError("less than no tokens")
                 if (row.input_length + BLOCK - 1) // BLOCK != len(row.hash_ids):
                     raise ValueError(f"there must be a hash id for every {BLOCK} tokens")
             except ValueError as error:
