@@ -237,6 +237,20 @@ def test_fair_who_asks_for_little_does_not_wait_for_a_turn_of_the_others() -> No
     w.drain()
 
 
+def test_fair_who_was_alone_owes_nothing() -> None:
+    """What somebody has had while nobody waited is no credit of who comes then."""
+    w = world("fair,credit=1000", max_batch_size=1)
+    for _ in range(20):
+        w.submit((3, 4), 5, tenant="polite")
+        w.drain()
+    flood = [w.submit((1, 2), 5, tenant="flood") for _ in range(20)]
+    w.step(2)
+    polite = w.submit((3, 4), 5, tenant="polite")
+    w.rows.clear()
+    w.drain()
+    assert started(w)[:2] == [flood[0], polite]
+
+
 @pytest.mark.parametrize("credit", [0, 100])
 def test_fair_reads_a_prompt_of_a_newcomer_before_the_rest_of_one_that_runs(credit: int) -> None:
     """Unless it would not have gone first when that one was let in."""

@@ -21,7 +21,7 @@ class FairOptions(OrderOptions, frozen=True, kw_only=True):
 
     input: float = 1.0
     output: float = 2.0
-    credit: float = 2048.0
+    credit: float = 1024.0
     weights: str = ""
 
     def __post_init__(self) -> None:
@@ -58,10 +58,11 @@ class Fair(Order):
 
     A tenant's counter grows by input × (prompt tokens to compute) / weight when a request of his is first admitted, and
     by output / weight with each token that he gets. The tenant of the least counter who waits goes first; his requests
-    go by arrival. When somebody comes who does not wait, his counter is lifted to `credit` below the level: the least
-    counter of those who do, or, if nobody does, that of the one who was admitted last; in any case the greatest that
-    somebody had when he was admitted. So time without requests is no credit but this. Without it (0, as published) who
-    asks for less than his share waits for a turn of all others with each request; with it he waits for none.
+    go by arrival. When somebody comes who does not wait, his counter is lifted to `credit` below the least of those who
+    do, or, if nobody does, to that of the one who was admitted last: what somebody has used of an engine that nobody
+    waited for is no credit of others. (In both cases the level counts, too: the greatest counter that somebody had when
+    he was admitted.) Without credit (0, as published) who asks for less than his share waits for a turn of all others
+    with each request; with it he waits for none.
 
     Bound (theorem 4.4): of two tenants that both wait all through an interval, neither gets more than 2 U + credit of
     service over weight more than the other; U = input × (longest prompt) + output × (tokens that one tenant's running
@@ -101,12 +102,11 @@ class Fair(Order):
         tenant.requests += 1
         if waiting.has_lane(name):
             return
-        level = self._level
         if waiting:
-            level = max(level, self.rank(waiting.first.lane))
-        elif self._last is not None:
-            level = max(level, self._last.counter)
-        tenant.counter = max(tenant.counter, level - self.told.credit)
+            level = max(self._level, self.rank(waiting.first.lane)) - self.told.credit
+        else:
+            level = self._level if self._last is None else max(self._level, self._last.counter)
+        tenant.counter = max(tenant.counter, level)
         self.moved = True
 
     def key(self, request: Request, now: float) -> float:
