@@ -90,7 +90,8 @@ class Budget:
         """Where the prompts stand that come next, and how many tokens of each are left; in order, but for lanes."""
         reading = [request for request in running if request.lag > 1 and request.finish_reason is None]
         num_free = max(0, self._most_rows - len(running))
-        if reading and waiting and num_free and waiting.place(waiting.first) < reading[0].entry:
+        head = waiting.head if reading and num_free else None
+        if head is not None and head < reading[0].entry:
             start = kv.known_prefix(waiting.first)
             yield start, waiting.first.num_tokens - start
         for request in reading:

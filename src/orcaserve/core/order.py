@@ -111,6 +111,11 @@ class Waiting:
             else:
                 return head
 
+    @property
+    def head(self) -> tuple[float, float, int] | None:
+        """The place of who goes next; None if nobody waits."""
+        return self.place(self.first) if self._count else None
+
     def place(self, request: Request) -> tuple[float, float, int]:
         """Of a request among all; the least goes first."""
         return self._order.rank(request.lane), request.key, request.arrival

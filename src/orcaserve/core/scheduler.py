@@ -164,7 +164,8 @@ class Scheduler:
         num_own = 0
         is_alone = self.budget.lanes == 1
         alike, block_size, yielding = self.policy.alike, self.kv.block_size, self._yielding
-        merges = self.policy.cuts_prompts  # prompts are read in order, whether their requests run yet or not
+        # Prompts are read in order, whether their requests run yet or not: who waits may come before one that runs.
+        head = self.waiting.head if self.policy.cuts_prompts else None
         ready, quiet = self._ready(), list[Request]()  # who is chosen, and not told to the sealer yet
         for request in ready:
             if tokens_left == 0:
@@ -184,9 +185,10 @@ class Scheduler:
             if not request.block_table or request in yielding:  # for an older one, a moment ago
                 continue
             if request_level or len(request.token_ids) - start > 1:
-                if merges and self.waiting and not closed and self.num_preemptions == num_preemptions:
+                if head is not None and head < request.entry and not closed and self.num_preemptions == num_preemptions:
                     num_own, tokens_left, closed = self._let_in(num_own, tokens_left, now, request.entry)
                     self._put_in_order()
+                    head = self.waiting.head
                     if tokens_left == 0 or (own and num_own >= row_limit):
                         continue
                 start, num_tokens = self._shape(request, tokens_left)
