@@ -21,7 +21,7 @@ from orcaserve.model.decoder import Decoder, compute_dtype
 from orcaserve.ops.gpu.kernels import TritonKernels
 from orcaserve.ops.kernels import KVCache
 from orcaserve.worker.gpu.stream import CudaStream, HostStream, Stream
-from orcaserve.worker.gpu.worker import DevicePending, DeviceWorker, graph_sizes, scratch_bytes
+from orcaserve.worker.gpu.worker import DevicePending, DeviceWorker, graph_sizes, layers_sizes, scratch_bytes
 from orcaserve.worker.grammars import Grammars
 from orcaserve.worker.machine import available_memory
 from orcaserve.worker.memory import activation_bytes, make_budget
@@ -159,15 +159,17 @@ def _make_ready(worker: DeviceWorker, max_batch_size: int, max_tokens: int, prog
     # The largest first: what it takes of memory the others fit into. Up to 256 tokens each power of two has its tiles,
     # which the graphs bring in as far as they go; beyond that there are two kinds.
     prompts = [max_tokens, *(size for size in (512, 256, 128, 64, 32) if max_batch_size < size < max_tokens)]
+    layers = sorted(layers_sizes(max_tokens), reverse=True)
     graphs = sorted(graph_sizes(max_batch_size), reverse=True)
     for done, num_tokens in enumerate(prompts, 1):
         worker.warm(num_tokens)
         if progress is not None:
             progress("kernels", done, len(prompts))
-    for done, size in enumerate(graphs, 1):
-        worker.record(size)
+    records = [(worker.record_layers, size) for size in layers] + [(worker.record, size) for size in graphs]
+    for done, (record, size) in enumerate(records, 1):
+        record(size)
         if progress is not None:
-            progress("graphs", done, len(graphs))
+            progress("graphs", done, len(records))
 
 
 def profile_of(kernels: TritonKernels, model: Decoder) -> str:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from orcaserve.ops.gpu.pieces import FIELDS
+
+_OF_SAMPLES = (
+    "bases",
+    "sample_rows",
+    "sample_seats",
+    "sample_positions",
+    "temperatures",
+    "top_k",
+    "top_p",
+    "min_p",
+)
 
 
 def _aligned(length: int) -> int:
@@ -32,6 +43,14 @@ class Sizes:
     def total(self) -> int:
         """int32 values."""
         return _aligned(2 * self.samples) + sum(_aligned(length) for _, length in self.lengths())
+
+    def have_room_for(self, other: Sizes) -> bool:
+        return (
+            other.tokens <= self.tokens
+            and other.samples <= self.samples
+            and other.updates <= self.updates
+            and other.tiles <= self.tiles
+        )
 
     def lengths(self) -> list[tuple[str, int]]:
         """The sections behind `bases`, in the order in which they lie; the one that may be cut short is the last."""
@@ -99,6 +118,10 @@ class Sections:
         parts["updates"] = parts["updates"].view(-1, 3)
         parts["tiles"] = parts["tiles"].view(-1, FIELDS)
         return cls(**parts)
+
+    def with_samples(self, count: int) -> Sections:
+        """The same with the first `count` of the rows that get a token."""
+        return replace(self, **{name: getattr(self, name)[:count] for name in _OF_SAMPLES})
 
     def on_host(self) -> HostSections:
         return HostSections(**{field.name: getattr(self, field.name).numpy() for field in fields(self)})

@@ -1,9 +1,9 @@
 """`DeviceWorker`: puts iterations on a device's stream, and tells what each gave once it is wanted.
 
 An iteration in which everybody decodes is one recorded graph, padded to one of a few sizes: from the tokens that the
-device itself drew before to those that it draws now. Others are put on the stream kernel by kernel. Requests whose
-draws need what only the host knows (penalties, grammars, log-probabilities) are sampled there, which waits for the
-device.
+device itself drew before to those that it draws now. Of others the layers are a recorded graph, if the tokens are not
+many, and the rest is put on the stream kernel by kernel. Requests whose draws need what only the host knows (penalties,
+grammars, log-probabilities) are sampled there, which waits for the device.
 """
 
 from __future__ import annotations
@@ -35,13 +35,25 @@ from orcaserve.worker.swap import Swapper
 from orcaserve.worker.worker import in_order, make_caches
 
 _SEATS_PER_ROW = 4  # requests may hold KV without a row in every iteration
-_UPDATES = 64  # entries of block tables that a graph takes, beside one for each row
+_UPDATES = 64  # entries of block tables that a graph of decodes takes, beside one for each row
+_MORE_UPDATES = 1024  # that one takes which may read prompts
+_MOST_RECORDED = 2048  # tokens
 
 
 def graph_sizes(max_batch_size: int) -> list[int]:
-    """Rows of the iterations that are recorded: closely where iterations are short, less so where they are long."""
+    """Rows of the decodes that are recorded: closely where iterations are short, less so where they are long."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1024, 32)]
     return [size for size in sizes if size < max_batch_size] + [max_batch_size]
+
+
+def layers_sizes(max_tokens: int) -> list[int]:
+    """Tokens of the iterations of any kind whose layers are recorded.
+
+    From 256 on products have tiles of 128 tokens, so that padding to them costs next to nothing. Of more tokens than
+    the last of these the layers take longer than the host does to launch their kernels one by one.
+    """
+    most = min(max_tokens, _MOST_RECORDED)
+    return [size for size in (16, *range(32, 256, 32), *range(256, most, 128)) if size < most] + [most]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -58,15 +70,17 @@ class _Host:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Graph:
-    """An iteration of `sizes`, all of which decode. staged: what the host tells it. tokens: int32 [D] that it draws.
+    """What is recorded of iterations up to `sizes`. staged: what the host tells it. told: the parts of that.
 
-    hosts: where the host writes it down, in turn.
+    hosts: where the host writes it down, in turn. out: int32 [D] of tokens drawn, where all decode; else hidden values
+    [M, H].
     """
 
     sizes: Sizes
     staged: Tensor
+    told: Sections
     hosts: Sequence[_Host]
-    tokens: Tensor
+    out: Tensor
     run: Run
 
 
@@ -149,7 +163,9 @@ class DeviceWorker:
         self._hosts = [stream.host_buffer(1 << 16) for _ in range(in_flight + 1)]
         self._drawn = [stream.host_buffer(2 * max_batch_size) for _ in range(in_flight + 1)]
         self._turn = 0
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[int, _Graph] = {}  # of decodes, by rows
+        self._layers: dict[int, _Graph] = {}  # of iterations of any kind, by tokens
+        self._hidden: Tensor | None = None  # where these leave their hidden values, one after the other
         self.busy_seconds = 0.0
 
     @property
@@ -166,28 +182,47 @@ class DeviceWorker:
     def record(self, size: int) -> None:
         """Records the iteration in which up to `size` requests decode."""
         sizes = Sizes(size, size, size + _UPDATES, size + self._cutter.most_dealt)
-        device = self._stream.device
-        staged = torch.zeros(sizes.total, dtype=torch.int32, device=device)
+        staged, told = self._nobody(sizes)
+        tokens = torch.zeros(size, dtype=torch.int32, device=self._stream.device)
+
+        def run() -> None:
+            self._draw(told, self._forward(told), tokens)
+
+        self._graphs[size] = _Graph(sizes, staged, told, self._hosts_for(sizes), tokens, self._stream.record(run))
+
+    @torch.inference_mode()
+    def record_layers(self, num_tokens: int) -> None:
+        """Records the layers of iterations of any kind of up to `num_tokens` tokens. The first call is for the most."""
+        rows = self._max_batch_size
+        tiles = num_tokens // self._cutter.tile_tokens + min(num_tokens, rows) + self._cutter.most_dealt
+        sizes = Sizes(num_tokens, rows, rows + _MORE_UPDATES, tiles)
+        staged, told = self._nobody(sizes)
+        if self._hidden is None:
+            self._hidden = torch.empty_like(self._forward(told))
+        out = self._hidden[:num_tokens]
+        run = self._stream.record(lambda: out.copy_(self._forward(told)))
+        self._layers[num_tokens] = _Graph(sizes, staged, told, self._hosts_for(sizes), out, run)
+
+    def _nobody(self, sizes: Sizes) -> tuple[Tensor, Sections]:
+        """What an iteration is told in which there is only padding."""
+        staged = torch.zeros(sizes.total, dtype=torch.int32, device=self._stream.device)
         told = Sections.of(staged, sizes)
         told.seats.fill_(-1)
         told.sample_seats.fill_(-1)
-        told.sample_rows.copy_(torch.arange(size, device=device))
-        tokens = torch.zeros(size, dtype=torch.int32, device=device)
-        run = self._stream.record(lambda: self._iterate(told, tokens, gather=False))
-        hosts = [_Host.of(self._stream.host_buffer(sizes.total), sizes) for _ in self._hosts]
-        self._graphs[size] = _Graph(sizes, staged, hosts, tokens, run)
+        return staged, told
+
+    def _hosts_for(self, sizes: Sizes) -> list[_Host]:
+        return [_Host.of(self._stream.host_buffer(sizes.total), sizes) for _ in self._hosts]
 
     @torch.inference_mode()
     def warm(self, num_tokens: int) -> None:
         """Reads a prompt of nobody: compiles what is not compiled yet, and shows that there is memory for it."""
         tiles = self._cutter.cut(np.array([0]), np.array([num_tokens]), np.array([0]), np.array([0]))
-        sizes = Sizes(num_tokens, 1, 0, len(tiles))
-        told = Sections.of(torch.zeros(sizes.total, dtype=torch.int32, device=self._stream.device), sizes)
-        told.seats.fill_(-1)
-        told.sample_seats.fill_(-1)
+        _, told = self._nobody(Sizes(num_tokens, 1, 0, len(tiles)))
         told.tiles.copy_(torch.from_numpy(tiles))
         told.num_tiles.fill_(len(tiles))
-        self._iterate(told, torch.zeros(1, dtype=torch.int32, device=self._stream.device), gather=True)
+        hidden = self._forward(told).index_select(0, told.sample_rows)
+        self._draw(told, hidden, torch.zeros(1, dtype=torch.int32, device=self._stream.device))
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> DevicePending:
@@ -209,7 +244,7 @@ class DeviceWorker:
         if (graph := self._graph(plan, updates)) is not None:
             self._fill(graph.hosts[turn], graph.sizes, graph.staged, plan, updates, self._cut(plan))
             graph.run()
-            self._stream.copy(graph.tokens[: len(plan.drawing)], drawn)
+            self._stream.copy(graph.out[: len(plan.drawing)], drawn)
         elif plan.jobs:
             hidden = self._compute(turn, plan, updates, drawn)
             known = {job.row.id: RowResult(id=job.row.id) for job in plan.jobs} | self._answer(hidden, plan)
@@ -237,24 +272,33 @@ class DeviceWorker:
         return np.array(found, dtype=np.int32).reshape(-1, 3)
 
     def _compute(self, turn: int, plan: _Plan, updates: np.ndarray, drawn: Tensor) -> Tensor:
-        """An iteration of any kind, kernel by kernel; the hidden values of its tokens [M, H]."""
-        device, tiles = self._stream.device, self._cut(plan)
-        tokens = sum(job.row.num_tokens for job in plan.jobs)
-        sizes = Sizes(tokens, len(plan.drawing), updates.shape[0], len(tiles))
-        staged = torch.empty(sizes.total, dtype=torch.int32, device=device)
-        if self._hosts[turn].shape[0] < sizes.total:
-            self._hosts[turn] = self._stream.host_buffer(2 * sizes.total)
-        self._fill(_Host.of(self._hosts[turn], sizes), sizes, staged, plan, updates, tiles)
-        own = torch.empty(len(plan.drawing), dtype=torch.int32, device=device)
-        hidden = self._iterate(Sections.of(staged, sizes), own, gather=True)
-        self._stream.copy(own, drawn)
+        """An iteration of any kind; the hidden values of its tokens [M, H], until the next iteration."""
+        tiles = self._cut(plan)
+        sizes = Sizes(sum(job.row.num_tokens for job in plan.jobs), len(plan.drawing), updates.shape[0], len(tiles))
+        if (graph := self._recorded_layers(sizes)) is not None:
+            self._fill(graph.hosts[turn], graph.sizes, graph.staged, plan, updates, tiles)
+            graph.run()
+            told, hidden = graph.told.with_samples(sizes.samples), graph.out
+        else:
+            staged = torch.empty(sizes.total, dtype=torch.int32, device=self._stream.device)
+            if self._hosts[turn].shape[0] < sizes.total:
+                self._hosts[turn] = self._stream.host_buffer(2 * sizes.total)
+            self._fill(_Host.of(self._hosts[turn], sizes), sizes, staged, plan, updates, tiles)
+            told = Sections.of(staged, sizes)
+            hidden = self._forward(told)
+        if sizes.samples:
+            own = torch.empty(sizes.samples, dtype=torch.int32, device=self._stream.device)
+            self._draw(told, hidden.index_select(0, told.sample_rows), own)
+            self._stream.copy(own, drawn)
         return hidden
 
-    def _iterate(self, told: Sections, tokens: Tensor, *, gather: bool) -> Tensor:
-        """All that the device does in an iteration; writes the tokens that it draws. gather: not every token draws.
+    def _recorded_layers(self, sizes: Sizes) -> _Graph | None:
+        """The least that have room."""
+        least = min((tokens for tokens in self._layers if tokens >= sizes.tokens), default=None)
+        return None if least is None or not self._layers[least].sizes.have_room_for(sizes) else self._layers[least]
 
-        Gives the hidden values [M, H].
-        """
+    def _forward(self, told: Sections) -> Tensor:
+        """From what the host told to the hidden values [M, H] of all tokens."""
         num_tokens = told.ids.shape[0]
         token_ids, positions, slots = (
             torch.empty(num_tokens, dtype=torch.int32, device=self._stream.device) for _ in range(3)
@@ -262,13 +306,14 @@ class DeviceWorker:
         staged = Staged(told.ids, told.seats, told.starts, told.updates, told.num_updates)
         prepare(staged, self._last_tokens, self._tables, token_ids, positions, slots, block_size=self._block_size)
         layout = DeviceLayout(positions, slots, told.seats, self._tables, self._block_size, told.tiles, told.num_tiles)
-        hidden = self._model.forward(token_ids, layout, self._kv)
-        if tokens.shape[0]:
-            logits = self._model.logits(hidden.index_select(0, told.sample_rows) if gather else hidden)
-            wishes = Wishes(told.bases, told.sample_positions, told.temperatures, told.top_k, told.top_p, told.min_p)
-            sample(logits, wishes, tokens, self._scratch, truncates=True)
-            commit(tokens, told.sample_seats, self._last_tokens)
-        return hidden
+        return self._model.forward(token_ids, layout, self._kv)
+
+    def _draw(self, told: Sections, hidden: Tensor, tokens: Tensor) -> None:
+        """A token for each of the rows [D, H], written to int32 tokens [D] and kept for the next iteration."""
+        logits = self._model.logits(hidden)
+        wishes = Wishes(told.bases, told.sample_positions, told.temperatures, told.top_k, told.top_p, told.min_p)
+        sample(logits, wishes, tokens, self._scratch, truncates=True)
+        commit(tokens, told.sample_seats, self._last_tokens)
 
     def _cut(self, plan: _Plan) -> np.ndarray:
         """int32 [T, FIELDS]: the tiles of an iteration's attention."""
@@ -281,16 +326,18 @@ class DeviceWorker:
         """Writes an iteration down on the host and sends it to `staged`, padded where `sizes` allow for more."""
         told = host.told
         n, seats = plan.num_decodes, [self._seats[job.row.id] for job in plan.jobs]
+        end = n
         told.ids[:n] = [_newest(job) for job in plan.jobs[:n]]
         told.seats[:n] = seats[:n]
-        told.seats[n:] = -1
         told.starts[:n] = [job.row.start for job in plan.jobs[:n]]
         if chunks := plan.jobs[n:]:
             firsts, begins = np.array(plan.firsts[n:]), np.array([job.row.start for job in chunks])
             counts, places = np.array([job.row.num_tokens for job in chunks]), np.array(seats[n:])
-            told.ids[n:] = [token for job in chunks for token in job.token_ids]
-            told.seats[n:] = np.repeat(places, counts)
-            told.starts[n:] = np.arange(n, sizes.tokens) + np.repeat(begins - firsts, counts)
+            end += int(counts.sum())
+            told.ids[n:end] = [token for job in chunks for token in job.token_ids]
+            told.seats[n:end] = np.repeat(places, counts)
+            told.starts[n:end] = np.arange(n, end) + np.repeat(begins - firsts, counts)
+        told.seats[end:] = -1
         told.num_tiles[0] = len(tiles)
         told.tiles[: len(tiles)] = tiles
         told.num_updates[0] = updates.shape[0]
