@@ -24,6 +24,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     memory: bytes that are copied or read for the ceilings. rotated: bytes that the buffers of a kernel take together at
         least, so that no cache holds one until its turn comes. side: of the square product. samples: of each timing.
     batches, context: of decodes that are timed, so many after some that warm up. prefill: of as many prompts.
+    arriving: of prompts that come one an iteration, beside so many decodes.
     shared_…: requests at once, their prompts and outputs, and most of them running.
     promised: requests, prompts, outputs. trace: requests of Orca's trace. sessions: chats of the ladder, whose requests
         have paper_longest tokens at most.
@@ -45,6 +46,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     context: int
     warm: int
     timed: int
+    arriving: tuple[int, ...]
+    beside: int
     prefill: int
     prompts: int
     shared_models: tuple[str, ...]
@@ -92,6 +95,8 @@ FULL = Plan(
     context=800,
     warm=3,
     timed=12,
+    arriving=(64, 256, 1024),
+    beside=16,
     prefill=8192,
     prompts=8,
     shared_models=("Qwen3-0.6B", "Qwen3-8B"),
@@ -132,6 +137,8 @@ TINY = Plan(
     context=40,
     warm=1,
     timed=1,
+    arriving=(3,),
+    beside=2,
     prefill=4,
     prompts=2,
     shared_models=("toy",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 
 from orcaserve.bench.client import BenchError
@@ -35,16 +36,23 @@ def _steps(lab: Lab, model: str, numerics: Numerics) -> Iterator[Line]:
     engine = lab.engine(
         model,
         numerics=numerics,
-        rows=max(*plan.batches, plan.prompts),
+        rows=max(*plan.batches, plan.prompts, plan.beside + 1),
         batch_tokens=plan.prefill,
-        longest=max(steps, prompt + 1),
-        tokens=max(max(plan.batches) * _blocks(steps), plan.prompts * _blocks(prompt)) * BLOCK,
+        longest=max(steps, prompt + 1, *plan.arriving),
+        tokens=BLOCK
+        * max(
+            max(plan.batches) * _blocks(steps),
+            plan.prompts * _blocks(prompt),
+            (plan.beside + 2) * max(map(_blocks, (steps, *plan.arriving))),
+        ),
     )
     for cache in engine.device.caches:
         fill(cache)
     iterations, sizes, name = _Iterations(engine, lab), sizes_of(model), f"{model}, {numerics}"
     for batch in plan.batches:
         yield _decoded(lab, sizes, name, batch, iterations.decode(batch, plan.context))
+    for length in plan.arriving:
+        yield _arriving(lab, sizes, name, length, iterations.arrive(plan.beside, plan.context, length))
     yield _read(lab, sizes, name, iterations.read(plan.prompts, prompt))
 
 
@@ -53,6 +61,18 @@ def _decoded(lab: Lab, sizes: ModelShape, name: str, batch: int, seconds: float)
     least = least_seconds(lab.card, sizes, size_of([(context - 1, 1, True)] * batch))
     what = f"{name}: decode of {batch} at {context}"
     return Line(what=what, seconds=seconds, rate=batch / seconds, unit="tokens/s", limit=batch / least)
+
+
+def _arriving(lab: Lab, sizes: ModelShape, name: str, length: int, seconds: float) -> Line:
+    plan = lab.plan
+    size = size_of([*[(plan.context - 1, 1, True)] * plan.beside, (0, length, True)])
+    return Line(
+        what=f"{name}: prompt after prompt of {length} beside a decode of {plan.beside}",
+        seconds=seconds,
+        rate=1 / seconds,
+        unit="iterations/s",
+        limit=1 / least_seconds(lab.card, sizes, size),
+    )
 
 
 def _read(lab: Lab, sizes: ModelShape, name: str, seconds: float) -> Line:
@@ -96,6 +116,48 @@ class _Iterations:
         self._engine.device.forget_all()
         return statistics.median(spans[self._warm :])
 
+    def arrive(self, rows: int, context: int, length: int) -> float:
+        """Mean seconds, the host's work included where it is not hidden: each iteration is given while one runs.
+
+        In every one another prompt of `length` tokens is read beside `rows` decodes.
+        """
+        count = self._warm + self._timed
+        new, prompts = self._requests(rows, context), self._requests(count, length, first=rows)
+        tables = self._tables(rows + 2, max(context + count, length))
+        known: dict[int, int] = {}  # of each decode, the token that was drawn for it and has not been told
+        waiting, began = None, 0.0
+        for step, prompt in enumerate(prompts):
+            decodes = [
+                ScheduledRequest(
+                    id=one.id,
+                    start=context - 1 + step,
+                    num_tokens=1,
+                    new_blocks=() if step else tables[one.id],
+                    token_ids=(known[one.id],) if one.id in known else (),
+                    samples=True,
+                )
+                for one in new
+            ]
+            read = ScheduledRequest(prompt.id, 0, length, tables[rows + step % 2][: _blocks(length)], samples=True)
+            batch = Batch(
+                step=self._num_steps,
+                rows=(*decodes, read),
+                new=(prompt,) if step else (*new, prompt),
+                freed=(prompts[step - 1].id,) if step else (),
+            )
+            self._num_steps += 1
+            if step == self._warm:
+                self._watch.wait()
+                began = time.perf_counter()
+            pending = self._engine.device.submit(batch)
+            if waiting is not None:
+                known = {row.id: row.token_id or 0 for row in waiting.result().rows}
+            waiting = pending
+        self._watch.wait()
+        seconds = time.perf_counter() - began
+        self._engine.device.forget_all()
+        return seconds / self._timed
+
     def read(self, count: int, length: int) -> float:
         """Median seconds of an iteration that reads so many prompts together, and samples after each."""
         spans = []
@@ -108,7 +170,7 @@ class _Iterations:
             self._engine.device.forget_all()
         return statistics.median(spans[1:])
 
-    def _requests(self, count: int, length: int) -> list[NewRequest]:
+    def _requests(self, count: int, length: int, first: int = 0) -> list[NewRequest]:
         vocab, params = self._engine.vocab_size, SamplingParams(temperature=0.6, ignore_eos=True)
         return [
             NewRequest(
@@ -119,7 +181,7 @@ class _Iterations:
                 params=params,
                 seed=id,
             )
-            for id in range(count)
+            for id in range(first, first + count)
         ]
 
     def _tables(self, count: int, length: int) -> list[tuple[int, ...]]:
