@@ -118,9 +118,30 @@ def test_any_json_object(real_server: Server) -> None:
         assert isinstance(json.loads(got["message"]["content"]), dict)
 
 
+def test_what_asks_for_nothing_in_a_schema_is_no_obstacle(real_server: Server) -> None:
+    asked = {
+        "type": "object",
+        "properties": {
+            "secret": {"type": "string", "format": "password", "maxLength": 4},
+            "uniqueItems": {"const": {"uniqueItems": False}},
+            "list": {"$ref": "#/$defs/list"},
+        },
+        "required": ["secret", "uniqueItems", "list"],
+        "additionalProperties": False,
+        "$defs": {"list": {"type": "array", "items": {"anyOf": [{"enum": [1]}]}, "uniqueItems": False, "maxItems": 2}},
+    }
+    with real_server.client() as client:
+        got = chat(client, seed=4, response_format=of_schema(asked))
+    assert got["finish_reason"] == "stop"
+    said = json.loads(got["message"]["content"])
+    jsonschema.validate(said, asked)
+    assert said["uniqueItems"] == {"uniqueItems": False}, "a constant is no schema"
+
+
 @pytest.mark.parametrize(
     ("wish", "param"),
     [
+        ({"response_format": of_schema({"type": "array", "items": {}, "uniqueItems": True})}, "response_format"),
         ({"response_format": of_schema({"type": "pigeon"})}, "response_format"),
         ({"response_format": of_schema({"$ref": "#/nowhere"})}, "response_format"),
         ({"guided_regex": "(a"}, "guided_regex"),

@@ -12,6 +12,7 @@ import msgspec
 from orcaserve.serve import errors
 from orcaserve.serve.decode_body import decode_text
 from orcaserve.serve.protocol import GenerationRequest
+from orcaserve.serve.schemas import without_remarks
 from orcaserve.serve.tally import Tally
 from orcaserve.worker.grammars import Compiler, GrammarError
 
@@ -153,4 +154,5 @@ def _json(schema: dict[str, Any] | bool | str, param: str) -> str:
         schema = {} if schema else {"not": {}}
     if _has_more(schema, MOST_BYTES):
         raise _too_long(param)
+    schema = without_remarks(schema)
     return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE}))

@@ -10,6 +10,7 @@ import msgspec
 from orcaserve.serve import errors
 from orcaserve.serve.protocol import ChatRequest, Tool, ToolChoice
 from orcaserve.serve.reply import ToolFormat, format_of
+from orcaserve.serve.schemas import without_remarks
 from orcaserve.serve.structured import WHITESPACE
 
 MOST_TOOLS = 256
@@ -71,7 +72,7 @@ def _insist(form: ToolFormat, tools: Sequence[Tool], most: int | None, special_i
             for tool in tools
         ]
     }
-    schema = {**one, **_definitions(one), "x-guidance": {"whitespace_pattern": WHITESPACE}}
+    schema = without_remarks({**one, **_definitions(one), "x-guidance": {"whitespace_pattern": WHITESPACE}})
 
     def mark(text: str) -> str:
         id = special_id(text)
