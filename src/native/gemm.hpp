@@ -43,9 +43,9 @@ inline Vec activate(Activation how, Vec x) {
             return set1(0.5f) * x * (set1(1.0f) + tanh(inner));
         }
         case Activation::gelu_quick: return x * sigmoid(x * set1(1.702f));
-        case Activation::relu: return max(x, zero());
+        case Activation::relu: return max(zero(), x);  // in this order: what is no number stays so
         case Activation::relu2: {
-            const Vec kept = max(x, zero());
+            const Vec kept = max(zero(), x);
             return kept * kept;
         }
         case Activation::tanh: return tanh(x);
@@ -692,7 +692,8 @@ void gather(Pool& pool, const Gather& g) {
             if (g.packed.format != Format::coded) continue;
             const Patch* patch = g.packed.patches + reinterpret_cast<const Code*>(block)->first;
             for (; patch->step < depth; ++patch)
-                if (patch->at / 2 == g.ids[i] % kBlock) to[patch->step * 2 + patch->at % 2] = static_cast<T>(patch->word);
+                if (const std::int64_t k = patch->step * 2 + patch->at % 2; patch->at / 2 == g.ids[i] % kBlock && k < g.k)
+                    to[k] = static_cast<T>(patch->word);
         }
     });
 }

@@ -66,6 +66,7 @@ def refusal(folder: Path) -> str:
         ({"dtype": "float8_e4m3fn"}, "float8_e4m3fn"),
         ({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, '"mrope" are not supported'),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "lacks factor"),
+        ({"rope_parameters": "linear"}, "config.json: "),
         ({"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "linear_attention"),
         ({"layer_types": ["full_attention"]}, "lists 1 of 3 layers"),
         ({"layer_types": ["sliding_attention"] * 3}, "lacks sliding_window"),

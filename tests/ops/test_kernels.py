@@ -218,6 +218,16 @@ def test_gated_and_activated(name, dtype, activation):
 
 @every_set
 @both_dtypes
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_new", "quick_gelu", "relu", "relu2", "tanh", "sigmoid"])
+def test_what_is_no_number_stays_so_behind_an_activation(name, dtype, activation):
+    weight = draw(1, 75, 48, dtype=dtype)
+    weight[40] = torch.nan
+    found = kernel_sets.make(name).linear([weight], [None], activation=activation)(draw(2, 3, 48, dtype=dtype))
+    assert found[:, 40].isnan().all() and found.isnan().sum() == 3
+
+
+@every_set
+@both_dtypes
 def test_rows_of_a_tied_embedding(name, dtype):
     weight = draw(1, 150, 37, dtype=dtype)
     ids = torch.tensor([3, 3, 149, 0, 64, 63])

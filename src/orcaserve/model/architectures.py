@@ -442,7 +442,7 @@ ROWS: tuple[Architecture, ...] = (
         qkv="stacked",
         mlp="gated_fused",
         windows="all",
-        defaults={"rms_norm_eps": 1e-5},
+        defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
     ),
     Architecture(
         name="MixtralForCausalLM",

@@ -16,6 +16,7 @@ from orcaserve.core.config import ModelError
 from orcaserve.model.alibi import alibi_slopes
 from orcaserve.model.architectures import ARCHITECTURES, COMMON_KEYS, MODEL_TYPES, ROWS, Architecture, Block
 from orcaserve.model.rope import Rope, rope
+from orcaserve.model.tied import has_own_head
 
 _LIMIT = 1 << 31  # no size in a config.json is beyond it; what is, is not a model
 
@@ -92,7 +93,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 def read_config(folder: str | Path) -> ModelConfig:
     """Reads the folder of a Hugging Face checkpoint. Raises ModelError, in one line, if it is not ours to serve."""
     folder = Path(folder)
-    return make_config(read_raw_config(folder), folder.name, read_generation(folder))
+    config = make_config(read_raw_config(folder), folder.name, read_generation(folder))
+    names = config.row.names
+    if config.tied and "head" in names and has_own_head(folder, f"{names['embed']}.weight", f"{names['head']}.weight"):
+        return msgspec.structs.replace(config, tied=False)
+    return config
 
 
 def make_config(raw: Mapping[str, Any], name: str, generation: Generation) -> ModelConfig:
@@ -107,7 +112,7 @@ def make_config(raw: Mapping[str, Any], name: str, generation: Generation) -> Mo
         return _model_config(_flat(raw, row), row, generation)
     except KeyError as error:
         raise ModelError(f"{name}/config.json lacks {error.args[0]}") from error
-    except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+    except (AttributeError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise ModelError(f"{name}/config.json: {error}") from error
 
 
@@ -312,9 +317,11 @@ def _rope(raw: Mapping[str, Any], value: Any, local: bool, head_dim: int, max_po
         parameters = {"rope_theta": local_theta}
     elif not parameters:
         parameters = raw.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta") or value("rope_theta") or value("rotary_emb_base") or 10000.0
+    own_theta = local_theta if local else None
+    theta = parameters.get("rope_theta") or own_theta or value("rope_theta") or value("rotary_emb_base") or 10000.0
     share = parameters.get("partial_rotary_factor") or value("partial_rotary_factor") or value("rotary_pct") or 1.0
-    original = raw.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    key = "original_max_position_embeddings"
+    original = raw.get(key) or parameters.get(key) or value(key)
     return rope(
         parameters,
         theta=float(theta),

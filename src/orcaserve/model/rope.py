@@ -73,6 +73,8 @@ def _llama3(parameters: Mapping[str, Any], plain: list[float], theta: float, lim
 
 def _yarn(parameters: Mapping[str, Any], plain: list[float], theta: float, limit: int, original: int) -> Rope:
     """Dimensions that turn often within the old context are kept, those that hardly turn are stretched by `factor`."""
+    if "short_factor" in parameters:  # so Phi-3 called its own scheme at first
+        return _longrope(parameters, plain, theta, limit, original)
     dim = 2 * len(plain)
     factor = float(parameters.get("factor") or limit / original)
     scaling = parameters.get("attention_factor")

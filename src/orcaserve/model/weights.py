@@ -13,9 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from orcaserve.core.config import ModelError
 from orcaserve.model.plan import TensorSpec
+from orcaserve.model.tied import INDEX, SINGLE
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PAGE = 4096
 _CPU = torch.device("cpu")

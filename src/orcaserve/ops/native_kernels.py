@@ -30,7 +30,7 @@ except ImportError:  # installed without a compiler
 Format = Literal["plain", "int8", "int4"]
 
 GROUP = 32  # values of a column that share a scale, in 4 bits
-VERSION = 3  # changes whenever the bits of a kernel do
+VERSION = 4  # changes whenever the bits of a kernel do
 _CUT = 8  # segments of K where tensor parallelism may cut it
 _SHORTEST = 256  # values of a row that share a scale, where activations are brought to 8 bits
 _QUERIES = 48  # query rows of a kv head that a tile of attention should have

@@ -116,7 +116,8 @@ def _changed(logits: Tensor, state: SamplingState) -> tuple[np.ndarray, np.ndarr
     if params.logit_bias:
         biased = np.array([token for token, _ in params.logit_bias], dtype=np.int64)
     if num_generated < params.min_tokens:
-        banned = np.array(state.end_token_ids, dtype=np.int64)
+        # a tokenizer may name ends beyond the vocabulary, which are never drawn anyway
+        banned = np.array([id for id in state.end_token_ids if id < logits.shape[0]], dtype=np.int64)
     ids = _distinct(np.concatenate((seen, generated, biased, banned)))
     if ids.shape[0] == 0:
         return ids, np.empty(0, dtype=np.float32)
