@@ -150,7 +150,7 @@ def serve(
         if step_log is None:
             continue
         try:
-            Path(step_log).write_bytes(b"")  # engines append to it, so that one that dies does not take its log along
+            Path(step_log).open("ab").close()  # it is emptied once the start is certain: it may be a running server's
         except OSError as error:
             raise click.ClickException(f"the step log {step_log} cannot be written: {error.strerror}") from None
     limits = Limits(**_taken(Limits, options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -77,6 +78,17 @@ def test_a_log_that_cannot_be_written_is_said_before_anything_is_loaded(tmp_path
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     assert "cannot be written: No such file or directory" in done.stderr
+
+
+def test_a_start_that_fails_leaves_the_log_of_the_running_server_alone(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("what is there")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        occupied = ["--port", str(other.getsockname()[1])]
+        for why in (occupied, ["--port", "0", "--host", "0.0.0.0"], ["--nnodes", "1", "--node-rank", "1"]):
+            command = [sys.executable, "-m", "orcaserve", "serve", *why, "--step-log", str(path)]
+            assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 1
+            assert path.read_text() == "what is there", why
 
 
 def test_a_full_disk_ends_the_log_and_not_the_engine() -> None:

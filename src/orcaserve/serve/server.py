@@ -36,7 +36,7 @@ from orcaserve.serve.frontend import Frontend, HttpOptions
 from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.page import Page, changed_options
 from orcaserve.serve.pool import EngineFailed, Pool
-from orcaserve.serve.replicas import Replication
+from orcaserve.serve.replicas import Replication, step_logs
 from orcaserve.serve.served_model import ServedModel
 from orcaserve.serve.terms import api_key
 from orcaserve.worker.process import tell
@@ -159,6 +159,20 @@ def _allow_many_connections() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def _empty_step_logs(engine: EngineOptions, replicas: int) -> None:
+    """Engines append to theirs, so that one that dies does not take its log along.
+
+    Not before the port is ours: of a server that is started twice the second one leaves the first one's log alone.
+    """
+    for step_log in step_logs(engine.step_log, replicas):
+        if step_log is None:
+            continue
+        try:
+            Path(step_log).write_bytes(b"")
+        except OSError as error:
+            raise StartError(f"the step log {step_log} cannot be written: {error.strerror}") from None
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -322,6 +336,7 @@ async def _serve(
     logging_work = asyncio.create_task(work.write(pool, http.log_seconds))
 
     async def load_and_watch() -> None:
+        _empty_step_logs(engine, 1 if replication is None else replication.replicas)
         await pool.start()
         frontend.model = await asyncio.to_thread(ServedModel, name, engine.model)
         info = await pool.ready()
