@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,36 @@ class Full:
 
     def submit_all(self, *args: Any, **options: Any) -> list[Stream]:
         return [self.stream]
+
+
+def sample(metrics: Metrics, name: str) -> float:
+    [line] = [line for line in metrics.render().decode().splitlines() if line.startswith(name + "{")]
+    return float(line.split()[-1])
+
+
+async def measured(model: ServedModel, updates: list[Update], arrived: float | None) -> Metrics:
+    metrics = Metrics("m")
+    generation = Generation(JOB, Terms(arrived=arrived), Full(updates), model.tokenizer, metrics)
+    with suppress(ApiError):
+        async for _ in generation:
+            pass
+    return metrics
+
+
+def test_a_prompt_counts_once_it_has_been_computed(model_dir: Path) -> None:
+    """One whose time was up in the queue cost nothing."""
+    model, size = ServedModel("m", model_dir), len(JOB.prompts[0].ids)
+    late = Update(choice=0, finish_reason="error", error="too late", cut_off="deadline_passed")
+    for updates, count in (([late], 0), ([Update(choice=0, token_ids=(5,)), late], size)):
+        metrics = asyncio.run(measured(model, updates, None))
+        assert sample(metrics, "vllm:prompt_tokens_total") == count
+
+
+def test_times_count_from_the_arrival_and_not_from_when_the_body_was_read(model_dir: Path) -> None:
+    updates = [Update(choice=0, token_ids=(5,), finish_reason="length")]
+    metrics = asyncio.run(measured(ServedModel("m", model_dir), updates, time.monotonic() - 1000))
+    assert sample(metrics, "vllm:time_to_first_token_seconds_sum") >= 1000
+    assert sample(metrics, "vllm:e2e_request_latency_seconds_sum") >= 1000
 
 
 async def told(model: ServedModel, updates: list[Update], stops: list[str]) -> tuple[str, str | None, ApiError | None]:

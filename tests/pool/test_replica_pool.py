@@ -13,6 +13,7 @@ from pool_world import Wish, gather, gather_all, is_alive, pool_of, run, submit,
 
 from orcaserve.core.config import EngineOptions
 from orcaserve.core.request import NewRequest, SamplingParams
+from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.pool import Pool
 from orcaserve.serve.replicas import Replication, shares
 from orcaserve.serve.resume import Choice
@@ -256,6 +257,9 @@ def test_replicas_of_another_profile_get_nothing_until_they_are_all_that_is_ther
             [odd] = pool.replicas.not_ready
             assert pool.info is not None
             assert pool.info.num_blocks == 1024
+            metrics = Metrics("m")
+            metrics.watch(lambda: pool.stats, lambda: pool.info, pool.replicas)
+            assert f'orcaserve:replica_ready{{model_name="m",replica="{odd}"}} 0.0' in metrics.render().decode()
             begun, untouched = submit(pool, Wish((1,), 2, 1000)), submit(pool, Wish((2,), 2, 10))
             await anext(begun)
             assert pool.replicas[odd].load == 0
@@ -265,6 +269,25 @@ def test_replicas_of_another_profile_get_nothing_until_they_are_all_that_is_ther
             assert "numerics profile" in str(last.error)
             assert (await gather(untouched))[0] == Wish((2,), 2, 10).answer()[0]
             assert pool.info.profile == pool.replicas[1 - odd].info.profile
+
+    run(main())
+
+
+def test_who_is_held_while_no_engine_is_there_waits(tmp_path: Path) -> None:
+    loading = tmp_path / "loading"
+
+    async def main() -> None:
+        async with pool_of("--load-while", str(loading), "--step-seconds", "0.005") as pool:
+            streams = [submit(pool, Wish((1,), number, 400)) for number in range(3)]
+            await anext(streams[0])
+            loading.touch()
+            kill(pool, 0)
+            await until(lambda: pool.state == "restarting", "its death is known")
+            streams.append(submit(pool, Wish((1,), 4, 5)))
+            assert (pool.stats.num_running, pool.stats.num_waiting) == (0, 4)
+            loading.unlink()
+            await gather_all(streams)
+            await until(lambda: pool.stats.num_running == pool.stats.num_waiting == 0, "nobody is left")
 
     run(main())
 

@@ -48,7 +48,9 @@ class Generation:
         self._metrics = metrics
         self._trace = trace
         self._reply: Reply | None = None
-        self._began = time.monotonic()
+        taken = time.monotonic()
+        self._arrived = taken if terms.arrived is None else terms.arrived
+        self._is_computed = [False] * len(job.prompts)
         self._num_cached = [0] * len(job.prompts)
         self._choices = [ChoiceText(job, tokenizer) for _ in range(len(job.prompts) * job.n)]
         self._unfinished = set(range(len(self._choices)))
@@ -65,7 +67,7 @@ class Generation:
         for prompt in job.prompts:
             metrics.accepted(len(prompt.ids))
         if trace is not None:
-            trace.took(job, self._began)
+            trace.took(job, taken)
 
     async def __aenter__(self) -> Generation:
         return self
@@ -129,6 +131,9 @@ class Generation:
     def _take(self, number: int, index: int, update: Update) -> Piece:
         if update.choice == 0:
             self._num_cached[number] += update.num_cached
+        if not self._is_computed[number]:  # else the prompts of those who are gone before their turn would count
+            self._is_computed[number] = True
+            self._metrics.computed(len(self._job.prompts[number].ids))
         if update.queue_seconds is not None:
             self._metrics.queued(update.queue_seconds)
         piece = self._choices[index].take(update)
@@ -156,7 +161,7 @@ class Generation:
         now = time.monotonic()
         times = self._times[index]
         if times is None:
-            self._metrics.first_token(now - self._began, num_tokens)
+            self._metrics.first_token(now - self._arrived, num_tokens)
             if self._trace is not None and self._trace.first_token is None:
                 self._trace.first_token = now
         else:
@@ -166,7 +171,7 @@ class Generation:
     def _has_ended(self, index: int, reason: str) -> None:
         self._unfinished.discard(index)
         first, latest = self._times[index] or (0.0, 0.0)
-        seconds = time.monotonic() - self._began
+        seconds = time.monotonic() - self._arrived
         self._metrics.finished(reason, seconds, latest - first, self._choices[index].num_tokens, self._timings[index])
         self._note_end(index, reason)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -12,6 +12,7 @@ from orcaserve.core.config import EngineInfo
 from orcaserve.core.timing import Timing
 from orcaserve.engine.messages import Stats, Step
 from orcaserve.serve.replica import Replica
+from orcaserve.serve.replicas import Replicas
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (
@@ -61,7 +62,7 @@ class Metrics:
             family = Histogram(f"{prefix}:{name}", help, labels, registry=self._registry, buckets=buckets)
             return family.labels(**values)
 
-        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of finished and running requests.")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests whose prompt has been computed.")
         self._generation_tokens = counter("generation_tokens", "Generated tokens.")
         self._success = Counter(
             f"{prefix}:request_success",
@@ -82,7 +83,7 @@ class Metrics:
             "request_time_per_output_token_seconds", "Mean time between two tokens of a choice.", _GAPS
         )
         self._latency = histogram("e2e_request_latency_seconds", "From arrival to the end.", _LONG)
-        self._queue = histogram("request_queue_time_seconds", "From arrival to the first iteration.", _LONG)
+        self._queue = histogram("request_queue_time_seconds", "From joining the queue to the first iteration.", _LONG)
         self._prefill = histogram("request_prefill_time_seconds", "From the first iteration to the first token.", _LONG)
         self._decode = histogram("request_decode_time_seconds", "From the first token to the last.", _LONG)
         self._lost = Histogram(
@@ -96,9 +97,7 @@ class Metrics:
         self._num_generated = histogram("request_generation_tokens", "Generated tokens per choice.", _TOKENS)
         self._iteration = histogram("iteration_tokens_total", "Tokens per iteration.", _ITERATION)
 
-    def watch(
-        self, stats: Callable[[], Stats], info: Callable[[], EngineInfo | None], replicas: Iterable[Replica] = ()
-    ) -> None:
+    def watch(self, stats: Callable[[], Stats], info: Callable[[], EngineInfo | None], replicas: Replicas) -> None:
         """Reports the state of all engines together from now on, and under names of our own that of each replica."""
         self._registry.register(_EngineCollector(self._model_name, self._prefix, stats, info))
         self._registry.register(_ReplicaCollector(self._model_name, replicas))
@@ -107,8 +106,11 @@ class Metrics:
         self._rejections.labels(model_name=self._model_name, reason=reason).inc()
 
     def accepted(self, num_prompt: int) -> None:
-        self._prompt_tokens.inc(num_prompt)
         self._num_prompt.observe(num_prompt)
+
+    def computed(self, num_prompt: int) -> None:
+        """A prompt, whole, for the first of its choices."""
+        self._prompt_tokens.inc(num_prompt)
 
     def queued(self, seconds: float) -> None:
         self._queue.observe(seconds)
@@ -174,7 +176,7 @@ class _EngineCollector:
         share = stats.num_held_blocks / stats.num_blocks if stats.num_blocks else 0.0
         for name, help, value in (
             ("num_requests_running", "Choices that take part in iterations.", stats.num_running),
-            ("num_requests_waiting", "Choices that wait for their first iteration.", stats.num_waiting),
+            ("num_requests_waiting", "Choices that wait for an iteration.", stats.num_waiting),
             ("kv_cache_usage_perc", "Share of the KV cache's blocks that requests hold, 0 to 1.", share),
         ):
             gauge = GaugeMetricFamily(f"{prefix}:{name}", help, labels=["model_name"])
@@ -201,7 +203,6 @@ class _EngineCollector:
 
 
 _REPLICA_GAUGES: tuple[tuple[str, str, Callable[[Replica], float]], ...] = (
-    ("ready", "Whether the replica has an engine that is ready, 1 or 0.", lambda one: one.state == "ready"),
     ("requests_running", "Choices that take part in the replica's iterations.", lambda one: one.stats.num_running),
     ("requests_waiting", "Choices that wait for an iteration there.", lambda one: one.stats.num_waiting),
     (
@@ -220,12 +221,18 @@ _REPLICA_COUNTERS: tuple[tuple[str, str, Callable[[Replica], float]], ...] = (
 class _ReplicaCollector:
     """What each replica says of itself."""
 
-    def __init__(self, model_name: str, replicas: Iterable[Replica]) -> None:
+    def __init__(self, model_name: str, replicas: Replicas) -> None:
         self._model_name = model_name
         self._replicas = replicas
 
     def collect(self) -> Iterator[Metric]:
         labels = ["model_name", "replica"]
+        lacking = self._replicas.not_ready
+        help = "Whether the replica gets requests, 1 or 0."
+        ready = GaugeMetricFamily("orcaserve:replica_ready", help, labels=labels)
+        for replica in self._replicas:
+            ready.add_metric([self._model_name, str(replica.index)], replica.index not in lacking)
+        yield ready
         for name, help, read in _REPLICA_GAUGES:
             gauge = GaugeMetricFamily(f"orcaserve:replica_{name}", help, labels=labels)
             for replica in self._replicas:

@@ -112,8 +112,10 @@ class Pool:
 
     @property
     def stats(self) -> Stats:
-        """Of all replicas together. Counters never go down."""
-        return self.replicas.stats
+        """Of all replicas together; who is held until there is an engine waits, too. Counters never go down."""
+        stats = self.replicas.stats
+        held = sum(choice.engine_id is None and not choice.is_paused for choice in self._live.values())
+        return msgspec.structs.replace(stats, num_waiting=stats.num_waiting + held)
 
     @property
     def num_restarts(self) -> int:

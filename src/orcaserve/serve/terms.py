@@ -39,6 +39,7 @@ def api_key(text: str) -> ApiKey:
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """On what terms a request runs. Times are those of time.monotonic(); None: whenever.
 
+    arrived: when it came, before its body was read; None: it had no way to come by.
     tenant: "" is nobody in particular. realm: prefixes are shared only within it.
     priority: the lower, the earlier. first_by: when the first token is due. end_by: when the whole response is
     worthless.
@@ -49,6 +50,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
     first_by: float | None = None
     end_by: float | None = None
+    arrived: float | None = None
 
     @property
     def start_by(self) -> float | None:
@@ -76,6 +78,7 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
 
     def terms(self, request: GenerationRequest) -> Terms:
         return Terms(
+            arrived=self.at,
             tenant=(request.user or "")[:_LONGEST_NAME] if self.tenant is None else self.tenant,
             realm=self.tenant or "",
             priority=request.priority or 0,
