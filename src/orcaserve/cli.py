@@ -13,6 +13,7 @@ from msgspec import Struct
 
 from orcaserve import __version__
 from orcaserve.cli_bench import bench
+from orcaserve.cli_client import ServerUrl, key_header
 from orcaserve.cli_config import config_option
 from orcaserve.cli_engine import engine_of, engine_options
 from orcaserve.cli_explain import explain
@@ -20,6 +21,8 @@ from orcaserve.cli_simulate import simulate
 from orcaserve.cli_top import top
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
 from orcaserve.core.router import ROUTERS
+
+_STRANGER = "the server answers, but not as an OpenAI-compatible one"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -314,7 +317,7 @@ def batch(source: Path, target: Path, model: str, **options: Any) -> None:
 
 
 @main.command()
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="A running server.")
+@click.option("--url", type=ServerUrl(), default="http://127.0.0.1:8000", show_default=True, help="A running server.")
 @click.option("--api-key", help="If the server wants one.")
 @click.option("--system", help="A system message.")
 @click.option("--temperature", type=click.FloatRange(0, 2), help="Default: the model's own.")
@@ -322,9 +325,8 @@ def chat(url: str, api_key: str | None, system: str | None, temperature: float |
     """Talk to a running server. An empty line or Ctrl-D ends."""
     import httpx
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     messages = [{"role": "system", "content": system}] if system else []
-    with httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10, read=None)) as client:
+    with httpx.Client(base_url=url, headers=key_header(api_key), timeout=httpx.Timeout(10, read=None)) as client:
         try:
             while question := click.prompt("you", default="", show_default=False, prompt_suffix="> ").strip():
                 messages.append({"role": "user", "content": question})
@@ -352,18 +354,22 @@ def _answer(client: Any, body: dict[str, Any]) -> Iterator[str]:
             data = line.removeprefix("data: ")
             if not data or data == "[DONE]":
                 continue
-            chunk = json.loads(data)
-            if "error" in chunk:
-                raise click.ClickException(chunk["error"]["message"])
-            for choice in chunk["choices"]:
-                yield choice["delta"].get("content") or ""
+            try:
+                chunk = json.loads(data)
+                error = chunk["error"]["message"] if "error" in chunk else None
+                texts = [] if error else [choice["delta"].get("content") or "" for choice in chunk["choices"]]
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise click.ClickException(_STRANGER) from None
+            if error:
+                raise click.ClickException(error)
+            yield from texts
 
 
 def _error_line(body: bytes) -> str:
     try:
         return str(json.loads(body)["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return "the server answers, but not as an OpenAI-compatible one"
+        return _STRANGER
 
 
 @main.command()

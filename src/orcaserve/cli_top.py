@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+from orcaserve.cli_client import ServerUrl, key_header
+
 
 @click.command()
-@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="A running server.")
+@click.option("--url", type=ServerUrl(), default="http://127.0.0.1:8000", show_default=True, help="A running server.")
 @click.option("--api-key", help="If the server wants one.")
 @click.option("--once", is_flag=True, help="Print what is there and leave.")
 def top(url: str, api_key: str | None, once: bool) -> None:
@@ -15,7 +17,7 @@ def top(url: str, api_key: str | None, once: bool) -> None:
 
     from orcaserve.serve.top import NotWatchable, glance, watch
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = key_header(api_key)
     try:
         if once:
             Console().print(glance(url, headers))

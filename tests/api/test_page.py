@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +27,7 @@ from click.testing import CliRunner
 
 from orcaserve.cli import main
 from orcaserve.serve.page_files import PAGE_FILES
-from orcaserve.serve.top import NotWatchable, glance
+from orcaserve.serve.top import NotWatchable, glance, watch
 
 NEEDLE = "xylophone"
 
@@ -317,3 +325,99 @@ def test_top_shows_it_in_a_terminal(shown: Server) -> None:
     assert "█" in result.output
     refused = CliRunner().invoke(main, ["top", "--once", "--url", "http://127.0.0.1:9"])
     assert refused.exit_code == 1 and "is a server running there?" in refused.output
+
+
+def test_top_goes_on_drawing(shown: Server) -> None:
+    """In a terminal: what happens after the first picture is seen, too."""
+    ours, theirs = pty.openpty()
+    argv = [sys.executable, "-m", "orcaserve", "top", "--url", shown.url]
+    process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    os.close(theirs)
+    seen = ""
+
+    def until(word: str) -> None:
+        nonlocal seen
+        while word not in seen:
+            assert select.select([ours], [], [], 30)[0], seen
+            seen += os.read(ours, 1 << 16).decode(errors="replace")
+
+    try:
+        until("ready")
+        body = {"prompt": "a", "max_tokens": 100, "ignore_eos": True, "user": "drawn"}
+        with shown.client() as client:
+            client.post("/v1/completions", json=body).raise_for_status()
+        until("drawn")
+        process.send_signal(signal.SIGINT)
+        until("\x1b[?1049l")  # the terminal as it was before
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
+class Odd(BaseHTTPRequestHandler):
+    """A proxy whose server is away at first, and is another one later."""
+
+    def do_GET(self) -> None:
+        self.server.asked += 1  # type: ignore[attr-defined]
+        feed = b'data: {"begin": 0, "next": 0, "now": 0, "events": []}\n\n'
+        status, body = [(502, b"<p>Bad gateway"), (200, feed), (200, b"<p>Hello")][self.server.asked - 1]  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def odd(asked: int = 0) -> Iterator[tuple[str, HTTPServer]]:
+    """Its URL. asked: how often it has been already."""
+    server = HTTPServer(("127.0.0.1", 0), Odd)
+    server.asked = asked  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_top_waits_for_a_server_that_is_away_and_not_for_one_that_is_none() -> None:
+    with odd() as (url, server):
+        with pytest.raises(NotWatchable, match="not as an OrcaServe"):
+            watch(url, {})
+        assert server.asked == 3  # type: ignore[attr-defined]
+    with odd() as (url, _), pytest.raises(NotWatchable, match="502"):
+        glance(url, {})
+
+
+@pytest.mark.parametrize("command", [["top", "--once"], ["top"], ["chat"]])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "127.0.0.1", "http://", "ftp://x", "http://127.0.0.1:99999999", "http://[::1"]
+)
+def test_no_server_is_looked_for_where_none_can_be(command: list[str], url: str) -> None:
+    refused = CliRunner().invoke(main, [*command, "--url", url], input="Hello\n")
+    assert refused.exit_code == 2 and "URL" in refused.output, refused.output
+
+
+def test_a_key_may_have_any_letters(model_dir: Path) -> None:
+    key = ["--api-key", "schlüssel"]
+    with Server(model_dir, http={"api_keys": ["schlüssel"]}).ready() as server:
+        for command in (["top", "--once"], ["chat"]):
+            result = CliRunner().invoke(main, [*command, "--url", server.url, *key], input="\n")
+            assert result.exit_code == 0, result.output
+            refused = CliRunner().invoke(main, [*command, "--url", server.url, "--api-key", "ключ"], input="Hello\n")
+            assert refused.exit_code == 1 and "API key" in refused.output, refused.output
+
+
+def test_chat_tells_a_server_of_another_kind() -> None:
+    with odd(2) as (url, _):
+        refused = CliRunner().invoke(main, ["chat", "--url", url], input="Hello\n")
+    assert refused.exit_code == 1 and "not as an OpenAI-compatible one" in refused.output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 import httpx
@@ -193,48 +193,61 @@ class NotWatchable(Exception):
     """The server refuses, or is no such server; the message is one clear line."""
 
 
-def glance(url: str, headers: dict[str, str]) -> Picture:
+def glance(url: str, headers: Mapping[str, bytes]) -> Picture:
     """What is there now. Raises NotWatchable."""
     picture = Picture()
     with _client(url, headers) as client:
         try:
             picture.take(next(_messages(client, picture)))
+        except httpx.HTTPStatusError as error:
+            raise NotWatchable(f"the server answers {error.response.status_code}; try again later") from None
         except (httpx.HTTPError, StopIteration):
             raise NotWatchable(f"no answer from {url}; is a server running there?") from None
     return picture
 
 
-def watch(url: str, headers: dict[str, str]) -> None:
+def watch(url: str, headers: Mapping[str, bytes]) -> None:
     """Until Ctrl-C; a server that is gone is waited for. Raises NotWatchable."""
     picture = Picture()
     with (
         _client(url, headers) as client,
         suppress(KeyboardInterrupt),
-        Live(picture, screen=True, refresh_per_second=10),
+        # Drawn by this thread alone: another one would meet the picture while it changes.
+        Live(picture, screen=True, auto_refresh=False) as live,
     ):
         while True:
             with suppress(httpx.HTTPError):
                 for message in _messages(client, picture):
                     picture.take(message)
+                    live.refresh()
             picture.trouble = "no answer; trying again"
+            live.refresh()
             time.sleep(_RETRY_SECONDS)
 
 
-def _client(url: str, headers: dict[str, str]) -> httpx.Client:
+def _client(url: str, headers: Mapping[str, bytes]) -> httpx.Client:
     return httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(10, read=15))
 
 
 def _messages(client: httpx.Client, picture: Picture) -> Iterator[Message]:
-    """Of one connection. A picture that knows something is told what it lacks."""
+    """Of one connection. A picture that knows something is told what it lacks.
+
+    Raises NotWatchable for what stays so, httpx.HTTPError for what may pass: an error of a proxy does, too.
+    """
     known = {} if picture.hello is None else {"life": picture.hello.life, "after": str(picture.next)}
     with client.stream("GET", "/page/events", params=known) as response:
         if response.status_code == 401:
             raise NotWatchable("the server wants an API key: give it with --api-key")
         if response.status_code == 403:
             raise NotWatchable("the server shows this to its operator alone: give a key of theirs with --api-key")
+        if response.status_code >= 500:
+            response.raise_for_status()
         if response.status_code != 200:
             raise NotWatchable(f"the server answers {response.status_code}: it has no live page")
         for line in response.iter_lines():
             data = line.removeprefix("data: ")
             if data and data != "[DONE]":
-                yield _decode(data)
+                try:
+                    yield _decode(data)
+                except msgspec.DecodeError:
+                    raise NotWatchable("the server answers, but not as an OrcaServe whose page is read here") from None
