@@ -173,6 +173,23 @@ def test_chat_streams(page: Browser) -> None:
     assert page.run("document.querySelector('#log .assistant').innerText.length") > 0
 
 
+def test_an_answer_is_no_part_of_the_conversation_that_follows(page: Browser) -> None:
+    page.run(
+        "(() => { const real = fetch; window.sent = []; window.fetch = (url, options) => {"
+        " if (String(url).startsWith('/v1/')) sent.push(JSON.parse(options.body)); return real(url, options); }; })()"
+    )
+    page.click("tab-play")
+    page.run("document.getElementById('max-tokens').value = 300")
+    page.click("send")
+    page.until("document.querySelector('#log .assistant')?.innerText.length > 0")
+    page.click("clear")
+    page.until("document.getElementById('send').innerText === 'Send'")
+    page.run("document.getElementById('max-tokens').value = 5")
+    page.click("send")
+    page.until("/^5 tokens in/.test(document.querySelector('#log small')?.innerText)")
+    assert [len(one["messages"]) for one in page.run("sent")] == [1, 1]
+
+
 def test_a_request_is_cancelled_in_the_table(page: Browser) -> None:
     """An answer may end by itself before it is cancelled; then the next one is."""
     for attempt in range(10):

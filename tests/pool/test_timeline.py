@@ -15,17 +15,18 @@ from pool_world import Wish, gather, gather_all, pool_of, run, submit, until, wi
 from orcaserve.core.config import EngineOptions
 from orcaserve.serve.pool import Pool
 from orcaserve.serve.terms import Terms
-from orcaserve.serve.timeline import Arrived, Ended, Event, Iterated, Timeline
+from orcaserve.serve.timeline import Arrived, Ended, Event, Iterated, Timeline, events_of
+from orcaserve.serve.trace import chrome_trace
 
 SMALL = EngineOptions(model="ledger", check=True, max_batch_size=6, max_batch_tokens=24, block_size=4)
 
 
 def iterations(timeline: Timeline) -> list[Iterated]:
-    return [event for event in timeline.events() if isinstance(event, Iterated)]
+    return [event for event in events_of(timeline.lines()) if isinstance(event, Iterated)]
 
 
 def ends(timeline: Timeline) -> dict[int, Ended]:
-    return {event.id: event for event in timeline.events() if isinstance(event, Ended)}
+    return {event.id: event for event in events_of(timeline.lines()) if isinstance(event, Ended)}
 
 
 def covered(events: list[Event], id: int) -> list[int]:
@@ -36,6 +37,15 @@ def covered(events: list[Event], id: int) -> list[int]:
             found += [at for other, spared in event.cached if other == id for at in range(spared)]
             found += [at for other, start, count in event.prefill if other == id for at in range(start, start + count)]
     return found
+
+
+def test_a_slice_of_a_trace_stays_with_the_engine_that_computed_it() -> None:
+    """A request moves from one engine to another, as when the first one dies."""
+    events = [Iterated(at=1.0 + n, seconds=0.5, tokens=1, engine=n // 2, decode=(7,)) for n in range(4)]
+    lines = msgspec.json.decode(chrome_trace(events, "m"))["traceEvents"]
+    slices = [line for line in lines if line["ph"] == "X" and line["tid"] == 8]
+    assert {line["pid"] for line in slices if line["ts"] < 2.2e6} == {0}
+    assert {line["pid"] for line in slices if line["ts"] > 2.2e6} == {1}
 
 
 @pytest.mark.parametrize("policy", ["default", "orca", "static", "stacked", "fair", "shortest,preempt=true"])
@@ -52,7 +62,7 @@ def test_every_token_is_accounted_for(policy: str, depth: int) -> None:
             answers = await gather_all([submit(pool, wish) for wish in crowd])
             assert not timeline.present
             ended = ends(timeline)
-            events = timeline.events()
+            events = events_of(timeline.lines())
             decodes = Counter(id for event in iterations(timeline) for id in event.decode)
             for id, (wish, (tokens, reason, update)) in enumerate(zip(crowd, answers, strict=True)):
                 end = ended[id]
@@ -87,7 +97,7 @@ def test_blocks_are_those_that_the_engine_holds(policy: str) -> None:
     held: dict[int, list[int]] = {}
     latest: Iterated | None = None
     seen = 0
-    for event in [*timeline.events(), None]:
+    for event in [*events_of(timeline.lines()), None]:
         if not isinstance(event, Ended) and latest is not None:
             assert len({block for blocks in held.values() for block in blocks}) == latest.held
             seen += latest.held > 0
@@ -135,7 +145,7 @@ def test_it_is_bounded_in_bytes_and_keeps_the_latest() -> None:
 
     run(main())
     assert timeline.first > 0
-    kept = timeline.events()
+    kept = events_of(timeline.lines())
     assert len(kept) == timeline.next - timeline.first
     assert isinstance(kept[-1], Ended)
     assert msgspec.json.decode(timeline.since(timeline.first), type=list[Event]) == kept
@@ -188,5 +198,6 @@ def test_a_request_is_cancelled_whosever_it_is() -> None:
             await until(lambda: pool.stats.num_running == 0, "the engine has forgotten them")
 
     run(main())
-    assert {event.id: event.how for event in timeline.events() if isinstance(event, Ended)} == {0: "abort", 1: "abort"}
-    assert [event.tenant for event in timeline.events() if isinstance(event, Arrived)] == ["a", "b"]
+    events = events_of(timeline.lines())
+    assert {event.id: event.how for event in events if isinstance(event, Ended)} == {0: "abort", 1: "abort"}
+    assert [event.tenant for event in events if isinstance(event, Arrived)] == ["a", "b"]

@@ -140,7 +140,7 @@ def nothing_to_compare() -> ApiError:
 
 
 def busy_comparing() -> ApiError:
-    return ApiError(409, "Another comparison is being made.", code="busy", headers={"retry-after": "1"})
+    return ApiError(409, "Another comparison, or a trace, is being made.", code="busy", headers={"retry-after": "1"})
 
 
 def method_not_allowed(allow: str) -> ApiError:

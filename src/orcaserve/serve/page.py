@@ -28,7 +28,7 @@ from orcaserve.serve.decode_body import decode
 from orcaserve.serve.frontend import Frontend
 from orcaserve.serve.page_files import PAGE_FILES
 from orcaserve.serve.sse import EventStream
-from orcaserve.serve.timeline import Present, Timeline
+from orcaserve.serve.timeline import Present, Timeline, events_of
 from orcaserve.serve.trace import chrome_trace
 
 Answer = Response | EventStream
@@ -135,7 +135,7 @@ class Page:
         self._tick = asyncio.Event()
         self._ticks = 0
         self._is_closed = False
-        self._comparing = asyncio.Lock()
+        self._reading = asyncio.Lock()  # of all that is kept, one at a time: it takes a core for a moment
 
     @property
     def routes(self) -> list[Route]:
@@ -194,19 +194,21 @@ class Page:
             raise errors.invalid(f"There is no such policy; there are {', '.join(POLICIES)}.", "policy")
         if info is None:
             raise errors.unavailable("loading", None)
-        if self._comparing.locked():  # it takes a core for a moment
+        if self._reading.locked():
             raise errors.busy_comparing()
-        async with self._comparing:
-            events = self._timeline.events()
-            ours = parse_policy(self._engine.policy)
+        ours, other = self._config(parse_policy(self._engine.policy)), self._config(POLICIES[name])
+        async with self._reading:
+            lines = self._timeline.lines()
             try:
-                found = await asyncio.to_thread(compare, events, self._config(ours), self._config(POLICIES[name]))
+                body = await asyncio.to_thread(lambda: msgspec.json.encode(compare(events_of(lines), ours, other)))
             except TooLittle:
                 raise errors.nothing_to_compare() from None
-        return Response(msgspec.json.encode(found), media_type="application/json")
+        return Response(body, media_type="application/json")
 
     async def _trace(self, request: Request) -> Response:
-        body = await asyncio.to_thread(chrome_trace, self._timeline.events(), self._frontend.model_name)
+        async with self._reading:
+            lines = self._timeline.lines()
+            body = await asyncio.to_thread(lambda: chrome_trace(events_of(lines), self._frontend.model_name))
         name = f"orcaserve-{int(time.time())}.json"
         headers = {"content-disposition": f'attachment; filename="{name}"', "cache-control": "no-store"}
         return Response(body, headers=headers, media_type="application/json")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -93,6 +93,10 @@ Event = Arrived | Iterated | Ended
 _decode = msgspec.json.Decoder(Event).decode
 
 
+def events_of(lines: Iterable[bytes]) -> list[Event]:
+    return [_decode(line) for line in lines]
+
+
 class Present(msgspec.Struct, kw_only=True, omit_defaults=True):
     """A request that is here, as far as the timeline knows. Owned by it.
 
@@ -173,9 +177,9 @@ class Timeline:
             number -= 1
         return number
 
-    def events(self) -> list[Event]:
-        """All that is kept."""
-        return [_decode(line) for line in self._ring]
+    def lines(self) -> list[bytes]:
+        """All that is kept, as it is sent; `events_of` reads it, which takes a while and so is another thread's."""
+        return list(self._ring)
 
     # -- what the pool tells -------------------------------------------------------------------------------------
 

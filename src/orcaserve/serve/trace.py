@@ -113,6 +113,8 @@ class _Lanes:
         return names + self._lines
 
     def _row(self, event: Iterated, id: int, kind: str, begin: float, arguments: dict[str, Any]) -> None:
+        if self._engine_of.get(id) != event.engine:
+            self._close(id)  # what is open was on the other engine
         self._engine_of[id] = event.engine
         self._names.setdefault(id, f"#{id}")
         if id in self._since:

@@ -74,7 +74,8 @@ export function playground(state, say) {
     const question = prompt.value.trim() || prompt.placeholder;
     if (!state.hello) return say("The server is not there yet.");
     prompt.value = "";
-    conversation.push({ role: "user", content: question });
+    const mine = conversation; // who clears the log meanwhile begins another one, in which this answer has no place
+    mine.push({ role: "user", content: question });
     log.append(element("p", "user", question));
     const bubble = element("p", "assistant", ""), note = element("small", "", "…");
     log.append(bubble, note);
@@ -83,7 +84,7 @@ export function playground(state, say) {
     $("send").textContent = "Stop";
     let text = "";
     try {
-      const end = await answer(state.hello, conversation, options(), running.signal, (piece) => {
+      const end = await answer(state.hello, mine, options(), running.signal, (piece) => {
         const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
         text += piece;
         bubble.textContent = text;
@@ -94,7 +95,7 @@ export function playground(state, say) {
       note.textContent = error.name === "AbortError" ? "stopped" : error.message;
       if (error.name !== "AbortError") note.className = "error";
     }
-    if (text) conversation.push({ role: "assistant", content: text }); else conversation.pop();
+    if (text) mine.push({ role: "assistant", content: text }); else mine.pop();
     running = null;
     $("send").textContent = "Send";
     log.scrollTop = log.scrollHeight;
