@@ -92,14 +92,15 @@ def test_a_full_queue_is_told_before_the_body_is_read_and_the_connection_is_left
             assert client.post("/tokenize", json={"prompt": "x"}).status_code == 200
             with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=10) as raw:
                 body = b"x" * 200_000
-                head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+                length = f"content-length: {len(body)}"
+                head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{length}\r\n\r\n".encode()
                 raw.sendall(head)
                 assert b" 429 " in read_response(raw), "not a byte of the body has been sent"
-                raw.sendall(body + b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n")
+                raw.sendall(body + b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n")
                 answer = read_response(raw)
                 assert b" 200 " in answer.splitlines()[0]
                 assert b'"version"' in answer
-                raw.sendall(head.replace(b"host", b"expect: 100-continue\r\nhost"))
+                raw.sendall(head.replace(b"\r\nhost", b"\r\nexpect: 100-continue\r\nhost"))
                 answer = read_response(raw)
                 assert b" 429 " in answer.splitlines()[0]
                 assert b"connection: close" in answer
@@ -323,7 +324,7 @@ def test_bodies_that_come_at_the_same_time_are_bounded(model_dir: Path) -> None:
     most = 1 << 20
     with Server(model_dir, http={"max_body_bytes": most}).ready() as server, server.client() as client:
         port = int(server.url.rpartition(":")[2])
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {most}\r\n\r\n".encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {most}\r\n\r\n".encode()
         slow: list[socket.socket] = []
 
         def hold() -> None:

@@ -148,7 +148,7 @@ def test_our_own_mistakes_have_the_shape_of_errors_too() -> None:
 
     async def ask() -> httpx.Response:
         transport = httpx.ASGITransport(make_app(broken), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.get("/health")
 
     assert "mistake" in check(asyncio.run(ask()), 500, None, "internal_error")

@@ -17,7 +17,8 @@ async def ask(port: int, body: dict[str, Any], patience: float | None) -> bytes 
     """A response's bytes over a socket of its own, or None from a client that hangs up after so many seconds."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+    fields = f"Host: localhost\r\nConnection: close\r\nContent-Length: {len(data)}"
+    head = f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n\r\n"
     try:
         writer.write(head.encode() + data)
         return await asyncio.wait_for(reader.read(-1), patience)

@@ -17,6 +17,7 @@ from orcaserve.bench import client
 from orcaserve.bench.client import Reply, Server
 from orcaserve.bench.workloads import Item
 from torture.footprint import cpu_seconds, family, memory, unacknowledged
+from torture.hostile import post
 from torture.rows import Outcome, Row, Setup
 
 ROWS = (Row("R10", "clients that read 1 B/s", "≤ 256 KiB buffered each, the others keep ≥ 95 %"),)
@@ -51,8 +52,7 @@ class SlowReader:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
         self._socket.connect(("127.0.0.1", port))
         data = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(data)}\r\n\r\n"
-        self._socket.sendall(head.encode() + data)
+        self._socket.sendall(post("/v1/completions", data))
         self._socket.setblocking(False)
 
     def take(self) -> None:

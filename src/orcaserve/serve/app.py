@@ -29,6 +29,7 @@ from orcaserve.serve.gate import ARRIVAL, Gate
 from orcaserve.serve.generate import Generation
 from orcaserve.serve.job import Job, chat_job, chat_prompt, check_ids, completion_job, encode
 from orcaserve.serve.openapi import Operation, describe
+from orcaserve.serve.origins import Origins
 from orcaserve.serve.page import Page
 from orcaserve.serve.protocol import GenerationRequest
 from orcaserve.serve.replies import Replies
@@ -218,7 +219,7 @@ def make_app(frontend: Frontend, page: Page | None = None) -> ASGIApp:
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.router.redirect_slashes = False
     guarded = [operation.path for operation, _ in table if 429 in operation.statuses]
-    gated: ASGIApp = Gate(app, frontend.options.api_keys, door, guarded)
+    gated: ASGIApp = Gate(app, frontend.options.api_keys, Origins(frontend.options.cors_origins), door, guarded)
     if frontend.tracing is not None:
         gated = frontend.tracing.around(gated, guarded)
     if frontend.options.cors_origins:

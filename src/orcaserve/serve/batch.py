@@ -139,7 +139,7 @@ async def run_batch(
             frontend.model = await asyncio.to_thread(ServedModel, name, engine.model)
             await pool.ready()
             transport = httpx.ASGITransport(make_app(frontend))
-            async with httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=_NEVER) as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=_NEVER) as client:
 
                 def write(answer: Answered) -> None:
                     file.write(msgspec.json.encode(answer) + b"\n")

@@ -125,6 +125,27 @@ def not_the_operator() -> ApiError:
     )
 
 
+def host_not_allowed() -> ApiError:
+    """403: whoever can have a name lead here could else read along in a browser."""
+    return ApiError(
+        403,
+        "Without API keys this server answers to an IP address or 'localhost' alone. Call it by one of them, or start "
+        "it with an API key, or with the --cors-origin whose host it is.",
+        type="permission_error",
+        code="host_not_allowed",
+    )
+
+
+def origin_not_allowed() -> ApiError:
+    """403: a web page from elsewhere."""
+    return ApiError(
+        403,
+        "Web pages of this origin may not call this server. It lets them in if it is started with --cors-origin.",
+        type="permission_error",
+        code="origin_not_allowed",
+    )
+
+
 def no_such_request(id: int) -> ApiError:
     return ApiError(404, f"No request {id} is here.", param="id", code="request_not_found")
 

@@ -1,4 +1,4 @@
-"""`Gate`: what happens to every request around its endpoint: request id, API key, the door, errors in one shape.
+"""`Gate`: what happens to every request around its endpoint: request id, key or origin, the door, one shape of errors.
 
 The request id is the client's, if it is one, or drawn; endpoints find it as `request.state.request_id`, and the tenant
 whose key came with it as `request.state.tenant`.
@@ -17,6 +17,7 @@ from orcaserve.serve import errors
 from orcaserve.serve.disconnect import ClientGone
 from orcaserve.serve.door import Door
 from orcaserve.serve.keys import Keys
+from orcaserve.serve.origins import Origins
 from orcaserve.serve.page_files import PAGE_FILES
 
 _log = logging.getLogger("orcaserve.serve")
@@ -29,11 +30,15 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._\-]{1,128}")
 class Gate:
     """ASGI middleware around the whole application.
 
-    api_keys: KEY or NAME=KEY; none lets everybody in. guarded: paths to which POST requests come through the door.
+    api_keys: KEY or NAME=KEY; none lets in everybody but the web pages that `origins` keeps out. guarded: paths to
+    which POST requests come through the door.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str], door: Door, guarded: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, api_keys: Sequence[str], origins: Origins, door: Door, guarded: Collection[str]
+    ) -> None:
         self._app = app
+        self._origins = origins
         self._keys = Keys(api_keys)
         self._door = door
         self._guarded = frozenset(guarded)
@@ -58,6 +63,8 @@ class Gate:
             await send(message)
 
         try:
+            if not self._keys.are_required:
+                self._origins.check(scope["method"], headers)
             tenant = self._keys.tenant(headers.get(b"authorization", b""))
             if self._keys.are_required and tenant is None and scope.get("raw_path") not in _OPEN_PATHS:
                 raise errors.unauthorized()

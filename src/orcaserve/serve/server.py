@@ -52,6 +52,7 @@ _UNREAD_BYTES = 16 << 10  # of a connection: then its stream waits. As small eve
 _TOKEN_BYTES = 80  # of a token of a prompt: a number, and a place for it where it waits and where it goes
 _PARTS = ("longest context",)  # lines of an engine's table that are part of others
 _MOST_FILES = 1 << 16
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.\-]*://[^/?#@\sA-Z]+")  # as browsers write it
 _METRICS_PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -117,6 +118,9 @@ def _check(http: HttpOptions) -> None:
         raise StartError(f"no API key is the operator's: give one with --api-key {http.operator}=KEY")
     if (http.ssl_certfile is None) != (http.ssl_keyfile is None):
         raise StartError("TLS needs both a certificate and a key file")
+    for origin in http.cors_origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise StartError(f"{origin!r} is no origin: give --cors-origin * or scheme://host[:port], in lower case")
     if not _METRICS_PREFIX.fullmatch(http.metrics_prefix):
         raise StartError(f"{http.metrics_prefix!r} cannot begin the name of a metric")
     for name in (http.ssl_certfile, http.ssl_keyfile):
