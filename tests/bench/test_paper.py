@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import struct
 from pathlib import Path
@@ -217,25 +218,68 @@ def test_a_looser_bound_never_lowers_capacity(pairs: list[tuple[float, float]], 
     assert loose <= max(pair[0] for pair in pairs) * (1 + 1e-9)
 
 
+def curve(setup: str, *pairs: tuple[float, float]) -> list[curves.Point]:
+    return [point(*pair, setup) for pair in pairs]
+
+
+def mixed(*of: list[curves.Point]) -> Curves:
+    """Bounds are 2, 3, 4, 6 and 8 times 0.1."""
+    return Curves("in=1-2,out=1-2", 3, 9.0, 0.2, list(itertools.chain(*of)))
+
+
 def test_a_static_curve_that_wins_is_said_plainly() -> None:
-    points = [point(4, 0.1, "static(8)"), point(1, 0.1, "orca(8)"), point(5, 0.1, "default(8)")]
-    section = curves.section("mixed", [Curves("in=1-2,out=1-2", 3, 5.0, 0.2, points)])
+    end = (9, 9.0)
+    found = mixed(
+        curve("static(8)", (4, 0.2), (4, 1.0)), curve("orca(8)", (1, 0.2), (1, 1.0)), curve("default(8)", (5, 0.1), end)
+    )
+    section = curves.section("mixed", [found])
     assert section.surprises == ["Over all bounds the best static setup answers more requests than orca(8)."]
-    assert "1.25×" in section.found[2]
+    assert section.found[1] == "At 200 ms per token, orca(8) answers 1 requests/s, 0.25× what static(8) does."
 
 
 def test_a_curve_that_is_behind_at_one_bound_alone_is_no_surprise() -> None:
-    """Bounds are 2, 3, 4, 6 and 8 times 0.1."""
-    static, ours = (
-        [point(3, 0.2, "static(8)"), point(4, 1.0, "static(8)")],
-        [point(2, 0.2), point(8, 0.3), point(9, 1.0)],
-    )
-    found = Curves("in=1-2,out=1-2", 3, 9.0, 0.2, [*static, *ours])
-    assert curves.ratios(found, "orca(8)")[0] == pytest.approx(2 / 3)
-    assert min(curves.ratios(found, "orca(8)")[1:]) > 2
+    found = mixed(
+        curve("static(8)", (3, 0.2), (4, 1.0)), curve("orca(8)", (2, 0.2), (8, 0.3), (9, 1.0))
+    )  # fmt: skip
+    assert curves.ratios(found, "orca(8)")[2.0].factor == pytest.approx(2 / 3)
+    assert min(of.factor or 0.0 for bound, of in curves.ratios(found, "orca(8)").items() if bound > 2) > 2
     section = curves.section("mixed", [found])
     assert not section.surprises
     assert "0.67× to 2.56×" in section.found[0]
+
+
+def test_an_average_is_of_the_bounds_that_static_curves_came_to() -> None:
+    """At 0.6 and 0.8 the static curve could do more than was offered, and the ratio would be the one of its end."""
+    found = mixed(curve("static(8)", (2, 0.1), (4, 0.5)), curve("orca(8)", (2, 0.1), (8, 1.0)))
+    assert list(curves.ratios(found, "orca(8)")) == [2.0, 3.0, 4.0]
+    assert "on average over bounds of 2, 3 and 4 times the least latency" in curves.section("mixed", [found]).found[0]
+    assert curves.ratio(found, "orca(8)", 0.6).says == "at most "
+
+
+def test_a_curve_that_never_came_to_the_bound_can_do_more() -> None:
+    found = mixed(curve("static(8)", (1, 0.1), (1, 1.0)), curve("orca(8)", (4, 0.1)))
+    said = curves.section("mixed", [found]).found
+    assert said[0].startswith("Under the same bound of latency, orca(8) answers at least 4.00× what")
+    assert said[1] == "At 200 ms per token, orca(8) answers at least 4 requests/s, at least 4.00× what static(8) does."
+
+
+def test_a_rival_that_never_came_to_the_bound_makes_a_ratio_the_most() -> None:
+    found = mixed(
+        curve("static(1)", (1, 0.1)), curve("static(8)", (2, 0.2), (3, 1.0)), curve("orca(8)", (4, 0.2), (5, 9))
+    )
+    assert curves.section("mixed", [found]).found[0] == (
+        "At 200 ms per token, orca(8) answers 4 requests/s, at most 2.00× what static(8) does."
+    ), "of static(1) it is not known what it can do"
+
+
+def test_two_curves_that_never_came_to_the_bound_have_no_ratio() -> None:
+    found = mixed(curve("static(8)", (4, 0.1)), curve("orca(8)", (5, 0.1)))
+    section = curves.section("mixed", [found])
+    assert section.found[0] == (
+        "At 200 ms per token, orca(8) answers at least 5 requests/s, and static(8) at least 4: as orca(8) and a static "
+        "setup never came to the bound, no ratio can be told."
+    )
+    assert not section.surprises
 
 
 def test_shares_of_memory_are_weighted_by_time() -> None:

@@ -11,7 +11,7 @@ import msgspec
 from orcaserve.bench import measures
 from orcaserve.bench.paper.engine import Setup, default, orca, static
 from orcaserve.bench.paper.lab import Lab, saturation, scaled
-from orcaserve.bench.paper.section import Section, times
+from orcaserve.bench.paper.section import Section, listed, times
 from orcaserve.bench.report import number
 
 TITLES = {"mixed": "Latency against throughput (Fig. 10)", "equal": "Equal requests (Fig. 11)"}
@@ -121,18 +121,36 @@ def capacity(points: Sequence[Point], bound: float) -> Capacity:
     return Capacity(max(within) if within else None, is_least=all(point.latency <= bound for point in points))
 
 
-def ratio(curves: Curves, best: str, bound: float) -> tuple[str, float | None]:
-    """The best static setup under the bound, and how many times its throughput `best` has; None if there is none."""
-    rates = {name: capacity(curves.of(name), bound).rate or 0.0 for name in curves.setups if "static" in name}
-    name = max(rates, key=lambda name: rates[name])
-    mine = capacity(curves.of(best), bound).rate
-    return name, mine / rates[name] if mine and rates[name] else None
+class Ratio(msgspec.Struct, frozen=True):
+    """How many times the throughput of `rival`, the best static setup under a bound; None: that cannot be told.
+
+    says: whether the truth may be more or less than that, since a curve never came to the bound: "at least " or so.
+    """
+
+    rival: str
+    factor: float | None
+    says: str = ""
 
 
-def ratios(curves: Curves, best: str) -> list[float]:
-    """The same at every bound at which both answer anything."""
-    found = (ratio(curves, best, curves.bound * bound / BOUNDS[0])[1] for bound in BOUNDS)
-    return [factor for factor in found if factor is not None]
+def ratio(curves: Curves, best: str, bound: float) -> Ratio:
+    """Of `best` to the best static setup. None if one of them answers nothing, or neither came to the bound."""
+    static = {name: capacity(curves.of(name), bound) for name in curves.setups if "static" in name}
+    rival = max(static, key=lambda name: static[name].rate or 0.0)
+    mine, most = capacity(curves.of(best), bound), static[rival].rate
+    # Any static curve that can do more may be the best one of them.
+    is_rival_least = any(of.is_least for of in static.values())
+    if not mine.rate or not most or (mine.is_least and is_rival_least):
+        return Ratio(rival, None)
+    return Ratio(rival, mine.rate / most, "at least " if mine.is_least else "at most " if is_rival_least else "")
+
+
+def ratios(curves: Curves, best: str) -> dict[float, Ratio]:
+    """The same by the bounds of BOUNDS at which it is known what static setups can do, and both answer anything.
+
+    At larger ones the ratio would only be the one of the last points again, however large the bound.
+    """
+    found = {bound: ratio(curves, best, curves.bound * bound / BOUNDS[0]) for bound in BOUNDS}
+    return {bound: of for bound, of in found.items() if of.factor is not None and of.says != "at most "}
 
 
 def _found(curves: Curves) -> tuple[list[str], list[str]]:
@@ -141,29 +159,11 @@ def _found(curves: Curves) -> tuple[list[str], list[str]]:
     names = curves.setups
     best = [name for name in names if name.startswith("orca")][-1], names[-1]
     for name in best:
-        mine = capacity(curves.of(name), curves.bound)
-        rival, factor = ratio(curves, name, curves.bound)
-        least = "at least " if mine.is_least else ""
-        bound = f"{number(1000 * curves.bound)} ms per token"
-        if factor is not None:
-            every = ratios(curves, name)
-            mean = statistics.geometric_mean(every)
-            said.append(
-                f"Under the same bound of latency, {name} answers {times(mean)} what the best static setup does, on "
-                f"average over bounds of {BOUNDS[0]:g} to {BOUNDS[-1]:g} times the least latency ({times(min(every))} "
-                f"to {times(max(every))})."
-            )
-            said.append(
-                f"At {bound} it is {least}{number(mine.rate)} requests/s, {least}{times(factor)} what {rival} does."
-            )
-            if curves.lengths.count("-") and mean < 1:
-                surprises.append(f"Over all bounds the best static setup answers more requests than {name}.")
-        elif mine.rate:
-            said.append(
-                f"At {bound}, {name} answers {least}{number(mine.rate)} requests/s; no static setup is within it."
-            )
-        else:
-            surprises.append(f"{name} is above {bound} at every rate measured.")
+        some, wrong = _on_average(curves, name)
+        said += [*some, *_at_first(curves, name)]
+        surprises += wrong
+        if capacity(curves.of(name), curves.bound).rate is None:
+            surprises.append(f"{name} is above {_bound(curves)} at every rate measured.")
     peak = {name: max(point.throughput for point in curves.of(name)) for name in names}
     rival = max((name for name in names if "static" in name), key=lambda name: peak[name])
     said.append(
@@ -171,6 +171,44 @@ def _found(curves: Curves) -> tuple[list[str], list[str]]:
         f"{number(peak[rival])}: {times(peak[best[0]] / peak[rival])}."
     )
     return said, surprises
+
+
+def _bound(curves: Curves) -> str:
+    return f"{number(1000 * curves.bound)} ms per token"
+
+
+def _on_average(curves: Curves, name: str) -> tuple[list[str], list[str]]:
+    """What is said of all bounds together, and whether it is a surprise."""
+    every = ratios(curves, name)
+    factors = [of.factor for of in every.values() if of.factor is not None]
+    if not factors:
+        return [], []
+    mean, least = statistics.geometric_mean(factors), "at least " * any(of.says for of in every.values())
+    bounds = [f"{bound:g}" for bound in every]
+    where = f"on average over bounds of {listed(bounds)}" if len(bounds) > 1 else f"at a bound of {bounds[0]}"
+    said = [
+        f"Under the same bound of latency, {name} answers {least}{times(mean)} what the best static setup does, "
+        f"{where} times the least latency ({times(min(factors))} to {times(max(factors))})."
+    ]
+    wins = bool(curves.lengths.count("-")) and mean < 1 and not least
+    return said, [f"Over all bounds the best static setup answers more requests than {name}."] if wins else []
+
+
+def _at_first(curves: Curves, name: str) -> list[str]:
+    """What is said of the first bound alone."""
+    mine, of = capacity(curves.of(name), curves.bound), ratio(curves, name, curves.bound)
+    if not mine.rate:
+        return []
+    said = f"At {_bound(curves)}, {name} answers {'at least ' * mine.is_least}{number(mine.rate)} requests/s"
+    if of.factor is not None:
+        return [f"{said}, {of.says}{times(of.factor)} what {of.rival} does."]
+    rival = capacity(curves.of(of.rival), curves.bound)
+    if rival.rate is None:
+        return [f"{said}; no static setup is within it."]
+    return [
+        f"{said}, and {of.rival} {'at least ' * rival.is_least}{number(rival.rate)}: as {name} and a static setup "
+        "never came to the bound, no ratio can be told."
+    ]
 
 
 def section(kind: str, found: list[Curves]) -> Section:
@@ -212,7 +250,9 @@ def section(kind: str, found: list[Curves]) -> Section:
             "are shares of what is answered when all come at once "
             f"({', '.join(f'{number(curves.saturation)} requests/s' for curves in found)}). The bound is {BOUNDS[0]:g} "
             "times the least latency at the lowest rate, as the paper compares at 190 ms; between points it is read "
-            f"off straight lines. A curve ends at {OFF:g} times that latency. setup(n): at most n requests in a batch."
+            "off straight lines. Averages leave out bounds that a static curve never came to: it could do more there. "
+            f"A curve ends at {OFF:g} times that latency. setup(n): at most n "
+            "requests in a batch; default(n): as `orcaserve serve --max-itl 0` schedules, without a limit of time."
         ],
     )
 

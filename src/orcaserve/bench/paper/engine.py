@@ -105,5 +105,8 @@ def orca(size: int) -> Setup:
 
 
 def default(size: int) -> Setup:
-    """What OrcaServe does unless told otherwise."""
+    """What OrcaServe does unless told otherwise, but for the limit on the time between two tokens that serving has.
+
+    It is a limit for readers, and off in all other setups: with it a ratio would be of two things at once.
+    """
     return Setup(name=f"default({size})", policy=DEFAULT, max_batch_size=size)

@@ -97,8 +97,8 @@ def section(found: Memory) -> Section:
         ],
         notes=[
             f"`{found.workload}`; KV memory for {found.slots} tokens. “The most” reserves prompt + {found.limit}, "
-            "“the exact” is told what nobody can know, “paged” is the default. Means from the end of the first "
-            "request on, while others wait."
+            "“the exact” is told what nobody can know, “paged” is the default. Means over the "
+            "iterations in which others wait, but for the first quarter of these, which fills the memory."
         ],
     )
 
