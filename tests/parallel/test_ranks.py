@@ -24,11 +24,11 @@ from orcaserve.core.invariants import CheckedScheduler
 from orcaserve.core.policy import POLICIES
 from orcaserve.core.request import NewRequest, Output, SamplingParams
 from orcaserve.core.scheduler import SchedulerConfig
-from orcaserve.engine.executor import Executor
+from orcaserve.engine.executor import Executor, WorkerLost
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Command, Step, Submit
 from orcaserve.executors.build import Lost, build
-from orcaserve.executors.distributed import DistributedExecutor, WorkerLost
+from orcaserve.executors.distributed import DistributedExecutor
 
 pytestmark = kernel_sets.NEEDS_NATIVE
 
@@ -232,6 +232,7 @@ def test_ranks_swap_their_own_shares_and_a_lost_one_is_noticed_within_a_second(f
         ({"tensor_parallel": 2, "kernels": "torch"}, "native kernels"),
         ({"pipeline_parallel": 2, "backend": "transformers"}, "one process"),
         ({"pipeline_parallel": 2, "max_model_len": 4000}, "the model's longest is 256"),
+        ({"nnodes": 2}, "1 ranks cannot be spread evenly over 2 hosts"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(folders, options, says):
@@ -240,3 +241,14 @@ def test_what_cannot_be_is_refused_in_a_line(folders, options, says):
         build(EngineOptions(model=str(folders["llama"]), **options))
     assert "\n" not in str(caught.value)
     assert set(psutil.Process().children(recursive=True)) <= before, "no worker is left"
+
+
+def test_a_worker_that_dies_while_loading_is_no_fault_of_the_model(folders):
+    """Another start may do better, so that it must not be told as a model that cannot be served."""
+
+    def on_progress(*_: object) -> None:
+        for child in psutil.Process().children():
+            child.kill()
+
+    with pytest.raises(WorkerLost, match=r"worker . is gone \(signal 9\)"):
+        build(EngineOptions(model=str(folders["llama"]), tensor_parallel=2, threads=2), on_progress)

@@ -4,7 +4,8 @@ Options stand before the two file descriptors. What a batch that brings the toke
 the process, `--raise-on TOKEN` raises, `--hang-on TOKEN` never returns, `--seize-on TOKEN` keeps Python's lock too.
 `--stall-while FILE` makes iterations wait while it exists, and FILE.stalled tells that one does; `--step-seconds S`
 makes them last. `--fail MESSAGE` and `--die-loading` end the start, and `--die-while FILE` does while it exists;
-`--load-while FILE` makes it wait. `--profiles FOLDER` gives every start a profile of its own, counted in that folder.
+`--lose-while FILE` loses a worker of the start that finds it, and removes it; `--load-while FILE` makes it wait.
+`--profiles FOLDER` gives every start a profile of its own, counted in that folder.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from orcaserve.core.batch import Batch
 from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
-from orcaserve.engine.executor import Executor, Pending
+from orcaserve.engine.executor import Executor, Pending, WorkerLost
 from orcaserve.engine.ledger import LedgerExecutor
 from orcaserve.serve.engine_process import Lost, Progress, main
 
@@ -59,6 +60,9 @@ def build(options: EngineOptions, progress: Progress, on_lost: Lost) -> tuple[Ex
         raise ModelError(given.fail)
     if given.die_loading or (given.die_while is not None and given.die_while.exists()):
         os._exit(12)
+    if given.lose_while is not None and given.lose_while.exists():
+        given.lose_while.unlink()
+        raise WorkerLost("worker 1 is gone (signal 9), while the model was loading")
     while given.load_while is not None and given.load_while.exists():
         time.sleep(0.005)
     progress("weights", 2, 2)
@@ -95,6 +99,7 @@ parser.add_argument("--stall-while", type=Path)
 parser.add_argument("--fail")
 parser.add_argument("--die-loading", action="store_true")
 parser.add_argument("--die-while", type=Path)
+parser.add_argument("--lose-while", type=Path)
 parser.add_argument("--load-while", type=Path)
 parser.add_argument("--profiles", type=Path)
 parser.add_argument("--blocks", type=int, default=1024)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from pool_world import PATIENCE, Wish, gather, gather_all, is_alive, open_fds, pool_of, run, submit, until, wishes
@@ -326,6 +327,18 @@ def test_an_engine_that_dies_while_loading_ends_the_start(engine: list[str]) -> 
         async with pool_of(*engine, wait=False) as pool:
             with pytest.raises(EngineFailed, match="died while it was loading"):
                 await pool.ready()
+
+    run(main())
+
+
+def test_a_worker_that_is_lost_while_loading_gets_another_try(tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    first.touch()
+
+    async def main() -> None:
+        async with pool_of("--lose-while", str(first), wait=False) as pool:
+            await asyncio.wait_for(pool.ready(), PATIENCE)
+            assert not first.exists()
 
     run(main())
 

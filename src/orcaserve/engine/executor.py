@@ -9,6 +9,10 @@ from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.request import NewRequest
 
 
+class WorkerLost(RuntimeError):
+    """A worker of an executor died or froze, and with it whatever was in flight."""
+
+
 class Pending(Protocol):
     """An iteration under way."""
 

@@ -31,7 +31,7 @@ def build(
 
     Sets torch's number of threads. progress: called with (what is being done, bytes done, bytes in all).
     on_lost: called from another thread, with the reason, once a worker is gone and nothing can come of the executor.
-    Raises ModelError, in one line, if the model cannot be served.
+    Raises ModelError, in one line, if the model cannot be served; WorkerLost if a worker is gone before all are ready.
     """
     policy_of(options)
     device = find_device(options)
@@ -42,7 +42,7 @@ def build(
     available = available_memory(most=options.memory)
     if options.nnodes == 1:
         check_files(options, available)
-    if options.tensor_parallel * options.pipeline_parallel > 1:
+    if options.tensor_parallel * options.pipeline_parallel * options.nnodes > 1:
         return start_workers(options, progress, on_lost)
 
     threads = options.threads or usable_cpus()

@@ -21,6 +21,7 @@ import msgspec
 from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.config import BudgetLine, EngineInfo, EngineOptions, ModelError
 from orcaserve.core.request import NewRequest
+from orcaserve.engine.executor import WorkerLost
 from orcaserve.engine.framing import encode
 from orcaserve.executors.hosts import Host, gather_hosts
 from orcaserve.executors.measure import measure
@@ -49,10 +50,6 @@ from orcaserve.sim.hardware import hardware
 
 OnProgress = Callable[[str, int, int], None]
 OnLost = Callable[[str], None]
-
-
-class WorkerLost(RuntimeError):
-    """A worker died or froze, and with it whatever was in flight."""
 
 
 class DistributedExecutor:
@@ -238,13 +235,13 @@ def _each(
     heard: queue.SimpleQueue[tuple[int, FromWorker] | WorkerLost],
     progress: OnProgress | None,
 ) -> list[FromWorker]:
-    """A frame of this kind from each rank, in their order. Raises ModelError if one refuses or is gone."""
+    """A frame of this kind from each rank, in order. Raises ModelError if one refuses, WorkerLost once one is lost."""
     found: dict[int, FromWorker] = {}
     done: dict[int, tuple[int, int]] = {}
     while len(found) < count:
         item = heard.get()
         if isinstance(item, WorkerLost):
-            raise ModelError(f"{item}, while the model was loading")
+            raise WorkerLost(f"{item}, while the model was loading")
         rank, frame = item
         if isinstance(frame, Refused):
             raise ModelError(frame.message)

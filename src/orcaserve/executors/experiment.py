@@ -1,6 +1,7 @@
 """`engine_for`: one loaded model on which experiments run one scheduler after another, and their default model.
 
-It is built as for serving (`build`), once, with KV memory for the largest experiment.
+It is built as for serving (`build`), once, with KV memory for the largest experiment; on the CPU, whose name and
+threads the reports have, and whose executor computes while a batch is submitted.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def layers_of_stages(folder: Path, stages: int) -> list[int]:
 def _options(folder: Path, **others: Any) -> EngineOptions:
     return EngineOptions(
         model=str(folder),
+        device="cpu",
         policy="orca",  # whole prompts: the most that an iteration may need
         max_batch_size=ROWS,
         max_model_len=min(LONGEST, read_config(folder).max_positions),

@@ -114,7 +114,8 @@ class RemoteHost:
 
     def _tick(self) -> None:
         while not self._closed.wait(TICK_SECONDS):
-            self._send(Here())
+            with contextlib.suppress(LinkError):
+                self._link.beat(_encode(Here()))
             if self._silence.tick(pulse="not seen from here"):
                 self._lose("nothing is heard of it")
 

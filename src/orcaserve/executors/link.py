@@ -13,13 +13,19 @@ import fcntl
 import hashlib
 import hmac
 import secrets
+import select
 import socket
+import struct
 import threading
+import time
+from array import array
 
 _NONCE, _MAC, _HEADER = 32, 32, 4
 _LARGEST = 1 << 28  # bytes of a frame; what claims more is not ours
-_GREETING_SECONDS = 5.0  # for one that has connected to say who it is
+_LARGEST_FIRST = 1 << 12  # of one that has yet to show that it knows the secret: it says no more than who it is
+_GREETING_SECONDS = 5.0  # for one that has connected to say who it is, however it spreads its bytes
 _CONNECT_SECONDS = 2.0
+_MOST_ADDRESSES = 4096  # of this host's interfaces
 _GREETING = b"orcaserve-link-1"
 
 
@@ -30,9 +36,16 @@ class LinkError(ConnectionError):
 class Link:
     """Owner of a connected socket. One thread reads; any may send."""
 
-    def __init__(self, sock: socket.socket, secret: bytes, *, is_head: bool) -> None:
-        """Exchanges nonces; LinkError if the other side does not speak as we do. The first frame shows its secret."""
+    def __init__(
+        self, sock: socket.socket, secret: bytes, *, is_head: bool, seconds: float | None = None, first: int = _LARGEST
+    ) -> None:
+        """Exchanges nonces; LinkError if the other side does not speak as we do. The first frame shows its secret.
+
+        seconds: until `trust`, for all that is read; first: bytes of the first frame, at most.
+        """
         self._sock = sock
+        self._end = None if seconds is None else time.monotonic() + seconds
+        self._most = first
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         mine = secrets.token_bytes(_NONCE)
         try:
@@ -55,21 +68,34 @@ class Link:
         return str(self._sock.getsockname()[0])
 
     def send(self, payload: bytes) -> None:
-        """Raises LinkError."""
+        """Waits until it is on its way. Raises LinkError."""
         with self._one:
-            mac = _mac(self._key, self._num_sent, payload)
-            self._num_sent += 1
-            try:
-                self._sock.sendall(len(payload).to_bytes(_HEADER, "little") + mac + payload)
-            except OSError as error:
-                raise LinkError(f"the connection was lost ({error})") from error
+            self._send(payload)
+
+    def beat(self, payload: bytes) -> None:
+        """Sends what is too small to be worth a wait, unless it had to wait, as on a link that is cut.
+
+        Whoever sees to it that the other side is heard must not stand still for that. Raises LinkError.
+        """
+        if not self._one.acquire(blocking=False):
+            return
+        try:
+            if self._has_room():
+                self._send(payload)
+        finally:
+            self._one.release()
+
+    def trust(self) -> None:
+        """The other side has shown what it must: it may take any time from now on."""
+        self._end = None
+        self._sock.settimeout(None)
 
     def read(self) -> bytes:
         """Waits for a frame. Raises LinkError."""
         try:
             head = self._exactly(_HEADER + _MAC)
             size = int.from_bytes(head[:_HEADER], "little")
-            if size > _LARGEST:
+            if size > self._most:
                 raise LinkError("a frame without end")
             payload = self._exactly(size)
         except OSError as error:
@@ -77,6 +103,7 @@ class Link:
         if not hmac.compare_digest(head[_HEADER:], _mac(self._their_key, self._num_read, payload)):
             raise LinkError("it does not know the secret")
         self._num_read += 1
+        self._most = _LARGEST
         return payload
 
     def close(self) -> None:
@@ -85,9 +112,30 @@ class Link:
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
+    def _send(self, payload: bytes) -> None:
+        mac = _mac(self._key, self._num_sent, payload)
+        self._num_sent += 1
+        try:
+            self._sock.sendall(len(payload).to_bytes(_HEADER, "little") + mac + payload)
+        except OSError as error:
+            raise LinkError(f"the connection was lost ({error})") from error
+
+    def _has_room(self) -> bool:
+        """Linux says that one may write while a third of what the socket holds is free."""
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLOUT)
+        except ValueError:  # it is closed
+            return False
+        return bool(poll.poll(0))
+
     def _exactly(self, size: int) -> bytes:
         data = bytearray()
         while len(data) < size:
+            if self._end is not None:
+                if (left := self._end - time.monotonic()) <= 0:
+                    raise TimeoutError("timed out")
+                self._sock.settimeout(left)
             more = self._sock.recv(min(size - len(data), 1 << 20))
             if not more:
                 raise LinkError("the other side has closed the connection")
@@ -102,22 +150,21 @@ def accept(listening: socket.socket, secret: bytes, seconds: float) -> tuple[Lin
         sock, _ = listening.accept()
     except TimeoutError:
         return None
-    sock.settimeout(_GREETING_SECONDS)
     try:
-        link = Link(sock, secret, is_head=True)
+        link = Link(sock, secret, is_head=True, seconds=_GREETING_SECONDS, first=_LARGEST_FIRST)
         said = link.read()
     except LinkError:
         sock.close()
         return None
-    sock.settimeout(None)
+    link.trust()
     return link, said
 
 
 def connect(address: tuple[str, int], secret: bytes) -> Link:
     """To the head. Raises OSError."""
     sock = socket.create_connection(address, _CONNECT_SECONDS)
-    link = Link(sock, secret, is_head=False)
-    sock.settimeout(None)
+    link = Link(sock, secret, is_head=False, seconds=_CONNECT_SECONDS)
+    link.trust()
     return link
 
 
@@ -126,15 +173,15 @@ def _mac(key: bytes, number: int, payload: bytes) -> bytes:
 
 
 def interface_of(address: str) -> str:
-    """The network interface that has this IPv4 address; ValueError if none has."""
+    """The network interface that has this IPv4 address, as one of several maybe; ValueError if none has."""
+    size = 40  # of a struct ifreq: 16 bytes of name, then a struct sockaddr_in
+    found = array("B", bytes(size * _MOST_ADDRESSES))
+    place, _ = found.buffer_info()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            try:
-                found = fcntl.ioctl(probe, 0x8915, name.encode()[:15].ljust(40, b"\0"))  # SIOCGIFADDR
-            except OSError:
-                continue  # it has none
-            if socket.inet_ntoa(found[20:24]) == address:
-                return name
+        answer = fcntl.ioctl(probe, 0x8912, struct.pack("iP", len(found), place))  # SIOCGIFCONF
+    for at in range(0, struct.unpack("iP", answer)[0], size):
+        if socket.inet_ntoa(found[at + 20 : at + 24].tobytes()) == address:
+            return found[at : at + 16].tobytes().partition(b"\0")[0].decode()
     raise ValueError(f"no interface of this host has the address {address}")
 
 

@@ -69,7 +69,7 @@ class _Session:
                     workers.tell(frame.rank, frame.frame)
                 elif workers is not None and isinstance(frame, Run):
                     workers.run(frame.batch)
-        except (LinkError, OSError, msgspec.MsgspecError) as error:
+        except (LinkError, OSError, ValueError, msgspec.MsgspecError) as error:  # ValueError: no interface to use
             return self._why or str(error)
         finally:
             self._ended.set()
@@ -100,7 +100,8 @@ class _Session:
     def _tick(self) -> None:
         """Says that this host is here, and sees that the head is."""
         while not self._ended.wait(TICK_SECONDS):
-            self._send(Here())
+            with contextlib.suppress(LinkError):
+                self._link.beat(_encode(Here()))
             if self._silence.tick(pulse="not seen from here") and not self._why:
                 self._why = "nothing is heard of the head"
                 self._link.close()

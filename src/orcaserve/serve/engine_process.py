@@ -4,7 +4,8 @@ Started by the frontend as `python -m orcaserve.serve.engine_process SOCKET_FD R
 runs the loop; a reader fills the inbox and ends the process when the frontend is gone; a writer empties the outbox; a
 heart beat says that the process is alive.
 
-Exit codes: 0 after Stop or the frontend's end, 1 if the model cannot be served, 70 if the loop failed.
+Exit codes: 0 after Stop or the frontend's end, 1 if the model cannot be served, 70 if the loop failed or a worker of
+this process is gone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from orcaserve.core.order import OrderError
 from orcaserve.core.pace import LEAST_SHARE
 from orcaserve.core.policy import parse_policy
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
-from orcaserve.engine.executor import Executor, Guided, Timekeeping
+from orcaserve.engine.executor import Executor, Guided, Timekeeping, WorkerLost
 from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.loop import EngineLoop, Outbox
 from orcaserve.engine.messages import Command
@@ -152,6 +153,9 @@ def _serve(
     except ModelError as error:
         outbox.put(Failed(str(error)))
         return EXIT_MODEL
+    except WorkerLost as error:  # as if this process had died: the next one may do better
+        tell(f"orcaserve engine: {error}")
+        return EXIT_LOOP
     except Exception as error:
         outbox.put(Failed(f"the engine could not start: {in_one_line(error)}"))
         return EXIT_MODEL

@@ -140,7 +140,7 @@ class _Session:
         while True:
             time.sleep(BEAT_SECONDS)
             try:
-                self._link.send(_encode(Here()))
+                self._link.beat(_encode(Here()))
             except LinkError:
                 return
             if self._silence.tick(pulse="not seen from here"):

@@ -136,7 +136,8 @@ class _Session:
 
     def _tick(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
-            self._send(Here())
+            with contextlib.suppress(LinkError):
+                self._link.beat(_encode(Here()))
             if self._silence.tick(pulse="not seen from here") and not self._why:
                 self._why = "nothing is heard of the frontend"
                 self._link.close()
