@@ -125,6 +125,13 @@ def test_the_figure_is_drawn_later(tmp_path: Path) -> None:
     assert report.FIGURE in (tmp_path / report.PAGE).read_text()
 
 
+def test_a_page_has_no_figure_of_the_run_before(tmp_path: Path) -> None:
+    (tmp_path / report.FIGURE).write_bytes(b"of another card")
+    run(a_report(), {"kernels": lambda: [LINE]}, tmp_path, lambda _: None)
+    assert report.FIGURE not in (tmp_path / report.PAGE).read_text()
+    assert not (tmp_path / report.FIGURE).exists()
+
+
 def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / report.JSON

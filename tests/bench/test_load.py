@@ -221,6 +221,22 @@ def test_a_figure_for_every_hand_and_pencil() -> None:
         assert "0 answered" in page
 
 
+def test_time_in_which_nobody_is_answered_counts() -> None:
+    """The server dies after ten of a hundred seconds; the last request finds nobody. Every tenant has the same wall."""
+    records = [
+        record(0, 1, 10, tenant="a"),
+        record(5, 6, 9, tenant="b"),
+        record(50, 51, error="connection cut", error_kind="connection cut", tenant="a", ended=60.0),
+        record(100, error="nobody answers", error_kind="nobody answers", max_tokens=5, tenant="b", ended=100.0),
+    ]
+    whole = load_report.summary(records, {"ttft": 1.0})
+    assert (whole.wall, whole.answered, whole.request_rate, whole.output_rate) == (100, 2, 2 / 100, 4 / 100)
+    assert whole.total_rate == 24 / 100 and whole.goodput == load_report.Goodput(2, 2 / 4, 2 / 100)
+    by_tenant = load_report.by_tenants(records, {})
+    assert {(of.wall, of.output_rate) for of in by_tenant.values()} == {(100, 2 / 100)}
+    assert "2 answered, 2 failed, in 100 s" in shown(report(*records))
+
+
 @pytest.mark.parametrize(
     ("changes", "of_record", "problem"),
     [

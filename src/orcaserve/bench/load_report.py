@@ -68,7 +68,8 @@ class Goodput(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """Figures of the requests that were answered. wall: seconds from the first arrival to the last token.
+    """Figures of the requests that were answered. wall: seconds from the first arrival to the last token, or to the end
+    of the last request that failed; those of all tenants, so that their rates add up.
 
     Rates are per second of wall; normalised_latency is the median, in seconds per token. times: by the names of TIMES.
     cached_tokens: prompt tokens that the server already knew.
@@ -113,24 +114,44 @@ def ended(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record.error_kind != INTERRUPTED.kind]
 
 
-def summary(records: Sequence[Record], limits: dict[str, float]) -> Summary:
-    """Of requests that have ended."""
+def wall(records: Sequence[Record]) -> float | None:
+    """Of requests that have ended, failed ones among them: time in which a server answers nobody counts, too."""
+    if not records:
+        return None
+    return max(map(_end, records)) - min(record.due for record in records) or None
+
+
+def _end(record: Record) -> float:
+    """The last token of one that was answered; when one failed, as far as that is known."""
+    if record.error and record.ended is not None:
+        return record.ended
+    return record.last if record.token_times else record.sent
+
+
+def summary(records: Sequence[Record], limits: dict[str, float], seconds: float | None = None) -> Summary:
+    """Of requests that have ended. seconds: the wall time that they share with others; None: it is their own."""
     answered = [record for record in records if not record.error and record.token_times]
-    wall = measures.wall(answered) if answered else None
+    seconds = seconds or wall(records)
+
+    def rate(count: int) -> float | None:
+        return count / seconds if seconds else None
+
+    prompt_tokens = sum(map(measures.prompt_tokens, answered))
+    output_tokens = sum(record.output_tokens for record in answered)
     goodput = None
     if limits and records:
         met = sum(measures.meets(record, limits) for record in records)
-        goodput = Goodput(met, met / len(records), met / wall if wall else None)
+        goodput = Goodput(met, met / len(records), rate(met))
     return Summary(
         requests=len(records),
         answered=len(answered),
-        prompt_tokens=sum(map(measures.prompt_tokens, answered)),
-        output_tokens=sum(record.output_tokens for record in answered),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
         cached_tokens=sum(record.cached_tokens for record in answered),
-        wall=wall,
-        request_rate=measures.request_rate(answered) if answered else None,
-        output_rate=measures.output_rate(answered) if answered else None,
-        total_rate=measures.total_rate(answered) if answered else None,
+        wall=seconds,
+        request_rate=rate(len(answered)),
+        output_rate=rate(output_tokens),
+        total_rate=rate(prompt_tokens + output_tokens),
         normalised_latency=measures.normalised_latency(answered) if answered else None,
         times={name: Quantiles.of(measures.times(name, answered)) for name in TIMES},
         goodput=goodput,
@@ -149,7 +170,7 @@ def by_tenants(records: Sequence[Record], limits: dict[str, float]) -> dict[str,
         by_tenant.setdefault(record.tenant or "", []).append(record)
     if len(by_tenant) < 2:
         return {}
-    return {name: summary(of_one, limits) for name, of_one in sorted(by_tenant.items())}
+    return {name: summary(of_one, limits, wall(records)) for name, of_one in sorted(by_tenant.items())}
 
 
 def errors(records: Sequence[Record]) -> list[Errors]:

@@ -10,13 +10,18 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from orcaserve.bench.gpu import SECTIONS
-from orcaserve.bench.gpu.report import Found, Line, Report, told, write
+from orcaserve.bench.gpu.report import FIGURE, Found, Line, Report, told, write
 
 Measure = Callable[[], Iterable[Line]]
 
 
 def run(report: Report, sections: Mapping[str, Measure], out: Path | None, say: Callable[[str], None]) -> None:
-    """Adds what the sections find to the report, in their order; out: the folder that it is written to."""
+    """Adds what the sections find to the report, in their order; out: the folder that it is written to.
+
+    A picture that is there is of another run, and goes.
+    """
+    if out is not None:
+        (out / FIGURE).unlink(missing_ok=True)
     for name, measure in sections.items():
         found = Found(name, SECTIONS[name], [])
         report.sections.append(found)
