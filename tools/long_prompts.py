@@ -6,7 +6,8 @@
 Streams begin, and from then on a long prompt comes every so many seconds. Servers of the same checkpoint, without a
 limit, with the default one and with the one that is given, wait side by side and are measured in turn, and so are
 others that are named by --beside. A prompt has 4000 tokens if our servers read that in half of the time until the next
-one comes, else as many as they can. Server and client want a core each; nothing else should run on the machine.
+one comes, else as many as they can. One that is not read until the end has waited until then, at least, and counts so.
+Server and client want a core each; nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from predict import Serving
 
 from orcaserve.bench import client
-from orcaserve.bench.client import Record, Reply, Server, servers_from
+from orcaserve.bench.client import INTERRUPTED, Record, Reply, Server, servers_from
 from orcaserve.bench.measures import quantile
 from orcaserve.bench.workloads import LOWEST_ID, Item
 
@@ -43,14 +44,19 @@ class Ids:
 
 
 async def put(server: Server, items: Sequence[Item], seconds: float) -> list[Record]:
-    """What came within so many seconds; streams that still run are cut off."""
+    """What came within so many seconds; streams that still run are cut off. Ends the program if another one failed."""
     replies = [Reply(item) for item in items]
     try:
         async with asyncio.timeout(seconds):
             await client.send(server, replies)
     except TimeoutError:
         pass
-    return [reply.record() for reply in replies]
+    records = [reply.record() for reply in replies]
+    if failed := [record for record in records if record.error and record.error_kind != INTERRUPTED.kind]:
+        raise SystemExit(
+            f"{server.name}: {len(failed)} of {len(records)} requests failed; the first: {failed[0].error}"
+        )
+    return records
 
 
 async def settle(server: Server, ids: Ids, every: float) -> int:
@@ -59,7 +65,7 @@ async def settle(server: Server, ids: Ids, every: float) -> int:
     while True:
         [record] = await put(server, [Item(0.0, ids(length), 1)], 600)
         if record.error:
-            raise SystemExit(record.error)
+            raise SystemExit(f"{server.name} has not read {length} tokens in ten minutes")
         seconds = record.first - record.due
         if length >= LONGEST or seconds > every / 8:
             return max(100, min(LONGEST, int(length * every / 2 / seconds) // 100 * 100))
@@ -77,7 +83,7 @@ def show(name: str, records: Sequence[Record], streams: int, span: tuple[float, 
     ]
     read = [record for record in records[streams:] if record.token_times and record.first <= ended]
     output = sum(began <= time <= ended for record in records for time in record.token_times)
-    waits = [record.first - record.due for record in read]
+    waits = [(min(record.first, ended) if record.token_times else ended) - record.due for record in records[streams:]]
     figures = {
         "p50": 1e3 * (quantile(gaps, 0.5) or 0),
         "p99": 1e3 * (quantile(gaps, 0.99) or 0),

@@ -333,6 +333,7 @@ def bench_parallel(model: str | None, requests: int, batch: int, rounds: int, se
 
     from orcaserve.bench import parallel
     from orcaserve.bench.client import BenchError
+    from orcaserve.engine.executor import WorkerLost
     from orcaserve.executors import experiment, join_cost
     from orcaserve.model.config import read_config
     from orcaserve.serve.find_model import find_model
@@ -362,7 +363,7 @@ def bench_parallel(model: str | None, requests: int, batch: int, rounds: int, se
             )
             with terminal.status("") as status:
                 found = parallel.run(plan, status.update)
-    except (ModelError, BenchError, OSError) as error:
+    except (ModelError, BenchError, WorkerLost, OSError) as error:
         raise click.ClickException(str(error)) from None
     parallel.show(found, Console())
     if out is not None:

@@ -35,6 +35,14 @@ def read_logs(path: Path) -> list[Log]:
         raise click.ClickException(f"{path} is no step log: {error}") from None
 
 
+def read_last_log(path: Path) -> Log:
+    """A step log's last life. Says so if there are earlier ones, which nobody asked to leave out."""
+    *earlier, last = read_logs(path)
+    if earlier:
+        click.echo(f"{path}: taken is the last engine's life; {len(earlier)} before it are left out.", err=True)
+    return last
+
+
 def read_fitted(path: Path) -> Fitted:
     """What `simulate fit` wrote. Ends the program with one line if it is none."""
     try:
@@ -111,16 +119,16 @@ def _simulate(
         raise click.UsageError(f"--cost is of the devices that it was fitted to; {name} goes with --hardware")
     if options["blocks"] is not None and options["kv_memory"] is not None:
         raise click.UsageError("give the KV cache once: either --blocks or --kv-memory")
-    logs = [] if log is None else read_logs(log)
+    logged = None if log is None else read_last_log(log)
     try:
         limits = limits_from(slo) if slo else {}
-        model, config = _engine(cost, on, shape, logs, options)
+        model, config = _engine(cost, on, shape, logged, options)
         if not noise:
             model = msgspec.structs.replace(model, residuals=())
-        if spec is not None:
-            arrivals = simulation.arrivals_of(specs.make(spec, vocab=_VOCAB, seed=seed))
+        if logged is None:
+            arrivals = simulation.arrivals_of(specs.make(spec or "", vocab=_VOCAB, seed=seed))
         else:
-            arrivals = simulation.arrivals_of_log(logs[-1])
+            arrivals = simulation.arrivals_of_log(logged)
         header = Header(config=config, machine=f"simulated: {model.made_from or cost}")
         written = [bytearray() for _ in range(replicas if step_log_path else 0)]
         witnesses = [StepLog(header, lines.extend) for lines in written]
@@ -142,10 +150,10 @@ def _simulate(
 
 
 def _engine(
-    cost: Path | None, on: str | None, shape: str | None, logs: list[Log], options: dict[str, Any]
+    cost: Path | None, on: str | None, shape: str | None, logged: Log | None, options: dict[str, Any]
 ) -> tuple[CostModel, SchedulerConfig]:
     """The cost model and the scheduler's configuration that the options ask for."""
-    base: SchedulerConfig | None = logs[-1].header.config if logs else None
+    base: SchedulerConfig | None = logged.header.config if logged else None
     if cost is not None:
         fitted = read_fitted(cost)
         model, base, sizes = fitted.cost, base or fitted.config, fitted.model
@@ -239,7 +247,7 @@ def _requests(spec: str | None, log: Path | None, seed: int) -> Any:
         raise click.UsageError("give the requests: either --workload or --log")
     if spec is not None:
         return simulation.arrivals_of(specs.make(spec, vocab=_VOCAB, seed=seed))
-    return simulation.arrivals_of_log(read_logs(log or Path())[-1])
+    return simulation.arrivals_of_log(read_last_log(log or Path()))
 
 
 def _numbers(context: click.Context, param: click.Parameter, text: str) -> list[int]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import kernel_sets
+import psutil
 import pytest
 from click.testing import CliRunner
 
 from orcaserve.cli import main
+from orcaserve.engine.executor import WorkerLost
+from orcaserve.executors import join_cost
 from orcaserve.model.random_checkpoint import Shape, write_random
 from orcaserve.sim.cost import StageCost
 from orcaserve.sim.stages import share_layers, split_layers
@@ -39,6 +46,28 @@ def test_every_way_is_measured_and_stages_are_foretold(tmp_path: Path) -> None:
     assert [join["rows"] for join in found["joins"]] == [1, 4, 16, 64, 512]
     assert all(join["fixed"] > 0 and join["plain"] > 0 for join in found["joins"])
     assert "two stages" in result.output
+
+
+def test_a_worker_that_dies_ends_it_by_one_line(tmp_path: Path) -> None:
+    write_random(tmp_path, SHAPE)
+    command = [sys.executable, "-m", "orcaserve", "bench", "parallel", str(tmp_path), "--requests", "4"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        end = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < end:
+            for child in psutil.Process(process.pid).children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if "orcaserve.executors.worker_process" in child.cmdline():
+                        child.kill()
+            time.sleep(0.02)
+        *_, last = process.stderr.read().splitlines()
+    assert process.returncode == 1
+    assert last.startswith("Error: worker 0 is gone (signal 9)")
+
+
+def test_a_rank_that_fails_to_join_is_no_traceback_of_ours() -> None:
+    with pytest.raises(WorkerLost, match="failed"):
+        join_cost.measure(-1)
 
 
 def test_the_stages_of_a_cut_cost_what_the_whole_did() -> None:

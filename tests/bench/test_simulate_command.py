@@ -203,6 +203,18 @@ def predict() -> Any:
     return module
 
 
+def test_lives_before_the_last_are_left_out_aloud(tmp_path: Path) -> None:
+    log, prices = tmp_path / "steps.jsonl", tmp_path / "prices.json"
+    prices.write_text('{"A100-40GB": 1.0}')
+    plan = ("plan", "--slo", "ttft=60", "--prices", prices, "--model", "13B", "--tensor-parallel", "1")
+    for number in (1, 2):
+        log.write_bytes(recorded(arrivals()[:2]) * number)
+        for command in (PAPER, plan):
+            done = run(*command, "--log", log)
+            assert done.exit_code == 0, done.output
+            assert ("1 before it are left out" in done.stderr) == (number == 2)
+
+
 def test_a_limit_of_time_between_tokens_is_kept_and_written_down(tmp_path: Path) -> None:
     work = "burst:in=50,out=400,n=4 + poisson:rate=1,in=1500,out=2,n=12,start=1"
     found = []

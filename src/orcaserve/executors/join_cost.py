@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 
 from orcaserve.bench.parallel import Joined
-from orcaserve.ops.native_kernels import NativeKernels
+from orcaserve.core.config import ModelError
+from orcaserve.engine.executor import WorkerLost
+from orcaserve.ops.native_kernels import NativeKernels, instruction_sets
 from orcaserve.parallel.parts import Join
 from orcaserve.parallel.world import World
 from orcaserve.worker.process import die_with_parent
@@ -27,16 +29,23 @@ ROWS = (1, 4, 16, 64, 512)
 
 
 def measure(hidden: int, rounds: int = 200) -> list[Joined]:
-    """Medians of so many rounds, the two ways in turn, for `hidden` values a row."""
+    """Medians of so many rounds, the two ways in turn, for `hidden` values a row.
+
+    Raises ModelError, in one line, where there are no native kernels, and WorkerLost if a rank fails.
+    """
+    if not instruction_sets():
+        raise ModelError("no native kernels to join parts with: OrcaServe was installed without a C++ compiler")
     with tempfile.TemporaryDirectory(prefix="orcaserve-") as folder:
         arguments = [sys.executable, "-m", __name__, str(Path(folder) / "store")]
         command = [[*arguments, str(number), str(hidden), str(rounds)] for number in (0, 1)]
         other = subprocess.Popen(command[1])  # noqa: S603
         try:
-            first = subprocess.run(command[0], stdout=subprocess.PIPE, check=True)  # noqa: S603
-            other.wait()
+            first = subprocess.run(command[0], stdout=subprocess.PIPE, check=False)  # noqa: S603
+            if first.returncode or other.wait():
+                raise WorkerLost("a rank that was to join its part with another's has failed")
         finally:
             other.kill()
+            other.wait()
     return [Joined(**one) for one in json.loads(first.stdout)]
 
 
