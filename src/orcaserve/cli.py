@@ -158,11 +158,15 @@ def serve(
             raise click.ClickException(f"the step log {step_log} cannot be written: {error.strerror}") from None
     limits = Limits(**_taken(Limits, options))
     wishes = _taken(HttpOptions, options)
+    if end_with_parent:
+        from orcaserve.worker.process import die_with_parent
+
+        die_with_parent()  # before what may take long, such as a download
     name, engine = engine_of(model, options)
     if node_rank >= engine.nnodes:
         raise click.ClickException(f"of {engine.nnodes} hosts there is none of rank {node_rank}")
     if node_rank:
-        return _join(engine, node_rank, end_with_parent)
+        return _join(engine, node_rank)
     http = HttpOptions(
         api_keys=api_key, served_model_names=served_model_name or (name,), cors_origins=cors_origin, **wishes
     )
@@ -195,14 +199,11 @@ def _taken(group: type[Struct], options: dict[str, Any]) -> dict[str, Any]:
     return {name: options.pop(name) for name in group.__struct_fields__ if name in options}
 
 
-def _join(engine: EngineOptions, node_rank: int, end_with_parent: bool) -> None:
+def _join(engine: EngineOptions, node_rank: int) -> None:
     """Serves as another host's ranks, until it is ended."""
     from orcaserve.executors.hosts import shared_secret
     from orcaserve.executors.node import join
-    from orcaserve.worker.process import die_with_parent
 
-    if end_with_parent:
-        die_with_parent()
     try:
         address, secret = shared_secret(engine)
     except ModelError as error:

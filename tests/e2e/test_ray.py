@@ -16,6 +16,9 @@ from crowd import all_streams, body
 from ray.cluster_utils import Cluster
 from serving import Serving
 
+from orcaserve.core.config import EngineOptions
+from orcaserve.serve.cluster import placed
+
 STREAMS = 40
 BODIES = [body(i, 30 + i % 50) for i in range(STREAMS)]
 
@@ -86,3 +89,9 @@ def test_ranks_on_a_cluster_answer_as_one_process(cluster: str) -> None:
             [choice] = server.client.post("/v1/completions", json=body).raise_for_status().json()["choices"]
             answers.append((choice["text"], choice["logprobs"]["token_logprobs"]))
     assert answers[0] == answers[1]
+
+
+def test_hosts_use_no_more_processors_than_ray_reserves(cluster: str) -> None:
+    with placed(cluster, "orcaserve-tiny", EngineOptions(model="orcaserve-tiny"), 1) as (engine, commands):
+        assert engine.threads == 1, "of a node's, which are everybody's"
+        assert commands is not None and len(commands) == 1

@@ -73,7 +73,8 @@ def placed(
     fd = os.memfd_create("orcaserve-secret")
     os.write(fd, secret)
     path = f"/proc/{os.getpid()}/fd/{fd}"  # for the processes that this one starts, and theirs
-    cpus = engine.threads or 1
+    # As many as Ray reserves: without a number each host would take all processors of its node, whoever else has them.
+    engine = msgspec.structs.replace(engine, threads=engine.threads or 1)
     try:
         commands: Commands | None = None
         if engine.nnodes > 1:
@@ -87,7 +88,7 @@ def placed(
                 ["replica", model, "--join", f"{host}:{port}", "--secret-file", SECRET, "--end-with-parent"]
                 for port in ports
             ]
-        hosts = RayHosts(arguments, cpus, secret)
+        hosts = RayHosts(arguments, engine.threads or 1, secret)
         try:
             yield engine, commands
         finally:
