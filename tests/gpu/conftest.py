@@ -40,10 +40,10 @@ def quick_interpreter() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_like_a_gpu() -> Iterator[None]:
-    """Lets the interpreter do what kernels rest on and a GPU does: see the three patches."""
+    """Lets the interpreter do what kernels rest on and a GPU does: see the four patches."""
     interpreter = pytest.importorskip("triton.runtime.interpreter")
     language = pytest.importorskip("triton.language")
-    patch = interpreter._patch_lang_tensor
+    patch, cast = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl
 
     def values(handle: object) -> np.ndarray:
         """bfloat16 is held as whole numbers, which would be multiplied as such."""
@@ -59,6 +59,12 @@ def interpreter_like_a_gpu() -> Iterator[None]:
             total = total + np.einsum("ik,kj->ij", left[:, some], right[some])
         return interpreter.TensorHandle(total, c.dtype.scalar)
 
+    def from_integer(self: object, source: object, kind: object) -> object:
+        """The value, not the bit pattern: bfloat16 is made of a float32."""
+        if kind.scalar == language.bfloat16:
+            source = cast(self, source, language.float32)
+        return cast(self, source, kind)
+
     def patch_with_index(tensor: type, scope: object) -> None:
         """Its scalars are arrays of one element, which bound no loop since NumPy 2.4."""
         patch(tensor, scope)
@@ -67,4 +73,5 @@ def interpreter_like_a_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as context:
         context.setattr(interpreter, "_patch_lang_tensor", patch_with_index)
         context.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+        context.setattr(interpreter.InterpreterBuilder, "create_si_to_fp", from_integer)
         yield

@@ -66,7 +66,12 @@ def build_device(
     config = read_config(options.model)
     if config.num_experts:
         raise ModelError("mixtures of experts run on the CPU only, as yet: --device cpu")
-    kernels = TritonKernels(device, options.numerics, max_positions=options.max_model_len or config.max_positions)
+    kernels = TritonKernels(
+        device,
+        options.numerics,
+        quantization=options.quantization,
+        max_positions=options.max_model_len or config.max_positions,
+    )
     began = time.monotonic()
     model = Decoder.load(
         config,
@@ -97,6 +102,8 @@ def start_device(
     activations = activation_bytes(
         tokens, config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim, 0
     ) + scratch_bytes(cutter, options.max_batch_size, longest, config.num_heads, config.head_dim, config.vocab_size)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of whole weights that were brought to fewer bits, else it would not count as free
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory(most=options.memory)
     budget = make_budget(
         available=free + model.weight_bytes,

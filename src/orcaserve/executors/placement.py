@@ -19,7 +19,7 @@ def find_device(options: EngineOptions) -> torch.device:
         or options.backend == "transformers"
         or (options.backend == "auto" and find_row(read_raw_config(Path(options.model))) is None)
     )
-    reduced = options.quantization != "none" or options.kv_dtype != "auto"
+    reduced = options.kv_dtype != "auto"
     chosen = options.kernels != "auto"
     if options.device == "cpu" or (options.device == "auto" and (not there or others or reduced or chosen)):
         return torch.device("cpu")
@@ -30,5 +30,7 @@ def find_device(options: EngineOptions) -> torch.device:
     if others:
         raise ModelError("on a GPU a model runs on one device, by our own decoder: leave out what shares it out")
     if reduced or chosen:
-        raise ModelError("on a GPU weights and KV stay in the model's dtype, and kernels are Triton's")
+        raise ModelError("on a GPU keys and values stay in the model's dtype, and kernels are Triton's")
+    if options.numerics == "fast" and options.quantization != "none":
+        raise ModelError(f"the vendor's products take no {options.quantization} weights; leave out --numerics fast")
     return torch.device("cuda", torch.cuda.current_device())

@@ -1,7 +1,7 @@
 """`TritonKernels`: what a model is computed with on a GPU: our kernels in Triton, and matrix products of either kind.
 
 numerics: "invariant": products of our own, in one order of K; a row's bits depend on that row alone. "fast": products
-of torch's library (cuBLAS), which chooses its order by the shape: outside the promise.
+of torch's library (cuBLAS), which chooses its order by the shape: outside the promise; it takes no quantised weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from orcaserve.core.config import KVDtype, Numerics
+from orcaserve.core.config import KVDtype, Numerics, Quantization
 from orcaserve.ops.activation import ACTIVATIONS
 from orcaserve.ops.draw import Draw, draw
 from orcaserve.ops.gpu.activation import act_mul
@@ -23,6 +23,7 @@ from orcaserve.ops.gpu.layout import DeviceLayout
 from orcaserve.ops.gpu.matmul import MatmulScratch, gated, matmul
 from orcaserve.ops.gpu.norm import layer_norm, rms_norm
 from orcaserve.ops.gpu.pieces import Cutter
+from orcaserve.ops.gpu.quantised import Code, Coded, coded
 from orcaserve.ops.halves import ComposedAttention, ComposedMLP
 from orcaserve.ops.kernels import Heads, Linear, Norm, Part
 from orcaserve.ops.linear import embedding
@@ -46,7 +47,7 @@ class PagedCache:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class InvariantLinear:
-    weight: Tensor
+    weight: Tensor | Coded
     bias: Tensor | None
     activation: str | None
     wide: bool
@@ -57,7 +58,7 @@ class InvariantLinear:
         return matmul(x, self.weight, self.bias, residual, **how)
 
     def rows(self, ids: Tensor) -> Tensor:
-        return embedding(ids, self.weight)
+        return self.weight.rows(ids) if isinstance(self.weight, Coded) else embedding(ids, self.weight)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -118,19 +119,31 @@ class TritonKernels:
     """`Kernels` of one device: a GPU, or the CPU under Triton's interpreter.
 
     Owner of the memory that its kernels work in, one iteration at a time; `reserve` makes room for attention.
-    max_positions: longest context in tokens.
+    quantization: "int8" keeps weights in 8 bits, with a scale for each output; "int4" in 4 bits, with a scale for every
+        32 values of an output, but the output matrix in 8. Activations stay as they are.
+    max_positions: longest context in tokens. Raises ValueError for quantised weights with numerics "fast".
     """
 
     block_multiple = 64
-    is_quantised = False
     kv_dtype: KVDtype = "auto"
 
-    def __init__(self, device: torch.device, numerics: Numerics = "invariant", *, max_positions: int) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        numerics: Numerics = "invariant",
+        *,
+        quantization: Quantization = "none",
+        max_positions: int,
+    ) -> None:
+        if numerics == "fast" and quantization != "none":
+            raise ValueError("the vendor's library multiplies by no quantised weights")
         self.device = device
+        self._quantization: Quantization = quantization
+        self.is_quantised = quantization != "none"
         self.numerics = numerics
         self.deterministic = numerics == "invariant"
         self.matrix_bytes = 0
-        self.name = f"triton-{VERSION}-{numerics}"
+        self.name = f"triton-{VERSION}-{numerics}" + (f"-{quantization}" if self.is_quantised else "")
         self._max_positions = max_positions
         self._products = MatmulScratch(device)
         self._partials: Scratch | None = None
@@ -156,9 +169,8 @@ class TritonKernels:
         wide: bool = False,
         exact: bool = False,
     ) -> Linear:
-        weight, bias = self._stack(weights), _stack_biases(weights, biases)
-        self.matrix_bytes += weight.numel() * weight.itemsize
-        if self.numerics == "fast":
+        weight, bias = self._keep(weights, self._code(wide, exact)), _stack_biases(weights, biases)
+        if self.numerics == "fast" and isinstance(weight, Tensor):
             return FastLinear(weight, bias, activation, wide)
         return InvariantLinear(weight, bias, activation, wide, self._products)
 
@@ -174,9 +186,8 @@ class TritonKernels:
         if self.numerics == "fast":
             both = self.linear([gate, up], [gate_bias, up_bias])
             return lambda x: act_mul(both(x), activation)
-        gate, up = self._stack([gate]), self._stack([up])
-        self.matrix_bytes += 2 * gate.numel() * gate.itemsize
-        return lambda x: gated(x, gate, up, gate_bias, up_bias, activation, scratch=self._products)
+        both = [self._keep([weight], self._code()) for weight in (gate, up)]
+        return lambda x: gated(x, *both, gate_bias, up_bias, activation, scratch=self._products)
 
     def rms_norm(self, weight: Tensor, eps: float, *, plus_one: bool) -> Norm:
         return lambda x, residual=None: rms_norm(x, weight, eps, plus_one=plus_one, residual=residual)
@@ -257,8 +268,21 @@ class TritonKernels:
     def logprobs(self, logits: Tensor, peaks: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> Logprobs:
         return logprobs(logits, peaks, rows, tokens, top)
 
-    def _stack(self, weights: Sequence[Tensor]) -> Tensor:
-        return weights[0].contiguous() if len(weights) == 1 else torch.cat(list(weights))
+    def _code(self, wide: bool = False, exact: bool = False) -> Code | None:
+        """What a weight is kept in; None: its dtype."""
+        if exact or self._quantization == "none":
+            return None
+        # the output matrix decides between tokens, and a tied embedding is read from it
+        return "int8" if wide else self._quantization
+
+    def _keep(self, weights: Sequence[Tensor], code: Code | None) -> Tensor | Coded:
+        kept: Tensor | Coded
+        if code is not None:
+            kept = coded(weights, code)
+        else:
+            kept = weights[0].contiguous() if len(weights) == 1 else torch.cat(list(weights))
+        self.matrix_bytes += kept.nbytes
+        return kept
 
     def _table(self, rotary: Rotary) -> Tensor:
         """Shared by all layers that rotate alike."""

@@ -4,7 +4,7 @@ A product is computed transposed, weight · xᵀ, so that the tensor cores' 64 r
 16 columns on, is tokens. Every output sums K in steps of one instruction, in order, whatever the tile. Where N is too
 small to occupy the device, K is cut into segments; their number depends on N and K alone. Each is summed from zero, and
 the sums are added in order: for few tokens by the last of the programs that share a tile, for many by one program that
-walks through them all.
+walks through them all. A `Coded` weight is brought to the activations' dtype in registers, in the same order of K.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from orcaserve.ops.gpu.activation import KINDS, activate
 from orcaserve.ops.gpu.launch import kinds, launcher
 from orcaserve.ops.gpu.overlap import begin, overlaps, prefetch, wait
+from orcaserve.ops.gpu.quantised import GROUP, UNIT, Coded
 
 _UNIT = 256  # a segment's length is a multiple of it, so that any BLOCK_K up to it meets the same boundaries
 _LONG = 512  # a segment is at least so long, but for the last
@@ -106,6 +107,29 @@ def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
     return Tile(128, 256, 64, 8, 3 if count > 1 else 4)
 
 
+def coded_tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype, packed: bool) -> Tile:
+    """The same for a weight in 8 bits, or packed in 4. Reasoned, not measured.
+
+    Few tokens wait for memory: it counts how many bytes of weights a processor has on their way, and a weight takes
+    a half or a quarter of the room, so that two or three programs share a processor where one of `tiles` fills it. All
+    tiles are of 64 outputs at least: those that take their weights from registers use one instruction for all tokens.
+    """
+    if dtype == torch.float32:
+        return Tile(32, 32, UNIT if packed else 32, 4, 2)
+    count = segments(n, k)
+    split = not gated and count > 1 and n <= 64 * 64 and k >= 2048 and 16 * count * m <= k
+    large = _cdiv(n, 128) * _cdiv(m, 128)
+    block_k = UNIT  # of 8 KiB of weights, or 4 where they are packed
+    if m <= 32:
+        stages = 4 if gated else 6 if packed else 5
+        return Tile(64, 16 if m <= 16 else 32, block_k, 4, stages, split)
+    if m <= 64:
+        return Tile(64, 64, block_k, 4, 4, split)
+    if m <= 256 or gated or large < 264:
+        return Tile(64, 128, block_k, 4, 3) if large < 96 else Tile(128, 128, block_k if packed else 64, 8, 3)
+    return Tile(128, 256, block_k if packed else 64, 8, 2 if packed else 3)
+
+
 class MatmulScratch:
     """Memory in which programs that share a tile meet. Products of one stream share it; each leaves it clean."""
 
@@ -132,11 +156,53 @@ def _block(source, row, column, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.c
 
 
 @triton.jit
-def _fetch_ahead(matrix, first_n, first_k, n, k, ahead, BLOCK_N: tl.constexpr, PIECES: tl.constexpr):
-    # PIECES of each row, one after the other, of `ahead` elements of two bytes; past the last row it stands in
+def _fetch_ahead(matrix, first_n, column, n, width, ahead, BLOCK_N: tl.constexpr, PIECES: tl.constexpr):
+    # PIECES of each row, one after the other, of `ahead` elements; past the last row it stands in
+    BYTES: tl.constexpr = matrix.dtype.element_ty.primitive_bitwidth // 8
     rows = tl.minimum(first_n + tl.arange(0, BLOCK_N), n - 1)[:, None]
-    columns = first_k + tl.arange(0, PIECES)[None, :] * ahead
-    prefetch(matrix + (rows.to(tl.int64) * k + columns), 2 * tl.minimum(k - columns, ahead) + 0 * rows)
+    columns = column + tl.arange(0, PIECES)[None, :] * ahead
+    prefetch(matrix + (rows.to(tl.int64) * width + columns), BYTES * tl.minimum(width - columns, ahead) + 0 * rows)
+
+
+@triton.jit
+def _scaled(numbers, scales, row, group, n, groups, ROWS: tl.constexpr, GROUP: tl.constexpr, dtype: tl.constexpr):
+    """A block of whole numbers, two groups wide, times the scales of groups `group` and `group + 1`."""
+    r = row + tl.arange(0, ROWS)
+    inside = (r < n) & (group < groups)
+    first = tl.load(scales + group * n + r, mask=inside, other=0.0)
+    second = tl.load(scales + (group + 1) * n + r, mask=inside, other=0.0)
+    is_first = tl.arange(0, 2 * GROUP)[None, :] < GROUP
+    return (numbers.to(tl.float32) * tl.where(is_first, first[:, None], second[:, None])).to(dtype)
+
+
+@triton.jit
+def _add_block(
+    part,
+    weight,
+    scales,
+    across,
+    behind,
+    row,
+    column,
+    n,
+    width,
+    DESCRIBED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """part + a block of the weight times `across`, and, of one packed in 4 bits, its second half times `behind`."""
+    if behind is None:
+        down = _block(weight, row, column, n, width, ROWS, COLUMNS, DESCRIBED).to(across.dtype)
+        part = tl.dot(down, across, part, input_precision="ieee")
+    else:
+        both = _block(weight, row, column // 2, n, width, ROWS, COLUMNS // 2, DESCRIBED)
+        group, groups = column // GROUP, width // (GROUP // 2)
+        low = _scaled((both << 4) >> 4, scales, row, group, n, groups, ROWS, GROUP, across.dtype)
+        part = tl.dot(low, across, part, input_precision="ieee")
+        high = _scaled(both >> 4, scales, row, group + 2, n, groups, ROWS, GROUP, across.dtype)
+        part = tl.dot(high, behind, part, input_precision="ieee")
+    return part
 
 
 @triton.jit(do_not_specialize=["m", "ahead"])
@@ -146,6 +212,8 @@ def _matmul_kernel(
     up,
     weight_at,
     up_at,
+    scales,
+    up_scales,
     bias,
     up_bias,
     residual,
@@ -165,6 +233,7 @@ def _matmul_kernel(
     EARLY: tl.constexpr,
     PIECES: tl.constexpr,
     BAND: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -181,23 +250,31 @@ def _matmul_kernel(
     first_n = place // height * BLOCK_N
 
     first_k = tl.program_id(1) * STEPS * BLOCK_K
+    # GROUP: values that share a scale, in a weight packed in 4 bits, two values a byte and BLOCK_K of them a unit; or 0
+    PARTS: tl.constexpr = 2 if GROUP > 0 else 1
+    width = tl.cdiv(k, BLOCK_K) * (BLOCK_K // 2) if GROUP > 0 else k
     if PIECES > 0:
         # nothing writes weights: the first are under way while the kernel before ends
-        _fetch_ahead(weight_at, first_n, first_k, n, k, ahead, BLOCK_N, PIECES)
+        _fetch_ahead(weight_at, first_n, first_k // PARTS, n, width, ahead, BLOCK_N, PIECES)
         if up is not None:
-            _fetch_ahead(up_at, first_n, first_k, n, k, ahead, BLOCK_N, PIECES)
+            _fetch_ahead(up_at, first_n, first_k // PARTS, n, width, ahead, BLOCK_N, PIECES)
     wait(OVERLAP)
     part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     total = part
     up_part = part
     for step in range(STEPS if SPLIT else STEPS * SEGMENTS):
         column = first_k + step * BLOCK_K
-        across = _block(x, first_m, column, m, k, BLOCK_M, BLOCK_K, DESCRIBED).T
-        down = _block(weight, first_n, column, n, k, BLOCK_N, BLOCK_K, DESCRIBED)
-        part = tl.dot(down, across, part, input_precision="ieee")
+        across = _block(x, first_m, column, m, k, BLOCK_M, BLOCK_K // PARTS, DESCRIBED).T
+        behind = None
+        if GROUP > 0:
+            behind = _block(x, first_m, column + BLOCK_K // 2, m, k, BLOCK_M, BLOCK_K // 2, DESCRIBED).T
+        part = _add_block(
+            part, weight, scales, across, behind, first_n, column, n, width, DESCRIBED, BLOCK_N, BLOCK_K, GROUP
+        )
         if up is not None:
-            down = _block(up, first_n, column, n, k, BLOCK_N, BLOCK_K, DESCRIBED)
-            up_part = tl.dot(down, across, up_part, input_precision="ieee")
+            up_part = _add_block(
+                up_part, up, up_scales, across, behind, first_n, column, n, width, DESCRIBED, BLOCK_N, BLOCK_K, GROUP
+            )
         if SEGMENTS > 1 and not SPLIT and (step + 1) % STEPS == 0:
             total += part
             part = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -223,10 +300,14 @@ def _matmul_kernel(
                 total += tl.load(partials + segment * size + at, mask=inside, other=0.0, cache_modifier=".cg")
         elif SEGMENTS == 1:
             total = part
+        if scales is not None and GROUP == 0:
+            total *= tl.load(scales + columns, mask=columns < n, other=0.0)
         if bias is not None:
             total += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)
         total = activate(total, ACTIVATION)
         if up is not None:
+            if up_scales is not None and GROUP == 0:
+                up_part *= tl.load(up_scales + columns, mask=columns < n, other=0.0)
             if up_bias is not None:
                 up_part += tl.load(up_bias + columns, mask=columns < n, other=0.0).to(tl.float32)
             total *= up_part
@@ -237,7 +318,7 @@ def _matmul_kernel(
 
 def matmul(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Coded,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     *,
@@ -252,8 +333,8 @@ def matmul(
 
 def gated(
     x: Tensor,
-    gate: Tensor,
-    up: Tensor,
+    gate: Tensor | Coded,
+    up: Tensor | Coded,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
     activation: str,
@@ -261,7 +342,10 @@ def gated(
     scratch: MatmulScratch,
     tile: Tile | None = None,
 ) -> Tensor:
-    """activation(x [M, K] · gate [N, K]ᵀ + gate_bias) * (x · up [N, K]ᵀ + up_bias) -> [M, N], rounded once."""
+    """activation(x [M, K] · gate [N, K]ᵀ + gate_bias) * (x · up [N, K]ᵀ + up_bias) -> [M, N], rounded once.
+
+    gate, up: both in one kind.
+    """
     return _launch(x, gate, up, gate_bias, up_bias, None, scratch, activation, False, tile)
 
 
@@ -271,8 +355,8 @@ def _segment_length(k: int, count: int) -> int:
 
 def _launch(
     x: Tensor,
-    weight: Tensor,
-    up: Tensor | None,
+    weight: Tensor | Coded,
+    up: Tensor | Coded | None,
     bias: Tensor | None,
     up_bias: Tensor | None,
     residual: Tensor | None,
@@ -281,29 +365,40 @@ def _launch(
     wide: bool,
     tile: Tile | None,
 ) -> Tensor:
-    (m, k), n = x.shape, weight.shape[0]
+    stored, scales = (weight.values, weight.scales) if isinstance(weight, Coded) else (weight, None)
+    up_stored, up_scales = (up.values, up.scales) if isinstance(up, Coded) else (up, None)
+    packed = isinstance(weight, Coded) and weight.packed
+    (m, k), n = x.shape, stored.shape[0]
     if tile is None:
-        tile = tiles(m, n, k, gated=up is not None, dtype=x.dtype)
+        if isinstance(weight, Coded):
+            tile = coded_tiles(m, n, k, gated=up is not None, dtype=x.dtype, packed=packed)
+        else:
+            tile = tiles(m, n, k, gated=up is not None, dtype=x.dtype)
+    if packed and tile.block_k != UNIT:
+        raise ValueError(f"weights in 4 bits are read {UNIT} at a time, not {tile.block_k}")
     count = segments(n, k) if up is None else 1
     out = torch.empty((m, n), dtype=torch.float32 if wide else x.dtype, device=x.device)
-    described = not (x.data_ptr() | weight.data_ptr() | (0 if up is None else up.data_ptr()) | k * x.itemsize) % 16
+    addresses = x.data_ptr() | stored.data_ptr() | (0 if up_stored is None else up_stored.data_ptr())
+    described = not (addresses | k * x.itemsize | stored.shape[1] * stored.itemsize) % 16
     split = tile.split and count > 1
     if split and m > _SPLIT_ROWS:
         raise ValueError(f"segments meet in memory for {_SPLIT_ROWS} rows, not for {m}")
     steps = _cdiv(_segment_length(k, count), tile.block_k)
     tiles_n = _cdiv(n, tile.block_n)
     programs = count if split else 1
+    columns = UNIT // 2 if packed else tile.block_k  # of a block of either: half a unit is as many bytes as values
     pieces = ahead = 0
     if scratch.overlap and described and x.itemsize == 2:
         pieces = max(32 * tile.warps // tile.block_n, 1)  # a thread asks for one
         if m <= _AHEAD_ROWS:
-            share = _AHEAD // (2 * programs * tiles_n * tile.block_n * (1 if up is None else 2))
-            ahead = min(share, steps * tile.block_k) // pieces // 64 * 64
+            share = _AHEAD // (programs * tiles_n * tile.block_n * (1 if up is None else 2))
+            row = steps * columns * stored.itemsize
+            ahead = min(share, row) // pieces // 128 * 128 // stored.itemsize
 
     def source(matrix: Tensor, rows: int) -> TensorDescriptor | Tensor:
-        return TensorDescriptor.from_tensor(matrix, [rows, tile.block_k]) if described else matrix
+        return TensorDescriptor.from_tensor(matrix, [rows, columns]) if described else matrix
 
-    others = (bias, up_bias, residual, out)
+    others = (scales, up_scales, bias, up_bias, residual, out)
     constants = (
         None if activation is None else KINDS[activation],
         steps,
@@ -314,16 +409,17 @@ def _launch(
         m > _LATE_ROWS,
         pieces,
         _BAND,
+        GROUP if packed else 0,
         tile.block_n,
         tile.block_m,
         tile.block_k,
     )
     args = (
         source(x, tile.block_m),
-        source(weight, tile.block_n),
-        None if up is None else source(up, tile.block_n),
-        weight,
-        up,
+        source(stored, tile.block_n),
+        None if up_stored is None else source(up_stored, tile.block_n),
+        stored,
+        up_stored,
         *others,
         scratch.partials if split else None,
         scratch.counters if split else None,
@@ -333,7 +429,7 @@ def _launch(
         ahead,
         *constants,
     )
-    tensors = kinds(x, weight, up, *others)
+    tensors = kinds(x, stored, up_stored, *others)
     # a tensor that has no descriptor, and numbers that are multiples of nothing, are for Triton to look at
     key = (tensors, n % 16 == 0, k % 16 == 0, tile, *constants) if described and tensors and n > 1 else None
     options = {

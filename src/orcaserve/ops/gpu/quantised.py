@@ -1,0 +1,100 @@
+"""`Coded`: a weight that a GPU keeps in 8 or 4 bits; how it is made, and what values it stands for.
+
+Only weights are short: activations keep the model's dtype, and a product multiplies them by what a weight stands for.
+In 8 bits a row has one scale, which the finished sum is multiplied by. In 4 bits that is too coarse: GROUP values share
+one, the same groups that the CPU has, and values are scaled before they are multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Code = Literal["int8", "int4"]
+
+GROUP = 32  # values of a row that share a scale, in 4 bits
+# In 4 bits byte j of a unit holds value j below and value j + UNIT / 2 above: each half is, as it is read, a block of
+# the weight in the order of K.
+UNIT = 128
+_AT_ONCE = 1 << 24  # values that are brought to fewer bits at a time: they are there in float32 meanwhile
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Coded:
+    """A weight [n, k] in fewer bits.
+
+    values: int8 [n, k], of -127 to 127; in 4 bits int8 [n, ceil(k / UNIT) * UNIT / 2], two of -7 to 7 in each, zeros
+        past k. scales: float32, [n] in 8 bits, in 4 bits [ceil(k / UNIT) * UNIT / GROUP, n].
+    dtype: of the values that it stands for, and of the activations that it meets.
+    """
+
+    values: Tensor
+    scales: Tensor
+    k: int
+    dtype: torch.dtype
+
+    @property
+    def n(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is in 4 bits."""
+        return self.scales.dim() == 2
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """What rows `ids` (int64 [M]) stand for: [M, k] of dtype."""
+        values = self.values.index_select(0, ids)
+        if not self.packed:
+            return (values.float() * self.scales.index_select(0, ids)[:, None]).to(self.dtype)
+        halves = [half.unflatten(1, (-1, UNIT // 2)) for half in (values << 4 >> 4, values >> 4)]
+        groups = torch.stack(halves, 2).view(ids.shape[0], -1, GROUP)
+        scaled = groups.float() * self.scales.index_select(1, ids).T[:, :, None]
+        return scaled.to(self.dtype).flatten(1)[:, : self.k]
+
+
+def coded(weights: Sequence[Tensor], code: Code) -> Coded:
+    """Weights [N_i, K] of one dtype below each other. The whole is never there twice, in whatever dtype."""
+    first = weights[0]
+    n, k, device = sum(weight.shape[0] for weight in weights), first.shape[1], first.device
+    units = -(-k // UNIT)
+    of_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+    if code == "int8":
+        of_rows, width, scales = _in_8_bits, k, torch.empty(n, device=device)
+    else:
+        of_rows, width, scales = _in_4_bits, units * UNIT // 2, torch.empty(units * UNIT // GROUP, n, device=device)
+    values = torch.empty((n, width), dtype=torch.int8, device=device)
+    at = 0
+    for weight in weights:
+        for some in weight.split(max(1, _AT_ONCE // k)):
+            rows = slice(at, at := at + some.shape[0])
+            values[rows], scales[..., rows] = of_rows(some.float())
+    return Coded(values, scales, k, first.dtype)
+
+
+def _in_8_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    scales = weight.abs().amax(1) / 127
+    return _nearest(weight, scales[:, None], 127), scales
+
+
+def _in_4_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    n, k = weight.shape
+    groups = functional.pad(weight, (0, -k % UNIT)).view(n, -1, GROUP)
+    scales = groups.abs().amax(2) / 7
+    low, high = _nearest(groups, scales[:, :, None], 7).view(n, -1, 2, UNIT // 2).unbind(2)
+    return (high << 4 | low & 15).flatten(1), scales.T
+
+
+def _nearest(weight: Tensor, scales: Tensor, most: int) -> Tensor:
+    """int8; zeros where the scale is one."""
+    numbers = torch.where(scales > 0, weight / scales, 0.0).round_()
+    return numbers.clamp_(-most, most).to(torch.int8)
