@@ -52,7 +52,7 @@ def stands_for(weight: Coded) -> torch.Tensor:
         unit, place = divmod(column, UNIT)
         byte = values[:, unit * UNIT // 2 + place % (UNIT // 2)].int() & 255
         nibble = byte & 15 if place < UNIT // 2 else byte >> 4
-        out[:, column] = torch.where(nibble > 7, nibble - 16, nibble) * scales[column // GROUP]
+        out[:, column] = torch.where(nibble > 7, nibble - 16, nibble) * scales[:, column // GROUP]
     return out
 
 

@@ -24,6 +24,7 @@ from orcaserve.bench.kernels import Kernel, Shape, kernels, work
 from orcaserve.ops.gpu.kernels import TritonKernels
 from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
 from orcaserve.ops.gpu.pieces import Cutter
+from orcaserve.ops.gpu.quantised import Code
 from orcaserve.ops.gpu.sampling import Scratch, Wishes, sample
 from orcaserve.ops.gpu.stopwatch import Call, Stopwatch
 from orcaserve.ops.kernels import KVCache
@@ -131,6 +132,10 @@ class Benchmark:
             for m in plan.rows:
                 if kernel.kind != "output" or m <= max(plan.sampled):
                     yield f"{kernel.name}, {m} rows", partial(self._product, kernel, m)
+                if m <= max(plan.sampled):
+                    codes: tuple[Code, ...] = ("int8",) if kernel.kind == "output" else ("int8", "int4")
+                    for code in codes:
+                        yield f"{kernel.name} in {code}, {m} rows", partial(self._coded_product, kernel, m, code)
         for m in (1, max(plan.sampled), max(plan.rows)):
             yield f"rms_norm with residual, {m} rows of {shape.hidden}", partial(self._rms_norm, m)
             yield f"heads (norm, rotate, store), {m} rows", partial(self._heads, m)
@@ -209,6 +214,23 @@ class Benchmark:
             ours = [self.kernels.linear([w], [None], wide=kernel.kind == "output") for w in weights]
             torchs = [partial(functional.linear, x, weight) for weight in weights]
         return self._line(what, [partial(one, x) for one in ours], of.bytes, of.flops, {"torch": torchs})
+
+    def _coded_product(self, kernel: Kernel, m: int, code: Code, what: str) -> Line:
+        k, n = kernel.size
+        of = work(self.plan.linear, kernel, m, DTYPE.itemsize)
+        kernels = TritonKernels(self.kernels.device, quantization=code, max_positions=1)
+        x = self._draw(m, k)
+        calls: list[Call] = []
+        kept = 0  # bytes of one
+        while not calls or len(calls) < self._copies(kept):
+            first, *second = (self._draw(n, k).mul_(k**-0.5) for _ in range(2 if kernel.kind == "gated" else 1))
+            if second:
+                one = kernels.gated(first, *second, None, None, "silu")
+            else:
+                one = kernels.linear([first], [None], wide=kernel.kind == "output")
+            calls.append(partial(one, x))
+            kept = kernels.matrix_bytes // len(calls)
+        return self._line(what, calls, of.bytes - of.weights + kept, of.flops, {})
 
     def _rms_norm(self, m: int, what: str) -> Line:
         hidden = self.plan.linear.hidden

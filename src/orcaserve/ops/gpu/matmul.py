@@ -119,15 +119,17 @@ def coded_tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype, pack
     count = segments(n, k)
     split = not gated and count > 1 and n <= 64 * 64 and k >= 2048 and 16 * count * m <= k
     large = _cdiv(n, 128) * _cdiv(m, 128)
-    block_k = UNIT  # of 8 KiB of weights, or 4 where they are packed
     if m <= 32:
-        stages = 4 if gated else 6 if packed else 5
-        return Tile(64, 16 if m <= 16 else 32, block_k, 4, stages, split)
+        # programs of 50 to 75 KiB, each with four or five times 8 KiB of weights on their way, or 4 where packed
+        return Tile(64, 16 if m <= 16 else 32, UNIT, 4, 4 if gated else 6 if packed else 5, split)
     if m <= 64:
-        return Tile(64, 64, block_k, 4, 4, split)
-    if m <= 256 or gated or large < 264:
-        return Tile(64, 128, block_k, 4, 3) if large < 96 else Tile(128, 128, block_k if packed else 64, 8, 3)
-    return Tile(128, 256, block_k if packed else 64, 8, 2 if packed else 3)
+        return Tile(64, 64, UNIT, 4, 4, split)
+    if m <= 256 and large < 96:
+        return Tile(64, 64 if gated else 128, UNIT, 4, 3)
+    # twice as many tokens would not fit into registers beside weights, but for one sum of weights in 8 bits
+    if packed or gated or count > 1 or large < 264:
+        return Tile(128, 128, UNIT if packed else 64, 8, 3 if packed else 4)
+    return Tile(128, 256, 64, 8, 3)
 
 
 class MatmulScratch:
@@ -167,12 +169,12 @@ def _fetch_ahead(matrix, first_n, column, n, width, ahead, BLOCK_N: tl.constexpr
 @triton.jit
 def _scaled(numbers, scales, row, group, n, groups, ROWS: tl.constexpr, GROUP: tl.constexpr, dtype: tl.constexpr):
     """A block of whole numbers, two groups wide, times the scales of groups `group` and `group + 1`."""
-    r = row + tl.arange(0, ROWS)
-    inside = (r < n) & (group < groups)
-    first = tl.load(scales + group * n + r, mask=inside, other=0.0)
-    second = tl.load(scales + (group + 1) * n + r, mask=inside, other=0.0)
-    is_first = tl.arange(0, 2 * GROUP)[None, :] < GROUP
-    return (numbers.to(tl.float32) * tl.where(is_first, first[:, None], second[:, None])).to(dtype)
+    r = row + tl.arange(0, ROWS)[:, None]
+    g = group + tl.arange(0, 2)[None, :]
+    pairs = tl.load(scales + r * groups + g, mask=(r < n) & (group < groups), other=0.0)
+    # Without any data moved between threads, or the block would go through shared memory on its way to the product.
+    factors = tl.reshape(tl.broadcast_to(pairs[:, :, None], (ROWS, 2, GROUP)), (ROWS, 2 * GROUP))
+    return (numbers.to(tl.float32) * factors).to(dtype)
 
 
 @triton.jit
@@ -199,8 +201,8 @@ def _add_block(
         both = _block(weight, row, column // 2, n, width, ROWS, COLUMNS // 2, DESCRIBED)
         group, groups = column // GROUP, width // (GROUP // 2)
         low = _scaled((both << 4) >> 4, scales, row, group, n, groups, ROWS, GROUP, across.dtype)
-        part = tl.dot(low, across, part, input_precision="ieee")
         high = _scaled(both >> 4, scales, row, group + 2, n, groups, ROWS, GROUP, across.dtype)
+        part = tl.dot(low, across, part, input_precision="ieee")
         part = tl.dot(high, behind, part, input_precision="ieee")
     return part
 

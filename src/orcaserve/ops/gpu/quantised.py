@@ -29,7 +29,7 @@ class Coded:
     """A weight [n, k] in fewer bits.
 
     values: int8 [n, k], of -127 to 127; in 4 bits int8 [n, ceil(k / UNIT) * UNIT / 2], two of -7 to 7 in each, zeros
-        past k. scales: float32, [n] in 8 bits, in 4 bits [ceil(k / UNIT) * UNIT / GROUP, n].
+        past k. scales: float32, [n] in 8 bits, in 4 bits [n, ceil(k / UNIT) * UNIT / GROUP].
     dtype: of the values that it stands for, and of the activations that it meets.
     """
 
@@ -55,10 +55,10 @@ class Coded:
         """What rows `ids` (int64 [M]) stand for: [M, k] of dtype."""
         values = self.values.index_select(0, ids)
         if not self.packed:
-            return (values.float() * self.scales.index_select(0, ids)[:, None]).to(self.dtype)
+            return values.float().mul_(self.scales.index_select(0, ids)[:, None]).to(self.dtype)
         halves = [half.unflatten(1, (-1, UNIT // 2)) for half in (values << 4 >> 4, values >> 4)]
         groups = torch.stack(halves, 2).view(ids.shape[0], -1, GROUP)
-        scaled = groups.float() * self.scales.index_select(1, ids).T[:, :, None]
+        scaled = groups.float().mul_(self.scales.index_select(0, ids)[:, :, None])
         return scaled.to(self.dtype).flatten(1)[:, : self.k]
 
 
@@ -71,13 +71,13 @@ def coded(weights: Sequence[Tensor], code: Code) -> Coded:
     if code == "int8":
         of_rows, width, scales = _in_8_bits, k, torch.empty(n, device=device)
     else:
-        of_rows, width, scales = _in_4_bits, units * UNIT // 2, torch.empty(units * UNIT // GROUP, n, device=device)
+        of_rows, width, scales = _in_4_bits, units * UNIT // 2, torch.empty(n, units * UNIT // GROUP, device=device)
     values = torch.empty((n, width), dtype=torch.int8, device=device)
     at = 0
     for weight in weights:
         for some in weight.split(max(1, _AT_ONCE // k)):
             rows = slice(at, at := at + some.shape[0])
-            values[rows], scales[..., rows] = of_rows(some.float())
+            values[rows], scales[rows] = of_rows(some.float())
     return Coded(values, scales, k, first.dtype)
 
 
@@ -91,7 +91,7 @@ def _in_4_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     groups = functional.pad(weight, (0, -k % UNIT)).view(n, -1, GROUP)
     scales = groups.abs().amax(2) / 7
     low, high = _nearest(groups, scales[:, :, None], 7).view(n, -1, 2, UNIT // 2).unbind(2)
-    return (high << 4 | low & 15).flatten(1), scales.T
+    return (high << 4 | low & 15).flatten(1), scales
 
 
 def _nearest(weight: Tensor, scales: Tensor, most: int) -> Tensor:
