@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from functools import partial
 
 import pytest
@@ -271,6 +272,16 @@ def test_kernels_say_what_they_keep(device):
     assert names == {"triton-1-invariant", "triton-1-invariant-int8", "triton-1-invariant-int4"}
     with pytest.raises(ValueError, match="quantised"):
         TritonKernels(device, "fast", quantization="int8", max_positions=LONGEST)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_whole_weights_are_let_go(device, code):
+    kernels = TritonKernels(device, quantization=code, max_positions=LONGEST)
+    weights = [noise(seed, 64, 128, dtype=torch.float32, device=device) for seed in range(4)]
+    whole = [weakref.ref(weight) for weight in weights]
+    kept = kernels.linear(weights[:2], [None, None]), kernels.gated(*weights[2:], None, None, "silu")
+    del weights
+    assert all(kept) and not any(one() is not None for one in whole)
 
 
 def test_a_gpu_is_taken_with_quantised_weights(tmp_path, monkeypatch):
