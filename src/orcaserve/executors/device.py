@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from orcaserve.core.batch import Batch
-from orcaserve.core.config import EngineInfo, EngineOptions, ModelError
+from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.executors.loading import numerics_profile, policy_of, step_tokens
 from orcaserve.executors.measure import measure
 from orcaserve.model.config import read_config
@@ -64,8 +64,6 @@ def build_device(
 ) -> tuple[DeviceExecutor, EngineInfo]:
     """Loads a checkpoint onto a device. Raises ModelError, in one line, if it cannot be served there."""
     config = read_config(options.model)
-    if config.num_experts:
-        raise ModelError("mixtures of experts run on the CPU only, as yet: --device cpu")
     kernels = TritonKernels(
         device,
         options.numerics,
@@ -101,7 +99,12 @@ def start_device(
     cutter = kernels.cutter(config.num_heads, model.num_kv_heads, config.head_dim, model.dtype)
     activations = activation_bytes(
         tokens, config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim, 0
-    ) + scratch_bytes(cutter, options.max_batch_size, longest, config.num_heads, config.head_dim, config.vocab_size)
+    )
+    # what goes through a token's experts, between their products and behind them
+    activations += tokens * config.experts_per_token * (config.expert_size + config.hidden_size) * model.dtype.itemsize
+    activations += scratch_bytes(
+        cutter, options.max_batch_size, longest, config.num_heads, config.head_dim, config.vocab_size
+    )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of whole weights that were brought to fewer bits, else it would not count as free
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory(most=options.memory)
@@ -164,8 +167,10 @@ def start_device(
 def _make_ready(worker: DeviceWorker, max_batch_size: int, max_tokens: int, progress: Progress | None) -> None:
     """Has all kernels compiled and all graphs recorded before the first request comes."""
     # The largest first: what it takes of memory the others fit into. Up to 256 tokens each power of two has its tiles,
-    # which the graphs bring in as far as they go; beyond that there are two kinds.
-    prompts = [max_tokens, *(size for size in (512, 256, 128, 64, 32) if max_batch_size < size < max_tokens)]
+    # which the graphs bring in as far as they go; beyond that there are two kinds, but of experts' one for each of some
+    # doublings, which hang on how many experts there are.
+    powers = (1 << n for n in range(max_tokens.bit_length() - 1, 4, -1))
+    prompts = [max_tokens, *(size for size in powers if max_batch_size < size < max_tokens)]
     layers = sorted(layers_sizes(max_tokens), reverse=True)
     graphs = sorted(graph_sizes(max_batch_size), reverse=True)
     for done, num_tokens in enumerate(prompts, 1):

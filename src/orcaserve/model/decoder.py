@@ -376,14 +376,27 @@ class _Parts:
         config = self._config
         if f"{i}.mlp_out_norm.weight" in self._weights:
             raise ValueError(f"the row of {config.architecture} has a norm behind its experts")
+        router, split = self._linear(f"{i}.router", exact=True), self._group.split
+        if not self._is_shared:
+            roles = ("expert_gate", "expert_up", "expert_down")
+            whole = self._kernels.experts(
+                norm,
+                router,
+                (tuple(self._unbiased(f"{i}.{role}.{e}") for role in roles) for e in range(config.num_experts)),
+                config.activation,
+                num_experts=config.num_experts,
+                per_token=config.experts_per_token,
+                normalise=config.normalise_experts,
+            )
+            if whole is not None:
+                return whole
         experts = {}
-        split = self._group.split
         for e in range(*split.of(config.num_experts)):
             inner = self._gated(f"{i}.expert_gate.{e}", f"{i}.expert_up.{e}")
             experts[e] = self._kernels.mlp_half(None, inner, self._linear(f"{i}.expert_down.{e}", cut=True), None)
         return Experts(
             norm=norm,
-            router=self._linear(f"{i}.router", exact=True),
+            router=router,
             experts=experts,
             owner=split.owner(config.num_experts),
             per_token=config.experts_per_token,
@@ -408,6 +421,12 @@ class _Parts:
     def _linear(self, key: str, *, cut: bool = False, exact: bool = False) -> Linear:
         weight, bias = self._take(key)
         return self._kernels.linear([weight], [bias], cut=cut, exact=exact)
+
+    def _unbiased(self, key: str) -> Tensor:
+        weight, bias = self._take(key)
+        if bias is not None:
+            raise ValueError(f"the row of {self._config.architecture} has a bias at {key}")
+        return weight
 
     def _take(self, key: str) -> tuple[Tensor, Tensor | None]:
         return self._weights.take(f"{key}.weight"), self._weights.take_optional(f"{key}.bias")

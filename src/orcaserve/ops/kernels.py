@@ -7,7 +7,7 @@ A layout is what the kernels' worker makes: `Layout`, or `DeviceLayout` on a GPU
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -185,6 +185,24 @@ class Kernels(Protocol):
 
     def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Norm | None) -> MLPHalf:
         """inner: x -> activation(up(x)), or what `gated` gives."""
+        ...
+
+    def experts(
+        self,
+        norm: Part | None,
+        router: Linear,
+        weights: Iterable[tuple[Tensor, Tensor, Tensor]],
+        activation: str,
+        *,
+        num_experts: int,
+        per_token: int,
+        normalise: bool,
+    ) -> MLPHalf | None:
+        """A whole mixture of experts, as `model.layers.Experts` describes it, of which no rank has but a part.
+
+        weights: gate and up [I, H] and down [H, I] of each of `num_experts`, taken one by one, none twice; no biases.
+        None: these kernels do experts one by one, as halves of their own; then no weights are taken.
+        """
         ...
 
     def kv_cache(

@@ -421,6 +421,9 @@ class NativeKernels:
     ) -> NativeMLP:
         return NativeMLP(self._engine, norm, inner, down, out_norm)
 
+    def experts(self, *_: object, **__: object) -> None:
+        return None
+
     def kv_cache(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> NativeCache:

@@ -168,6 +168,9 @@ class TorchKernels:
     def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Norm | None) -> ComposedMLP:
         return ComposedMLP(norm, inner, down, out_norm)
 
+    def experts(self, *_: object, **__: object) -> None:
+        return None
+
     def kv_cache(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
     ) -> TorchCache:

@@ -6,7 +6,7 @@ of torch's library (cuBLAS), which chooses its order by the shape: outside the p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from orcaserve.ops.activation import ACTIVATIONS
 from orcaserve.ops.draw import Draw, draw
 from orcaserve.ops.gpu.activation import act_mul
 from orcaserve.ops.gpu.attention import Scratch, Tuning, attention, concurrent_programs
+from orcaserve.ops.gpu.experts import DeviceExperts
 from orcaserve.ops.gpu.heads import heads
 from orcaserve.ops.gpu.layout import DeviceLayout
 from orcaserve.ops.gpu.matmul import MatmulScratch, gated, matmul
@@ -243,6 +244,27 @@ class TritonKernels:
 
     def mlp_half(self, norm: Part | None, inner: Part, down: Linear, out_norm: Norm | None) -> ComposedMLP:
         return ComposedMLP(norm, inner, down, out_norm)
+
+    def experts(
+        self,
+        norm: Part | None,
+        router: Linear,
+        weights: Iterable[tuple[Tensor, Tensor, Tensor]],
+        activation: str,
+        *,
+        num_experts: int,
+        per_token: int,
+        normalise: bool,
+    ) -> DeviceExperts:
+        # Of either kind of numerics: the vendor's library has no product that groups rows by what only the device knows
+        stacks: list[Tensor] = []
+        for e, matrices in enumerate(weights):
+            if not stacks:
+                stacks = [one.new_empty((num_experts, *one.shape)) for one in matrices]
+            for stack, one in zip(stacks, matrices, strict=True):
+                stack[e].copy_(one)  # never more than one expert beside what stays
+        self.matrix_bytes += sum(stack.numel() * stack.itemsize for stack in stacks)
+        return DeviceExperts(norm, router, *stacks, activation, per_token, normalise)
 
     def kv_cache(
         self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
