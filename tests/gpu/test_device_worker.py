@@ -4,7 +4,15 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+from safetensors import safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from orcaserve.core.config import EngineOptions
 from orcaserve.core.invariants import CheckedScheduler
@@ -13,7 +21,7 @@ from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Submit
-from orcaserve.executors.device import start_device
+from orcaserve.executors.device import build_device, start_device
 from orcaserve.executors.local import LocalExecutor
 from orcaserve.model.config import read_config
 from orcaserve.model.decoder import Decoder
@@ -43,6 +51,10 @@ CONFIGS = {
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=SIZE, n_layer=LAYERS, n_head=2, n_positions=LONGEST, eos_token_id=0, bos_token_id=1
     ),
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **SHAPE, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True
+    ),
+    "mixtral": lambda: MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
 }
 
 
@@ -154,7 +166,9 @@ def test_greedy_tokens_are_those_of_the_cpu(folders, device, name):
     assert there.tokens == here.tokens
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("qwen3", torch.float32), ("llama", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("qwen3", torch.float32), ("llama", torch.bfloat16), ("qwen3-moe", torch.bfloat16)]
+)
 def test_a_request_alone_gets_what_it_gets_in_a_crowd(folders, device, name, dtype):
     """Little memory, so that some are preempted; small chunks against whole prompts."""
     seed = random.randrange(1 << 30)
@@ -169,10 +183,11 @@ def test_a_request_alone_gets_what_it_gets_in_a_crowd(folders, device, name, dty
         assert alone.logprobs[request.id] == crowd.logprobs[request.id], request
 
 
-def test_a_recorded_iteration_gives_what_its_kernels_give_one_by_one(folders, device):
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])
+def test_a_recorded_iteration_gives_what_its_kernels_give_one_by_one(folders, device, name):
     rng = random.Random(5)
     requests = [draw_request(rng, id, temperature=rng.choice([0.0, 1.0])) for id in range(CROWD)]
-    executor = on_device(folders["qwen3"], device)
+    executor = on_device(folders[name], device)
     plain = serve(executor, requests)
     for size in (2, 4):
         executor._worker.record(size)
@@ -200,3 +215,14 @@ def test_what_was_warmed_up_leaves_no_trace(folders, device):
     plain = serve(executor, requests, batch=2, tokens=32)
     executor._worker.warm(20)
     assert serve(executor, requests, batch=2, tokens=32).tokens == plain.tokens
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+def test_a_mixture_is_loaded_once(folders, device, name):
+    options = EngineOptions(
+        model=str(folders[name]), dtype="float32", max_batch_size=1, max_batch_tokens=32, kv_memory=1 << 22
+    )
+    _, info = build_device(options, device)
+    with safe_open(folders[name] / "model.safetensors", framework="pt") as file:
+        there = sum(4 * file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118 - it is no mapping
+    assert {line.name: line.num_bytes for line in info.budget}["weights"] == there
