@@ -69,6 +69,7 @@ def build_device(
         options.numerics,
         quantization=options.quantization,
         max_positions=options.max_model_len or config.max_positions,
+        kv_dtype=options.kv_dtype,
     )
     began = time.monotonic()
     model = Decoder.load(

@@ -14,12 +14,13 @@ from orcaserve.model.config import find_row, read_raw_config
 def find_device(options: EngineOptions) -> torch.device:
     """Where a model runs. Raises ModelError for a GPU that is not there, or an option that it has no kernels for."""
     there = torch.cuda.is_available() and find_spec("triton") is not None
+    row = find_row(read_raw_config(Path(options.model)))
     others = (
         options.tensor_parallel * options.pipeline_parallel * options.nnodes > 1
         or options.backend == "transformers"
-        or (options.backend == "auto" and find_row(read_raw_config(Path(options.model))) is None)
+        or (options.backend == "auto" and row is None)
     )
-    reduced = options.kv_dtype != "auto"
+    reduced = row is not None and row.experts and options.quantization != "none"
     chosen = options.kernels != "auto"
     if options.device == "cpu" or (options.device == "auto" and (not there or others or reduced or chosen)):
         return torch.device("cpu")
@@ -29,8 +30,10 @@ def find_device(options: EngineOptions) -> torch.device:
         raise ModelError("a GPU needs Triton: pip install 'orcaserve[gpu]'")
     if others:
         raise ModelError("on a GPU a model runs on one device, by our own decoder: leave out what shares it out")
-    if reduced or chosen:
-        raise ModelError("on a GPU keys and values stay in the model's dtype, and kernels are Triton's")
+    if reduced:
+        raise ModelError("on a GPU experts keep the model's dtype: leave out --quantization, or say --device cpu")
+    if chosen:
+        raise ModelError("on a GPU kernels are Triton's: leave out --kernels, or say --device cpu")
     if options.numerics == "fast" and options.quantization != "none":
         raise ModelError(f"the vendor's products take no {options.quantization} weights; leave out --numerics fast")
     return torch.device("cuda", torch.cuda.current_device())

@@ -7,15 +7,17 @@ import msgspec
 from orcaserve.bench.gpu.models import SMALL
 from orcaserve.bench.kernels import Shape
 from orcaserve.bench.paper.ladder import LONGEST
+from orcaserve.core.config import KVDtype
 
 
 class Decode(msgspec.Struct, frozen=True):
-    """Decode attention of so many requests at a context, heads and kv heads of head_dim values."""
+    """Decode attention of so many requests at a context, heads and kv heads of head_dim values, KV kept in a dtype."""
 
     batch: int
     context: int
     heads: int
     kv_heads: int
+    kv_dtype: KVDtype = "auto"
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +89,8 @@ FULL = Plan(
         Decode(16, 8192, 32, 8),
         Decode(1, 1024, 32, 8),
         Decode(1, 8192, 32, 8),
+        Decode(256, 800, 16, 8, "int8"),
+        Decode(16, 8192, 32, 8, "int8"),
     ),
     prompt=8192,
     sampled=(1, 64, 256),
@@ -129,7 +133,7 @@ TINY = Plan(
     head_dim=16,
     linear=Shape("tiny", 64, 96, 4, 2, 16, 300),
     rows=(1, 3),
-    decodes=(Decode(2, 40, 4, 2), Decode(1, 300, 4, 2)),
+    decodes=(Decode(2, 40, 4, 2), Decode(1, 300, 4, 2), Decode(1, 40, 4, 2, "int8")),
     prompt=8,
     sampled=(2,),
     step_models=("toy",),

@@ -20,7 +20,7 @@ from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
 from orcaserve.ops.gpu.overlap import begin as let_next_begin
 from orcaserve.ops.gpu.overlap import overlaps, wait
 from orcaserve.ops.gpu.pieces import FIELDS
-from orcaserve.ops.gpu.spans import answer, attend, empty_state, merge, read_cache, read_pages, score
+from orcaserve.ops.gpu.spans import answer, attend, empty_state, merge, read_cache, read_pages, read_scales, score
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 _FIELDS = tl.constexpr(FIELDS)
@@ -39,11 +39,13 @@ class Tuning:
     rows: int
 
     @classmethod
-    def of(cls, d: int, group: int, dtype: torch.dtype) -> Tuning:
-        """What suits heads of d values, `group` query heads to a kv head."""
+    def of(cls, d: int, group: int, dtype: torch.dtype, *, scaled: bool = False) -> Tuning:
+        """What suits heads of d values, `group` query heads to a kv head. scaled: the cache is one of bytes."""
         # float32 is not multiplied by matrix instructions: there a few rows are as good as many
         least = 64 if dtype.itemsize == 2 else 16
-        return cls(3 if d <= 128 else 2, max(least, 1 << (group - 1).bit_length()))
+        # blocks of bytes are half as large: with one more of them on their way a processor still has room for two programs
+        stages = 2 if d > 128 else 4 if scaled else 3
+        return cls(stages, max(least, 1 << (group - 1).bit_length()))
 
     def tile_tokens(self, group: int) -> int:
         """How many tokens a tile may have."""
@@ -87,6 +89,7 @@ def attention(
     layout: DeviceLayout,
     scratch: Scratch,
     *,
+    scales: Tensor | None = None,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -95,14 +98,21 @@ def attention(
 ) -> Tensor:
     """q [M, heads * d] -> [M, heads * d]; each token sees what the cache holds of its request up to its position.
 
-    k, v: [blocks, kv heads, block size, d], in the dtype of q, which has contiguous rows. scale: positive. window: a
-    query at p sees positions > p - window. softcap: scores become softcap * tanh(score / softcap). slopes: float32
-    [heads] of ALiBi: slope * (position of the key - position of the query) is added to a score. The row of a token
-    that no tile has is not written. The tiles' tokens and states must fit `tuning` and the scratch.
+    k, v: [blocks, kv heads, block size, d], in the dtype of q, which has contiguous rows; or int8, with scales: float32
+    [blocks, kv heads, block size, 2], what each vector of k and of v is multiplied with. One that is NaN makes NaN of
+    the answers of those tokens that see it, and of no other; q is bfloat16 or float32 then, else ValueError.
+
+    scale: positive. window: a query at p sees positions > p - window. softcap: scores become
+    softcap * tanh(score / softcap). slopes: float32 [heads] of ALiBi: slope * (position of the key - position of the
+    query) is added to a score. The row of a token that no tile has is not written. The tiles' tokens and states must
+    fit `tuning` and the scratch.
     """
     kv_heads, block_size, d = k.shape[1:]
     group = q.shape[1] // d // kv_heads
-    tuning = Tuning.of(d, group, q.dtype) if tuning is None else tuning
+    if scales is not None and q.dtype == torch.float16:
+        # a share times a scale may be less than float16 can say
+        raise ValueError("keys and values in bytes do not go with float16")
+    tuning = Tuning.of(d, group, q.dtype, scaled=scales is not None) if tuning is None else tuning
     out = q.new_empty(q.shape)
     if layout.tiles.shape[0] == 0:
         return out
@@ -111,7 +121,7 @@ def attention(
     scale = scale * LOG2_E.value if softcap is None else scale * 2 * LOG2_E.value / softcap
     overlap = overlaps(q.device)
     _attention_kernel[(layout.tiles.shape[0] * kv_heads,)](
-        q, k, v, out, scratch.gathered, scratch.peaks, scratch.masses, scratch.arrived,
+        q, k, v, scales, out, scratch.gathered, scratch.peaks, scratch.masses, scratch.arrived,
         layout.tables, layout.tiles, layout.num_tiles, slopes, scale, cap, q.stride(0), layout.tables.stride(0),
         WINDOW=window, SPAN=SPAN, KV_HEADS=kv_heads, GROUP=group, D=d, BLOCK_SIZE=block_size,
         ROWS=tuning.rows, GROUP_ROWS=1 << (group - 1).bit_length(), BLOCK_N=64,
@@ -146,6 +156,7 @@ def _shown(first_span, end_span, low, last, WINDOW: tl.constexpr, SPAN: tl.const
 def _walk(
     k,
     v,
+    scales,
     table,
     queries,
     own,
@@ -178,20 +189,25 @@ def _walk(
     for start in range(begin, end + 1, BLOCK_N):
         block_k = read_cache(k, pages, head, start, first, end, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
         block_v = read_cache(v, pages, head, start, first, end, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
+        block_k_scale = None
+        block_v_scale = None
+        if scales is not None:
+            block_k_scale, block_v_scale = read_scales(scales, pages, head, start, KV_HEADS, BLOCK_N, BLOCK_SIZE)
         # one block ahead, so that its keys need not wait for it
         pages = read_pages(table, start + BLOCK_N, end, BLOCK_N, BLOCK_SIZE)
         hides = start + BLOCK_N - 1 > low
         if WINDOW is not None:
             hides |= start <= last - WINDOW
         seen = start + tl.arange(0, BLOCK_N)
-        scores = score(queries, block_k)
+        scores = score(queries, block_k, block_k_scale)
         if not ONE:  # noqa: SIM102 - decided at compilation
             if start % SPAN == 0:
                 peak, mass, gathered = merge(peak, mass, gathered, span_peak, span_mass, span_gathered)
                 span_peak, span_mass, span_gathered = empty_state(ROWS, BLOCK_D)
         span_peak, span_mass, span_gathered = attend(
-            span_peak, span_mass, span_gathered, scores, block_v, own, seen, hides, scale, cap, slope, WINDOW
-        )
+            span_peak, span_mass, span_gathered, scores, block_v.to(queries.dtype), block_v_scale,
+            own, seen, hides, scale, cap, slope, WINDOW,
+        )  # fmt: skip
     if not ONE:
         span_peak, span_mass, span_gathered = merge(peak, mass, gathered, span_peak, span_mass, span_gathered)
     return span_peak, span_mass, span_gathered
@@ -240,6 +256,7 @@ def _attention_kernel(
     q,
     k,
     v,
+    scales,
     out,
     gathered_at,
     peaks_at,
@@ -300,7 +317,7 @@ def _attention_kernel(
 
     if shares == 1:
         _, mass, gathered = _walk(
-            k, v, table, queries, own, low, last, first, end, pages, head, scale, cap, slope,
+            k, v, scales, table, queries, own, low, last, first, end, pages, head, scale, cap, slope,
             WINDOW, SPAN, KV_HEADS, D, BLOCK_SIZE, ROWS, BLOCK_N, BLOCK_D, False,
         )  # fmt: skip
         goal = out + (token + row // GROUP).to(tl.int64)[:, None] * (HEADS * D)
@@ -310,7 +327,7 @@ def _attention_kernel(
     else:
         for span in range(first_span, end_span):
             peak, mass, gathered = _walk(
-                k, v, table, queries, own, low, last, first, end, pages, head, scale, cap, slope,
+                k, v, scales, table, queries, own, low, last, first, end, pages, head, scale, cap, slope,
                 WINDOW, SPAN, KV_HEADS, D, BLOCK_SIZE, ROWS, BLOCK_N, BLOCK_D, True,
             )  # fmt: skip
             place = (states + span + tl.zeros([ROWS], tl.int64)) * HEADS + head * GROUP + row

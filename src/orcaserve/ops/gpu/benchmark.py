@@ -21,7 +21,7 @@ from orcaserve.bench.gpu.plan import Decode, Plan
 from orcaserve.bench.gpu.report import Line
 from orcaserve.bench.gpu.roofline import Card
 from orcaserve.bench.kernels import Kernel, Shape, kernels, work
-from orcaserve.ops.gpu.kernels import TritonKernels
+from orcaserve.ops.gpu.kernels import PagedCache, TritonKernels
 from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
 from orcaserve.ops.gpu.pieces import Cutter
 from orcaserve.ops.gpu.quantised import Code
@@ -124,7 +124,8 @@ class Benchmark:
         plan, shape = self.plan, self.plan.linear
         for decode in plan.decodes:
             heads = f"{decode.heads}/{decode.kv_heads} heads"
-            yield f"decode of {decode.batch} at {decode.context}, {heads}", partial(self._decode, decode)
+            kept = "" if decode.kv_dtype == "auto" else f", KV {decode.kv_dtype}"
+            yield f"decode of {decode.batch} at {decode.context}, {heads}{kept}", partial(self._decode, decode)
         heads = f"{shape.heads}/{shape.kv_heads} heads"
         yield f"prefill of {plan.prompt}, {heads}", self._prefill
         products = {kernel.kind + kernel.name: kernel for kernel in kernels(shape)}.values()
@@ -161,29 +162,33 @@ class Benchmark:
         """Of something of `size` bytes."""
         return max(1, min(64, -(-self.plan.rotated // size)))
 
-    def _cache(self, num_blocks: int, kv_heads: int) -> KVCache:
-        cache = self.kernels.kv_cache(num_blocks, BLOCK, kv_heads, self.plan.head_dim, DTYPE)
+    def _cache(self, num_blocks: int, kv_heads: int, kernels: TritonKernels | None = None) -> KVCache:
+        kernels = self.kernels if kernels is None else kernels
+        cache = kernels.kv_cache(num_blocks, BLOCK, kv_heads, self.plan.head_dim, DTYPE)
         fill(cache)
         return cache
 
     def _decode(self, of: Decode, what: str) -> Line:
-        d = self.plan.head_dim
+        d, device = self.plan.head_dim, self.kernels.device
+        kernels = TritonKernels(device, max_positions=of.context, kv_dtype=of.kv_dtype)
         shape = Shape("", 0, 0, of.heads, of.kv_heads, d, 0)
-        moved = work(shape, Kernel("decode", "", (of.context,)), of.batch, DTYPE.itemsize)
-        cutter = self.kernels.cutter(of.heads, of.kv_heads, d, DTYPE)
-        self.kernels.reserve(cutter.most_dealt * -(-of.context // SPAN), of.heads, d)
+        size = work(shape, Kernel("decode", "", (of.context,)), of.batch, DTYPE.itemsize)
+        saved = 2 * of.kv_heads * d * DTYPE.itemsize - kernels.kv_bytes_per_token(of.kv_heads, d, DTYPE)
+        moved = size.bytes - of.batch * of.context * saved
+        cutter = kernels.cutter(of.heads, of.kv_heads, d, DTYPE)
+        kernels.reserve(cutter.most_dealt * -(-of.context // SPAN), of.heads, d)
         blocks = -(-of.context // BLOCK)
-        copies = self._copies(moved.bytes)
-        cache = self._cache(copies * of.batch * blocks, of.kv_heads)
+        copies = self._copies(moved)
+        cache = self._cache(copies * of.batch * blocks, of.kv_heads, kernels)
         # in no order, as blocks are after an hour of serving
         tables = torch.randperm(copies * of.batch * blocks).view(copies, of.batch, blocks).tolist()
         q = self._draw(of.batch, of.heads * d)
         calls: list[Call] = []
         for some in tables:
             parts = [(of.context - 1, 1, table) for table in some]
-            layout = device_layout(parts, BLOCK, cutter, self.kernels.device)
-            calls.append(partial(self.kernels.attention, q, cache, layout, scale=d**-0.5))
-        return self._line(what, calls, moved.bytes, moved.flops, {})
+            layout = device_layout(parts, BLOCK, cutter, device)
+            calls.append(partial(kernels.attention, q, cache, layout, scale=d**-0.5))
+        return self._line(what, calls, moved, size.flops, {})
 
     def _prefill(self, what: str) -> Line:
         shape, m, d = self.plan.linear, self.plan.prompt, self.plan.head_dim
@@ -282,9 +287,16 @@ class Benchmark:
 
 
 def fill(cache: KVCache) -> None:
-    """Random values everywhere in a cache of bfloat16 or float32 that nobody has written to."""
-    for part in cache.block_bytes():
-        part.view(DTYPE).normal_()
+    """Random values everywhere in a cache that nobody has written to, whatever it keeps them in."""
+    if not isinstance(cache, PagedCache):
+        raise TypeError(f"{type(cache).__name__} is no cache of a GPU")
+    for values in (cache.k, cache.v):
+        if cache.scales is None:
+            values.normal_()
+        else:
+            values.random_(-127, 128)
+    if cache.scales is not None:
+        cache.scales.uniform_(0.0, 2 / 127)
 
 
 def _gated(x: Tensor, weight: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from orcaserve.ops.gpu.launch import kinds, launcher
 from orcaserve.ops.gpu.layout import DeviceLayout
 from orcaserve.ops.gpu.overlap import begin, overlaps, wait
 
+NOTHING = tl.constexpr(1e-30)  # as in `ScaledBytes`: vectors whose values are no larger become zero
+ROUNDER = tl.constexpr(1.5 * 2**23)  # a float32 whose neighbours are whole numbers
 _HEADS = 8  # heads that one program takes, of one token, and all of them queries, or keys, or values
 
 
@@ -72,11 +74,28 @@ def _placed(
 
 
 @triton.jit
+def _scaled(x):
+    """x float32 [HEADS, D_PADDED] -> whole numbers from -127 to 127, and the scales [HEADS, 1]: as `ScaledBytes.store`.
+
+    Divisions are exact to the last bit, and nothing can be fused: the same bytes wherever this is compiled.
+    """
+    # as integers magnitudes have the same order, and infinity and NaN come last: a maximum of floats would lose a NaN
+    most = tl.max(tl.abs(x).to(tl.int32, bitcast=True), 1, keep_dims=True).to(tl.float32, bitcast=True)
+    finite = most < float("inf")
+    some = finite & (most > NOTHING)
+    factor = tl.where(some, tl.div_rn(127.0, tl.where(some, most, 1.0)), 0.0)
+    # Rounded as an addition does it, half to even: there are no fractions so high. What is cut off was rounding's own.
+    high = tl.minimum(tl.maximum(tl.where(finite, x, 0.0) * factor, -127.0), 127.0) + ROUNDER
+    return (high - ROUNDER).to(tl.int8), tl.where(finite, tl.div_rn(most, 127.0), float("nan"))
+
+
+@triton.jit
 def _heads_kernel(
     qkv,
     q,
     k_cache,
     v_cache,
+    scales,
     positions,
     slots,
     q_norm,
@@ -117,15 +136,24 @@ def _heads_kernel(
         present = head < tl.where(slot >= 0, NUM_KV_HEADS, 0)
         place = (slot // block_size).to(tl.int64) * NUM_KV_HEADS + head
         at = (place * block_size + slot % block_size) * D + column
+        if scales is not None:
+            scale_at = (place * block_size + slot % block_size) * 2
         if is_value:
             wait(OVERLAP)
-            value = tl.load(source + (NUM_HEADS + NUM_KV_HEADS + head) * D + column, mask=present & (column < D))
+            value_at = source + (NUM_HEADS + NUM_KV_HEADS + head) * D + column
+            value = tl.load(value_at, mask=present & (column < D), other=0.0)
+            if scales is not None:
+                value, value_scale = _scaled(value.to(tl.float32))
+                tl.store(scales + scale_at + 1, value_scale, mask=present)
             tl.store(v_cache + at, value, mask=present & (column < D))
         else:
             head_at = (NUM_HEADS + head) * D
             key = _placed(
                 source, head_at, present, column, k_norm, eps, angles, D, OFFSET, ROTARY_DIM, INTERLEAVED, OVERLAP
             )
+            if scales is not None:
+                key, key_scale = _scaled(key.to(qkv.dtype.element_ty).to(tl.float32))
+                tl.store(scales + scale_at, key_scale, mask=present)
             tl.store(k_cache + at, key, mask=present & (column < D))
 
 
@@ -145,12 +173,15 @@ def heads(
     table: Tensor | None,
     interleaved: bool,
     rotary_dim: int,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """qkv [M, (heads + 2 * kv heads) * d] -> queries [M, heads * d]; keys and values go to the layout's slots.
 
-    k_cache, v_cache: [num_blocks, kv heads, block_size, d], in the dtype of qkv. q_norm, k_norm: weights [d] of an RMS
-    norm over each head. table: float32 [positions, 2, rotary_dim / 2], cosines and sines; None: nothing is rotated.
-    interleaved: as in `ops.rotary.Rotary`; dimensions past rotary_dim pass.
+    k_cache, v_cache: [num_blocks, kv heads, block_size, d], in the dtype of qkv; or int8, with scales: float32
+    [num_blocks, kv heads, block_size, 2], of keys and of values, both as `ops.attention.ScaledBytes` has them of what
+    the dtype of qkv holds. q_norm, k_norm: weights [d] of an RMS norm over each head. table: float32 [positions, 2,
+    rotary_dim / 2], cosines and sines; None: nothing is rotated. interleaved: as in `ops.rotary.Rotary`; dimensions
+    past rotary_dim pass.
     """
     m = layout.num_tokens
     q = torch.empty((m, num_heads * head_dim), dtype=qkv.dtype, device=qkv.device)
@@ -159,7 +190,7 @@ def heads(
     padded = 1 << (head_dim - 1).bit_length()
     offset = 1.0 if plus_one else 0.0
     constants = (num_heads, num_kv_heads, head_dim, padded, offset, rotary_dim, interleaved, overlap, _HEADS)
-    sources = (qkv, q, k_cache, v_cache, layout.positions, layout.slots, q_norm, k_norm, table)
+    sources = (qkv, q, k_cache, v_cache, scales, layout.positions, layout.slots, q_norm, k_norm, table)
     tensors = kinds(*sources)
     launcher(_heads_kernel, qkv.device)(
         None if tensors is None else (tensors, layout.block_size, *constants),

@@ -37,13 +37,19 @@ VERSION = 1  # changes whenever bits may
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PagedCache:
-    """k, v: [num_blocks, kv heads, block_size, d]: a block of one head lies in one piece."""
+    """k, v: [num_blocks, kv heads, block_size, d]: a block of one head lies in one piece.
+
+    scales: None, or float32 [num_blocks, kv heads, block_size, 2]: what a position's key and its value, int8 from -127
+    to 127, are multiplied with; side by side, so that one load brings both. NaN where a value was not finite.
+    """
 
     k: Tensor
     v: Tensor
+    scales: Tensor | None = None
 
     def block_bytes(self) -> list[Tensor]:
-        return [tensor.flatten(1).view(torch.uint8) for tensor in (self.k, self.v)]
+        tensors = [self.k, self.v] if self.scales is None else [self.k, self.v, self.scales]
+        return [tensor.flatten(1).view(torch.uint8) for tensor in tensors]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -113,6 +119,7 @@ class DeviceHeads:
             table=self.table,
             interleaved=self.rotary is not None and self.rotary.interleaved,
             rotary_dim=0 if self.rotary is None else self.rotary.rotary_dim,
+            scales=cache.scales,
         )
 
 
@@ -122,11 +129,11 @@ class TritonKernels:
     Owner of the memory that its kernels work in, one iteration at a time; `reserve` makes room for attention.
     quantization: "int8" keeps weights in 8 bits, with a scale for each output; "int4" in 4 bits, with a scale for every
         32 values of an output, but the output matrix in 8. Activations stay as they are.
-    max_positions: longest context in tokens. Raises ValueError for quantised weights with numerics "fast".
+    max_positions: longest context in tokens. kv_dtype: "int8" keeps keys and values in 8 bits, with a scale for each
+    token and head. Raises ValueError for quantised weights with numerics "fast".
     """
 
     block_multiple = 64
-    kv_dtype: KVDtype = "auto"
 
     def __init__(
         self,
@@ -135,6 +142,7 @@ class TritonKernels:
         *,
         quantization: Quantization = "none",
         max_positions: int,
+        kv_dtype: KVDtype = "auto",
     ) -> None:
         if numerics == "fast" and quantization != "none":
             raise ValueError("the vendor's library multiplies by no quantised weights")
@@ -144,7 +152,9 @@ class TritonKernels:
         self.numerics = numerics
         self.deterministic = numerics == "invariant"
         self.matrix_bytes = 0
+        self.kv_dtype = kv_dtype
         self.name = f"triton-{VERSION}-{numerics}" + (f"-{quantization}" if self.is_quantised else "")
+        self.name += "" if kv_dtype == "auto" else f"-kv-{kv_dtype}"
         self._max_positions = max_positions
         self._products = MatmulScratch(device)
         self._partials: Scratch | None = None
@@ -153,7 +163,7 @@ class TritonKernels:
     def cutter(self, num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> Cutter:
         """What cuts the attention of such heads into tiles."""
         group = num_heads // num_kv_heads
-        tokens = Tuning.of(head_dim, group, dtype).tile_tokens(group)
+        tokens = Tuning.of(head_dim, group, dtype, scaled=self.kv_dtype == "int8").tile_tokens(group)
         return Cutter(tokens, num_kv_heads, concurrent_programs(self.device))
 
     def reserve(self, max_states: int, num_heads: int, head_dim: int) -> None:
@@ -224,7 +234,16 @@ class TritonKernels:
         if self._partials is None:
             raise ValueError("reserve() has not been called")
         return attention(
-            q, cache.k, cache.v, layout, self._partials, scale=scale, window=window, softcap=softcap, slopes=slopes
+            q,
+            cache.k,
+            cache.v,
+            layout,
+            self._partials,
+            scales=cache.scales,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            slopes=slopes,
         )
 
     def attention_half(
@@ -273,11 +292,14 @@ class TritonKernels:
             raise ValueError(f"blocks of {block_size} tokens are not multiples of {self.block_multiple}")
         shape = (num_blocks, num_kv_heads, block_size, head_dim)
         # Zeros: kernels read whole blocks, and what a mask hides must still be a number.
-        k, v = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
-        return PagedCache(k, v)
+        kept = torch.int8 if self.kv_dtype == "int8" else dtype
+        k, v = (torch.zeros(shape, dtype=kept, device=self.device) for _ in range(2))
+        if self.kv_dtype == "auto":
+            return PagedCache(k, v)
+        return PagedCache(k, v, torch.zeros((*shape[:3], 2), device=self.device))
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return 2 * num_kv_heads * head_dim * dtype.itemsize
+        return 2 * num_kv_heads * (head_dim + 4 if self.kv_dtype == "int8" else head_dim * dtype.itemsize)
 
     # What plain sampling does not do is done on the host, with logits that are there.
 

@@ -7,6 +7,9 @@ peak); and the values weighted with these shares. The states of the spans are th
 A state is nothing until something is visible: its peak is -inf, mass and values are zero. A block or span in which all
 is hidden adds exactly nothing, so it does not matter whether a kernel leaves it out.
 
+A cache of bytes is widened on its way to the product, which is exact in every dtype. A key's scale is multiplied with
+its scores, a value's with the shares, before they are rounded to what is multiplied; the mass is of shares alone.
+
 What else the bits rest on: the kernels run without contraction (`enable_fp_fusion=False`; what shall be fused says
 fma), and give 64 rows to each group of four warps, so that all use the same matrix instructions and reduce a row over
 the same lanes in the same order.
@@ -24,9 +27,23 @@ def empty_state(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def score(q, k):
-    """float32 [ROWS, BLOCK_N], of q [ROWS, BLOCK_D] and k [BLOCK_N, BLOCK_D]."""
-    return tl.dot(q, tl.trans(k), input_precision="ieee")
+def score(q, k, k_scale):
+    """float32 [ROWS, BLOCK_N], of q [ROWS, BLOCK_D] and k [BLOCK_N, BLOCK_D], a row of which counts k_scale times.
+
+    k_scale: float32 [BLOCK_N], or None. Bytes are exact in every dtype of q.
+    """
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+    if k_scale is not None:
+        scores = scores * k_scale[None, :]
+    return scores
+
+
+@triton.jit
+def _visible(own, seen, WINDOW: tl.constexpr):
+    visible = seen[None, :] <= own[:, None]
+    if WINDOW is not None:
+        visible &= seen[None, :] > own[:, None] - WINDOW
+    return visible
 
 
 @triton.jit
@@ -36,6 +53,7 @@ def attend(
     gathered,
     scores,
     v,
+    v_scale,
     own,
     seen,
     hides,
@@ -47,7 +65,7 @@ def attend(
     """The state after queries q [ROWS, BLOCK_D] at positions own [ROWS] have met k and v [BLOCK_N, BLOCK_D] at seen.
 
     hides: whether any query may not see any key; if not, nothing is masked. scale, cap: see `exponents`. slope: [ROWS]
-    times log2(e), or None.
+    times log2(e), or None. v_scale: float32 [BLOCK_N], by which a row of v counts, or None.
     """
     if cap is not None:
         # tanh(x) = 1 - 2 / (exp(2x) + 1), right at both infinities
@@ -57,10 +75,7 @@ def attend(
     if slope is not None:
         scores = tl.fma(slope[:, None], (seen[None, :] - own[:, None]).to(tl.float32), scores)
     if hides:
-        visible = seen[None, :] <= own[:, None]
-        if WINDOW is not None:
-            visible &= seen[None, :] > own[:, None] - WINDOW
-        scores = tl.where(visible, scores, float("-inf"))
+        scores = tl.where(_visible(own, seen, WINDOW), scores, float("-inf"))
     # nothing but the scale: folded into the exponent; it is positive, so the highest stays the highest
     factor = scale if cap is None and slope is None else 1.0
     higher = tl.maximum(peak, tl.max(scores, 1) * factor)
@@ -68,6 +83,11 @@ def attend(
     shares = tl.exp2(tl.fma(scores, factor, -pivot[:, None]))
     keep = tl.exp2(peak - pivot)
     mass = tl.fma(mass, keep, tl.sum(shares, 1))
+    if v_scale is not None:
+        shares = shares * v_scale[None, :]
+        if hides:
+            # a scale that is NaN is seen by those alone who see its position
+            shares = tl.where(_visible(own, seen, WINDOW), shares, 0.0)
     gathered = tl.dot(shares.to(v.dtype), v, gathered * keep[:, None], input_precision="ieee")
     return higher, mass, gathered
 
@@ -134,3 +154,18 @@ def read_cache(
         blocks = (pages.to(tl.int64) * KV_HEADS + head) * (BLOCK_SIZE * D) + seen % BLOCK_SIZE * D
         place = cache + blocks[:, None] + column[None, :]
     return tl.load(place, mask=visible, other=0.0)
+
+
+@triton.jit
+def read_scales(scales, pages, head, start, KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Two of [BLOCK_N], of one head's keys and values at positions [start, start + BLOCK_N), in one load.
+
+    Whatever stands there, also where no query looks: `attend` takes nothing of what it hides.
+    """
+    seen = start + tl.arange(0, BLOCK_N)
+    if BLOCK_SIZE % BLOCK_N == 0:
+        block = scales + ((pages.to(tl.int64) * KV_HEADS + head) * BLOCK_SIZE + start % BLOCK_SIZE) * 2
+        place = block + (tl.arange(0, BLOCK_N) * 2)[:, None]
+    else:
+        place = scales + (((pages.to(tl.int64) * KV_HEADS + head) * BLOCK_SIZE + seen % BLOCK_SIZE) * 2)[:, None]
+    return tl.split(tl.load(place + tl.arange(0, 2)[None, :]))
