@@ -73,8 +73,8 @@ def folders(tmp_path_factory):
     return made
 
 
-def on_device(folder, device, dtype=torch.float32, numerics="invariant", batch=4, tokens=64):
-    kernels = TritonKernels(device, numerics, max_positions=LONGEST)
+def on_device(folder, device, dtype=torch.float32, numerics="invariant", batch=4, tokens=64, kv_dtype="auto"):
+    kernels = TritonKernels(device, numerics, max_positions=LONGEST, kv_dtype=kv_dtype)
     model = Decoder.load(read_config(folder), folder, dtype, kernels=kernels)
     options = EngineOptions(
         model=str(folder), max_batch_size=batch, max_batch_tokens=tokens, kv_memory=1 << 22, max_model_len=LONGEST
@@ -84,8 +84,8 @@ def on_device(folder, device, dtype=torch.float32, numerics="invariant", batch=4
     return executor
 
 
-def on_cpu(folder):
-    model = Decoder.load(read_config(folder), folder, torch.float32)
+def on_cpu(folder, kernels=None):
+    model = Decoder.load(read_config(folder), folder, torch.float32, kernels=kernels)
     return LocalExecutor(Worker(model, num_blocks=64, block_size=64))
 
 

@@ -62,6 +62,7 @@ class World:
         torch.manual_seed(seed)
         self.device, self.block_size, self.d, self.group = device, block_size, d, group
         self.window, self.softcap, self.heads = window, softcap, kv_heads * group
+        self.dtype, self.scales = dtype, None
         self.scale = 2.0 / math.sqrt(d)
         self.slopes = torch.rand(self.heads).div(8).to(device) if sloped else None
         counts = [-(-n // block_size) for n in lengths]
@@ -96,7 +97,7 @@ class World:
 
         programs: that the device is taken to run at a time: the more, the sooner spans are dealt out.
         """
-        usual = Tuning.of(self.d, self.group, self.k.dtype)
+        usual = Tuning.of(self.d, self.group, self.dtype)
         longest = usual.tile_tokens(self.group)
         cutter = Cutter(longest if tile is None else min(tile, longest), self.heads // self.group, programs)
         rows = [(0, 0) if decode is None else decode for decode in decodes]
@@ -124,8 +125,8 @@ class World:
             part.fill_(math.nan)
         q = torch.stack([self.requests[request].queries[position] for request, position in rows])
         out = attention(
-            q, self.k, self.v, layout, scratch, scale=self.scale, window=self.window, softcap=self.softcap,
-            slopes=self.slopes, tuning=tuning,
+            q, self.k, self.v, layout, scratch, scales=self.scales, scale=self.scale, window=self.window,
+            softcap=self.softcap, slopes=self.slopes, tuning=tuning,
         )  # fmt: skip
         assert not scratch.arrived.any()
         return out

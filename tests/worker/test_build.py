@@ -79,6 +79,14 @@ def test_where_there_is_a_gpu_a_model_that_it_cannot_compute_runs_on_the_cpu(fol
         placement.find_device(EngineOptions(model=str(tmp_path), device="cuda"))
 
 
+def test_a_gpu_takes_keys_and_values_in_bytes(folder, monkeypatch):
+    monkeypatch.setattr(placement.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(placement.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(placement, "find_spec", lambda name: name)
+    for wish in ("auto", "cuda"):
+        assert placement.find_device(EngineOptions(model=str(folder), device=wish, kv_dtype="int8")).type == "cuda"
+
+
 def test_the_profile_tells_dtypes_apart(folder):
     profiles = [build(EngineOptions(model=str(folder), dtype=dtype, threads=1))[1].profile
                 for dtype in ("float32", "float32", "bfloat16")]  # fmt: skip

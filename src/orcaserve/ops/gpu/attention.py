@@ -43,7 +43,7 @@ class Tuning:
         """What suits heads of d values, `group` query heads to a kv head. scaled: the cache is one of bytes."""
         # float32 is not multiplied by matrix instructions: there a few rows are as good as many
         least = 64 if dtype.itemsize == 2 else 16
-        # blocks of bytes are half as large: with one more of them on their way a processor still has room for two programs
+        # blocks of bytes are half as large: with one more on their way a processor still has room for two programs
         stages = 2 if d > 128 else 4 if scaled else 3
         return cls(stages, max(least, 1 << (group - 1).bit_length()))
 
