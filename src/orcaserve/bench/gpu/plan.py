@@ -26,6 +26,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     memory: bytes that are copied or read for the ceilings. rotated: bytes that the buffers of a kernel take together at
         least, so that no cache holds one until its turn comes. side: of the square product. samples: of each timing.
     batches, context: of decodes that are timed, so many after some that warm up. prefill: of as many prompts.
+    short_model: measured with weights, keys and values in fewer bits, too. mixture: of experts.
     arriving: of prompts that come one an iteration, beside so many decodes.
     shared_…: requests at once, their prompts and outputs, and most of them running.
     promised: requests, prompts, outputs. trace: requests of Orca's trace. sessions: chats of the ladder, whose requests
@@ -44,6 +45,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     prompt: int
     sampled: tuple[int, ...]
     step_models: tuple[str, ...]
+    short_model: str
+    mixture: str
     batches: tuple[int, ...]
     context: int
     warm: int
@@ -95,6 +98,8 @@ FULL = Plan(
     prompt=8192,
     sampled=(1, 64, 256),
     step_models=("Qwen3-0.6B", "Qwen3-8B", "Llama-3.1-8B"),
+    short_model="Qwen3-8B",
+    mixture="Qwen3-30B-A3B",
     batches=(256, 64, 16, 1),
     context=800,
     warm=3,
@@ -137,6 +142,8 @@ TINY = Plan(
     prompt=8,
     sampled=(2,),
     step_models=("toy",),
+    short_model="toy",
+    mixture="toy mixture",
     batches=(2,),
     context=40,
     warm=1,

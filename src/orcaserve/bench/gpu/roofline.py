@@ -25,8 +25,13 @@ class Card(msgspec.Struct, frozen=True):
 
 
 def moved(shape: ModelShape, size: Size) -> float:
-    """Bytes that an iteration reads at least: every weight once, keys and values of what it attends to once."""
-    weights = shape.layers * shape.layer_weights + (shape.head_weights if size.samples else 0)
+    """Bytes that an iteration reads at least: every weight once, keys and values of what it attends to once.
+
+    Of a mixture the experts that so many tokens are expected to choose, where all are as likely.
+    """
+    chosen = shape.experts * (1 - (1 - shape.active_experts / shape.experts) ** size.tokens)
+    layer = shape.attention_weights + chosen * shape.expert_weights
+    weights = shape.layers * layer + (shape.head_weights if size.samples else 0)
     return weights * shape.weight_bits / 8 + shape.kv_bytes_per_token * size.context
 
 

@@ -12,7 +12,7 @@ from orcaserve.core.policy import DEFAULT
 from orcaserve.core.request import NewRequest
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.executors.gpu_bench.crowd import crowd, draw_requests
-from orcaserve.executors.gpu_bench.lab import BLOCK, Lab, config_of, scheduler, start
+from orcaserve.executors.gpu_bench.lab import AS_IT_IS, BLOCK, Lab, config_of, scheduler, start
 from orcaserve.executors.local import LocalExecutor
 from orcaserve.model.config import ModelConfig
 from orcaserve.model.decoder import Decoder
@@ -47,7 +47,7 @@ def check(lab: Lab) -> Iterator[Line]:
 
 def _on_device(lab: Lab, model: str, config: ModelConfig, requests: Sequence[NewRequest]) -> dict[int, list[int]]:
     lab.let_go()
-    kernels, rows = lab.kernels("invariant", LONGEST), len(requests)
+    kernels, rows = lab.kernels(AS_IT_IS, LONGEST), len(requests)
     engine = start(
         model,
         _decoder(config, kernels),

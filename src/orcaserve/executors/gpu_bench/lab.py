@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from orcaserve.bench.gpu.models import MODELS
 from orcaserve.bench.gpu.plan import Plan
 from orcaserve.bench.gpu.roofline import Card
 from orcaserve.bench.paper.engine import Engine
-from orcaserve.core.config import EngineOptions, Numerics
+from orcaserve.core.config import EngineOptions, KVDtype, Numerics, Quantization
 from orcaserve.core.policy import DEFAULT
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.executors.device import start_device
@@ -27,6 +28,18 @@ BLOCK = 64  # tokens of a block of the KV cache
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How a model is kept and computed, as `EngineOptions` has it."""
+
+    numerics: Numerics = "invariant"
+    quantization: Quantization = "none"
+    kv_dtype: KVDtype = "auto"
+
+
+AS_IT_IS = Kept()
+
+
+@dataclass(frozen=True)
 class Lab:
     """A device, what it can do, and how much is to be measured of it."""
 
@@ -35,18 +48,24 @@ class Lab:
     card: Card
     plan: Plan
 
-    def kernels(self, numerics: Numerics, max_positions: int) -> TritonKernels:
-        return TritonKernels(self.device, numerics, max_positions=max_positions)
+    def kernels(self, kept: Kept, max_positions: int) -> TritonKernels:
+        return TritonKernels(
+            self.device,
+            kept.numerics,
+            quantization=kept.quantization,
+            max_positions=max_positions,
+            kv_dtype=kept.kv_dtype,
+        )
 
     def engine(
-        self, model: str, *, numerics: Numerics = "invariant", rows: int, batch_tokens: int, longest: int, tokens: int
+        self, model: str, *, kept: Kept = AS_IT_IS, rows: int, batch_tokens: int, longest: int, tokens: int
     ) -> Engine:
         """A model with random weights, ready to run. Whoever holds the one before has to have let it go.
 
         rows, batch_tokens: of an iteration at most. longest: tokens of a request. tokens: that the KV cache holds.
         """
         self.let_go()
-        config, kernels = config_of(model), self.kernels(numerics, longest)
+        config, kernels = config_of(model), self.kernels(kept, longest)
         decoder = Decoder.random(config, compute_dtype(config, "auto"), kernels)
         return start(model, decoder, kernels, rows=rows, batch_tokens=batch_tokens, longest=longest, tokens=tokens)
 
@@ -62,10 +81,12 @@ def config_of(model: str) -> ModelConfig:
     return make_config(MODELS[model], model, Generation())
 
 
-def sizes_of(model: str) -> ModelShape:
+def sizes_of(model: str, kept: Kept = AS_IT_IS) -> ModelShape:
     """For the roofline."""
     config = config_of(model)
-    return shape_of(config, model, "float32" if config.dtype == "float32" else "bfloat16")
+    dtype = "float32" if config.dtype == "float32" else "bfloat16"
+    shape = shape_of(config, model, dtype, kept.quantization)
+    return shape if kept.kv_dtype == "auto" else msgspec.structs.replace(shape, value_bytes=1)
 
 
 def start(

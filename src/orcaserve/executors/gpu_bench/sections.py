@@ -16,7 +16,7 @@ from orcaserve.bench.gpu.run import Measure
 from orcaserve.bench.report import Machine
 from orcaserve.core.config import ModelError
 from orcaserve.executors.gpu_bench.check import check
-from orcaserve.executors.gpu_bench.lab import Lab
+from orcaserve.executors.gpu_bench.lab import AS_IT_IS, Lab
 from orcaserve.executors.gpu_bench.paper import paper
 from orcaserve.executors.gpu_bench.peer import peer
 from orcaserve.executors.gpu_bench.promise import promise
@@ -69,5 +69,5 @@ def _versions() -> dict[str, str]:
 
 def _kernels(lab: Lab) -> Iterator[Line]:
     lab.let_go()
-    kernels = lab.kernels("invariant", max(lab.plan.rows) + 1)
+    kernels = lab.kernels(AS_IT_IS, max(lab.plan.rows) + 1)
     yield from Benchmark(kernels, lab.watch, lab.plan, lab.card).lines()

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 from orcaserve.bench.client import BenchError
 from orcaserve.bench.gpu.report import Line
@@ -14,7 +15,7 @@ from orcaserve.bench.paper.engine import Engine
 from orcaserve.core.batch import Batch, RowResult, ScheduledRequest
 from orcaserve.core.config import Numerics
 from orcaserve.core.request import NewRequest, SamplingParams
-from orcaserve.executors.gpu_bench.lab import BLOCK, Lab, sizes_of
+from orcaserve.executors.gpu_bench.lab import AS_IT_IS, BLOCK, Kept, Lab, sizes_of
 from orcaserve.ops.gpu.benchmark import fill
 from orcaserve.sim.cost import size_of
 from orcaserve.sim.shape import ModelShape
@@ -24,18 +25,23 @@ HOLD, LONG_HOLD = 5e-3, 30e-3  # seconds that the device is held, in which the h
 
 
 def steps(lab: Lab) -> Iterator[Line]:
-    """Of every model, once with each numerics."""
+    """Of every model, once with each numerics; then with fewer bits, and a mixture of experts."""
     for model in lab.plan.step_models:
-        for numerics in ("invariant", "fast"):
-            yield from _steps(lab, model, numerics)
+        for numerics in get_args(Numerics):
+            yield from _steps(lab, model, Kept(numerics=numerics), numerics)
+    short = lab.plan.short_model
+    yield from _steps(lab, short, Kept(quantization="int8"), "int8 weights")
+    yield from _steps(lab, short, Kept(quantization="int4"), "int4 weights")
+    yield from _steps(lab, short, Kept(kv_dtype="int8"), "int8 KV")
+    yield from _steps(lab, lab.plan.mixture, AS_IT_IS, "invariant")
 
 
-def _steps(lab: Lab, model: str, numerics: Numerics) -> Iterator[Line]:
+def _steps(lab: Lab, model: str, kept: Kept, how: str) -> Iterator[Line]:
     plan = lab.plan
     steps, prompt = plan.context + plan.warm + plan.timed, plan.prefill // plan.prompts
     engine = lab.engine(
         model,
-        numerics=numerics,
+        kept=kept,
         rows=max(*plan.batches, plan.prompts, plan.beside + 1),
         batch_tokens=plan.prefill,
         longest=max(steps, prompt + 1, *plan.arriving),
@@ -48,7 +54,7 @@ def _steps(lab: Lab, model: str, numerics: Numerics) -> Iterator[Line]:
     )
     for cache in engine.device.caches:
         fill(cache)
-    iterations, sizes, name = _Iterations(engine, lab), sizes_of(model), f"{model}, {numerics}"
+    iterations, sizes, name = _Iterations(engine, lab), sizes_of(model, kept), f"{model}, {how}"
     for batch in plan.batches:
         yield _decoded(lab, sizes, name, batch, iterations.decode(batch, plan.context))
     for length in plan.arriving:

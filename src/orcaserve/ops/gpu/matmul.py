@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from orcaserve.ops.gpu.activation import KINDS, activate
 from orcaserve.ops.gpu.launch import kinds, launcher
 from orcaserve.ops.gpu.overlap import begin, overlaps, prefetch, wait
-from orcaserve.ops.gpu.quantised import GROUP, UNIT, Coded
+from orcaserve.ops.gpu.quantised import GROUP, UNIT, Coded, numbers_of
 
 _UNIT = 256  # a segment's length is a multiple of it, so that any BLOCK_K up to it meets the same boundaries
 _LONG = 512  # a segment is at least so long, but for the last
@@ -30,6 +30,7 @@ _MOST = 8
 _SPLIT_ROWS = 256  # tokens up to which segments may be summed by different programs
 _AHEAD = 8 << 20  # bytes of weights, of all programs together, that are asked for before the kernel before has ended
 _AHEAD_ROWS = 256  # tokens up to which weights bound the time
+_FULL_ROWS = 256  # tokens up to which a coded weight is read as it is
 _BAND = 8  # tiles of tokens that are computed side by side
 # Up to so many tokens the next kernel may come only once programs have their sums, else as soon as they all run: while
 # memory is what they wait for, programs of the next would take the place of those that would ask for more of it.
@@ -117,7 +118,8 @@ def coded_tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype, pack
     if dtype == torch.float32:
         return Tile(32, 32, UNIT if packed else 32, 4, 2)
     count = segments(n, k)
-    split = not gated and count > 1 and n <= 64 * 64 and k >= 2048 and 16 * count * m <= k
+    # twice as many outputs as in `tiles` are split: a processor has room for two programs, and needs them
+    split = not gated and count > 1 and n <= 64 * 128 and k >= 2048 and 16 * count * m <= k
     large = _cdiv(n, 128) * _cdiv(m, 128)
     if m <= 32:
         # programs of 50 to 75 KiB, each with four or five times 8 KiB of weights on their way, or 4 where packed
@@ -167,14 +169,17 @@ def _fetch_ahead(matrix, first_n, column, n, width, ahead, BLOCK_N: tl.constexpr
 
 
 @triton.jit
-def _scaled(numbers, scales, row, group, n, groups, ROWS: tl.constexpr, GROUP: tl.constexpr, dtype: tl.constexpr):
-    """A block of whole numbers, two groups wide, times the scales of groups `group` and `group + 1`."""
+def _scaled(nibbles, scales, row, group, n, groups, ROWS: tl.constexpr, GROUP: tl.constexpr, dtype: tl.constexpr):
+    """A block of numbers in 4 bits, two groups wide, times the scales of groups `group` and `group + 1`.
+
+    nibbles: int8, of which the lower four bits count.
+    """
     r = row + tl.arange(0, ROWS)[:, None]
     g = group + tl.arange(0, 2)[None, :]
     pairs = tl.load(scales + r * groups + g, mask=(r < n) & (group < groups), other=0.0)
     # Without any data moved between threads, or the block would go through shared memory on its way to the product.
     factors = tl.reshape(tl.broadcast_to(pairs[:, :, None], (ROWS, 2, GROUP)), (ROWS, 2 * GROUP))
-    return (numbers.to(tl.float32) * factors).to(dtype)
+    return (numbers_of(nibbles) * factors).to(dtype)
 
 
 @triton.jit
@@ -200,7 +205,7 @@ def _add_block(
     else:
         both = _block(weight, row, column // 2, n, width, ROWS, COLUMNS // 2, DESCRIBED)
         group, groups = column // GROUP, width // (GROUP // 2)
-        low = _scaled((both << 4) >> 4, scales, row, group, n, groups, ROWS, GROUP, across.dtype)
+        low = _scaled(both, scales, row, group, n, groups, ROWS, GROUP, across.dtype)
         high = _scaled(both >> 4, scales, row, group + 2, n, groups, ROWS, GROUP, across.dtype)
         part = tl.dot(low, across, part, input_precision="ieee")
         part = tl.dot(high, behind, part, input_precision="ieee")
@@ -355,6 +360,15 @@ def _segment_length(k: int, count: int) -> int:
     return _cdiv(_cdiv(k, count), _UNIT) * _UNIT
 
 
+def _parts(weight: Tensor | Coded, full: bool) -> tuple[Tensor, Tensor | None, bool]:
+    """What a kernel reads of a weight: its values, its scales, and whether they are packed in 4 bits."""
+    if not isinstance(weight, Coded):
+        return weight, None, False
+    if full:
+        return weight.in_full(), None if weight.packed else weight.scales, False
+    return weight.values, weight.scales, weight.packed
+
+
 def _launch(
     x: Tensor,
     weight: Tensor | Coded,
@@ -367,12 +381,14 @@ def _launch(
     wide: bool,
     tile: Tile | None,
 ) -> Tensor:
-    stored, scales = (weight.values, weight.scales) if isinstance(weight, Coded) else (weight, None)
-    up_stored, up_scales = (up.values, up.scales) if isinstance(up, Coded) else (up, None)
-    packed = isinstance(weight, Coded) and weight.packed
-    (m, k), n = x.shape, stored.shape[0]
+    m, k = x.shape
+    # Of many tokens every tile would bring the same weights to the dtype of activations again: the same numbers, once.
+    full = m > _FULL_ROWS and tile is None and not wide and x.itemsize == 2
+    stored, scales, packed = _parts(weight, full)
+    up_stored, up_scales = (None, None) if up is None else _parts(up, full)[:2]
+    n = stored.shape[0]
     if tile is None:
-        if isinstance(weight, Coded):
+        if isinstance(weight, Coded) and not full:
             tile = coded_tiles(m, n, k, gated=up is not None, dtype=x.dtype, packed=packed)
         else:
             tile = tiles(m, n, k, gated=up is not None, dtype=x.dtype)

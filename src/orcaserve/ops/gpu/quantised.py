@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,6 +23,7 @@ GROUP = 32  # values of a row that share a scale, in 4 bits
 # In 4 bits byte j of a unit holds value j below and value j + UNIT / 2 above: each half is, as it is read, a block of
 # the weight in the order of K.
 UNIT = 128
+_BYTES = 1024  # of a packed row that one program brings to the dtype of activations
 _AT_ONCE = 1 << 24  # values that are brought to fewer bits at a time: they are there in float32 meanwhile
 
 
@@ -51,6 +54,17 @@ class Coded:
     def nbytes(self) -> int:
         return self.values.nbytes + self.scales.nbytes
 
+    def in_full(self) -> Tensor:
+        """What a product multiplies by, [n, k] of dtype, before a scale for each row where it has one (8 bits)."""
+        if not self.packed:
+            return self.values.to(self.dtype)
+        out = torch.empty((self.n, self.k), dtype=self.dtype, device=self.values.device)
+        width = self.values.shape[1]
+        _unpack_kernel[(self.n, -(-width // _BYTES))](
+            self.values, self.scales, out, self.k, width, UNIT=UNIT, GROUP=GROUP, BYTES=_BYTES
+        )
+        return out
+
     def rows(self, ids: Tensor) -> Tensor:
         """What rows `ids` (int64 [M]) stand for: [M, k] of dtype."""
         values = self.values.index_select(0, ids)
@@ -60,6 +74,28 @@ class Coded:
         groups = torch.stack(halves, 2).view(ids.shape[0], -1, GROUP)
         scaled = groups.float().mul_(self.scales.index_select(0, ids)[:, :, None])
         return scaled.to(self.dtype).flatten(1)[:, : self.k]
+
+
+@triton.jit
+def numbers_of(nibbles):
+    """float32: two's complements of the lower four bits of int8."""
+    # 2^23 + number + 8, put together from bits, since a processor converts only 16 integers a cycle
+    return (((nibbles & 15) ^ 8).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+
+
+@triton.jit
+def _unpack_kernel(values, scales, out, k, width, UNIT: tl.constexpr, GROUP: tl.constexpr, BYTES: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    is_there = place < width
+    both = tl.load(values + row * width + place, mask=is_there, other=0)
+    low = place // (UNIT // 2) * UNIT + place % (UNIT // 2)
+    high = low + UNIT // 2
+    groups = scales + row * (width * 2 // GROUP)
+    below = numbers_of(both) * tl.load(groups + low // GROUP, mask=is_there, other=0.0)
+    above = numbers_of(both >> 4) * tl.load(groups + high // GROUP, mask=is_there, other=0.0)
+    tl.store(out + row * k + low, below.to(out.dtype.element_ty), mask=is_there & (low < k))
+    tl.store(out + row * k + high, above.to(out.dtype.element_ty), mask=is_there & (high < k))
 
 
 def coded(weights: Sequence[Tensor], code: Code) -> Coded:
