@@ -24,6 +24,7 @@ GROUP = 32  # values of a row that share a scale, in 4 bits
 # the weight in the order of K.
 UNIT = 128
 _BYTES = 1024  # of a packed row that one program brings to the dtype of activations
+_WIDENED = 4096  # values in 8 bits that one program brings to the dtype of activations
 _AT_ONCE = 1 << 24  # values that are brought to fewer bits at a time: they are there in float32 meanwhile
 
 
@@ -56,9 +57,11 @@ class Coded:
 
     def in_full(self) -> Tensor:
         """What a product multiplies by, [n, k] of dtype, before a scale for each row where it has one (8 bits)."""
-        if not self.packed:
-            return self.values.to(self.dtype)
         out = torch.empty((self.n, self.k), dtype=self.dtype, device=self.values.device)
+        if not self.packed:
+            count = out.numel()
+            _widen_kernel[(-(-count // _WIDENED),)](self.values, out, count, BLOCK=_WIDENED)
+            return out
         width = self.values.shape[1]
         _unpack_kernel[(self.n, -(-width // _BYTES))](
             self.values, self.scales, out, self.k, width, UNIT=UNIT, GROUP=GROUP, BYTES=_BYTES
@@ -81,6 +84,13 @@ def numbers_of(nibbles):
     """float32: two's complements of the lower four bits of int8."""
     # 2^23 + number + 8, put together from bits, since a processor converts only 16 integers a cycle
     return (((nibbles & 15) ^ 8).to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+
+
+@triton.jit
+def _widen_kernel(values, out, count, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    some = tl.load(values + place, mask=place < count, other=0)
+    tl.store(out + place, some.to(out.dtype.element_ty), mask=place < count)
 
 
 @triton.jit
