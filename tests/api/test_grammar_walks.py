@@ -10,13 +10,14 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 from schemas import schema
 
 from orcaserve import builtin
 from orcaserve.serve.protocol import CompletionRequest
 from orcaserve.serve.structured import Structures
 from orcaserve.serve.tokenizer import Tokenizer
-from orcaserve.worker.grammars import Allowed, GrammarError, Grammars, Guide
+from orcaserve.worker.grammars import LIMITS, Allowed, GrammarError, Grammars, Guide
 
 VOCAB_SIZE = 3072
 ENDS = (1, 0)  # the second is of a request, and the library knows nothing of it
@@ -164,3 +165,24 @@ def test_json_is_laid_out_as_people_do(
     grammars.look([response])
     assert isinstance(response.allowed, np.ndarray) == is_followed
     assert not is_followed or set(allowed(response)) == set(ENDS)
+
+
+def test_a_response_that_comes_to_a_limit_ends_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Responses of one grammar share an automaton that grows with all of them, and once too large stays in error."""
+    monkeypatch.setitem(LIMITS, "max_lexer_states", 2000)
+    grammars, tokenizer = Grammars(builtin.MODEL_DIR, VOCAB_SIZE), Tokenizer(builtin.MODEL_DIR)
+    wanted = LLMatcher.grammar_from_regex(r"(a|b)*a(a|b){12}c|z+")
+    letters = {token for token in range(5, VOCAB_SIZE) if set(tokenizer.token_bytes(token)) <= set(b"ab")}
+
+    def run(seed: int) -> list[Allowed]:
+        rng, response, found = np.random.default_rng(seed), Response(wanted), []
+        for _ in range(150):
+            grammars.look([response])
+            found.append(response.allowed.copy())
+            response.tokens.append(int(rng.choice(sorted(letters & set(allowed(response))))))
+        return found
+
+    crowd = [run(seed) for seed in range(10)]
+    grammars = Grammars(builtin.MODEL_DIR, VOCAB_SIZE)
+    alone = run(9)
+    assert all(np.array_equal(*pair) for pair in zip(crowd[9], alone, strict=True))

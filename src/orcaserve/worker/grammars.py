@@ -62,7 +62,7 @@ class Compiler:
         """
         found = self._compiled.get(grammar)
         if found is None:
-            found = self._make(self._tokenizer, grammar, log_level=0, limits=self._limits)
+            found = self._new(grammar)
             first = found.deep_copy()  # copies share an automaton, whose beginning may take as long as the rest
             if not first.is_error():
                 first.compute_bitmask()
@@ -73,12 +73,24 @@ class Compiler:
                 self._compiled.popitem(last=False)
         return found
 
+    def anew(self, grammar: str) -> Any:
+        """The same for one response alone. What others share of this grammar is forgotten: it has come to a limit."""
+        self._compiled.pop(grammar, None)
+        return self._new(grammar)
+
+    def _new(self, grammar: str) -> Any:
+        return self._make(self._tokenizer, grammar, log_level=0, limits=self._limits)
+
 
 class Guide:
-    """One response's place in its grammar. Owner of a matcher. num_consumed: generated tokens that it has seen."""
+    """One response's place in its grammar. Owner of a matcher. num_consumed: generated tokens that it has seen.
 
-    def __init__(self, compiled: Any, end_token_ids: Sequence[int], vocab_size: int) -> None:
+    is_alone: nobody else's matcher shares its automaton.
+    """
+
+    def __init__(self, compiled: Any, end_token_ids: Sequence[int], vocab_size: int, *, is_alone: bool = False) -> None:
         """compiled: by a Compiler."""
+        self.is_alone = is_alone
         self._matcher = compiled.deep_copy()
         self._ends = np.zeros(-(-vocab_size // 32), dtype=np.uint32)
         for id in end_token_ids:
@@ -180,13 +192,27 @@ class Grammars:
             else:
                 compiled = self._compile(request.grammar, request.end_token_ids)
             request.guide = Guide(compiled, request.end_token_ids, self._vocab_size)
-        return request.guide.allowed(request.generated(request.guide.num_consumed))
+        try:
+            return request.guide.allowed(request.generated(request.guide.num_consumed))
+        except GrammarError:
+            if request.guide.is_alone:
+                raise
+        # Copies share an automaton, with its limits and its errors: whether this response fails is its own affair.
+        compiled = self._compiler_for(request.end_token_ids).anew(request.grammar)
+        request.guide = Guide(compiled, request.end_token_ids, self._vocab_size, is_alone=True)
+        allowed = request.guide.allowed(())
+        for token in request.generated(0):
+            allowed = request.guide.allowed((token,))
+        return allowed
 
     def _compile(self, grammar: str, end_token_ids: Sequence[int]) -> Any:
+        return self._compiler_for(end_token_ids).compile(grammar)
+
+    def _compiler_for(self, end_token_ids: Sequence[int]) -> Compiler:
         with self._making:
             if self._compiler is None:
                 self._compiler = Compiler(self._folder, self._vocab_size, end_token_ids[0])
-        return self._compiler.compile(grammar)
+            return self._compiler
 
 
 def _line(text: str) -> str:
