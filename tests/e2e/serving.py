@@ -44,7 +44,8 @@ class Serving:
         self.lines: list[str] = []
         self.url = ""
         self._up = threading.Event()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         if not self._up.wait(timeout) or not self.url:
             self.process.kill()
             raise AssertionError("the server did not come up:\n" + "\n".join(self.lines))
@@ -86,7 +87,8 @@ class Serving:
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(60)
         if error is None:
-            assert code == 0, "\n".join(self.lines)
+            self._reader.join(10)  # its last words
+            assert code == 0, "\n".join([f"exit code {code}", *self.lines])
             assert engine is None or not psutil.pid_exists(engine), "the engine process outlived the server"
 
 
