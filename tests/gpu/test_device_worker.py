@@ -192,20 +192,23 @@ def test_a_recorded_iteration_gives_what_its_kernels_give_one_by_one(folders, de
     for size in (2, 4):
         executor._worker.record(size)
     assert serve(executor, requests).tokens == plain.tokens
-    for size in (64, 40, 16):
-        executor._worker.record_layers(size)
+    for num_tokens in (64, 40, 16) if ON_GPU else (64, 24):
+        executor._worker.record_layers(num_tokens)
     assert serve(executor, requests).tokens == plain.tokens
 
 
 def test_recorded_layers_serve_whom_the_host_samples_for(folders, device):
     """Log-probabilities of every token, the prompt's too, from hidden values that the next iteration writes over."""
     rng = random.Random(9)
-    requests = [draw_request(rng, id, logprobs=2, prompt_logprobs=1) for id in range(CROWD)]
-    executor = on_device(folders["llama"], device)
-    plain = serve(executor, requests)
-    for size in (64, 24):
-        executor._worker.record_layers(size)
-    recorded = serve(executor, requests)
+    size = {} if ON_GPU else {"batch": 2, "tokens": 16}
+    requests = [
+        draw_request(rng, id, longest=300 if ON_GPU else 20, logprobs=2, prompt_logprobs=1) for id in range(CROWD)
+    ]
+    executor = on_device(folders["llama"], device, **size)
+    plain = serve(executor, requests, **size)
+    for num_tokens in (64, 24) if ON_GPU else (16, 9):
+        executor._worker.record_layers(num_tokens)
+    recorded = serve(executor, requests, **size)
     assert recorded.tokens == plain.tokens and recorded.logprobs == plain.logprobs
 
 
