@@ -360,9 +360,10 @@ class Odd(BaseHTTPRequestHandler):
     """A proxy whose server is away at first, and is another one later."""
 
     def do_GET(self) -> None:
-        self.server.asked += 1  # type: ignore[attr-defined]
+        assert isinstance(self.server, OddServer)
+        self.server.asked += 1
         feed = b'data: {"begin": 0, "next": 0, "now": 0, "events": []}\n\n'
-        status, body = [(502, b"<p>Bad gateway"), (200, feed), (200, b"<p>Hello")][self.server.asked - 1]  # type: ignore[attr-defined]
+        status, body = [(502, b"<p>Bad gateway"), (200, feed), (200, b"<p>Hello")][self.server.asked - 1]
         self.send_response(status)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -374,11 +375,17 @@ class Odd(BaseHTTPRequestHandler):
         pass
 
 
+class OddServer(HTTPServer):
+    """asked: how often it has been."""
+
+    asked = 0
+
+
 @contextmanager
-def odd(asked: int = 0) -> Iterator[tuple[str, HTTPServer]]:
+def odd(asked: int = 0) -> Iterator[tuple[str, OddServer]]:
     """Its URL. asked: how often it has been already."""
-    server = HTTPServer(("127.0.0.1", 0), Odd)
-    server.asked = asked  # type: ignore[attr-defined]
+    server = OddServer(("127.0.0.1", 0), Odd)
+    server.asked = asked
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -393,7 +400,7 @@ def test_top_waits_for_a_server_that_is_away_and_not_for_one_that_is_none() -> N
     with odd() as (url, server):
         with pytest.raises(NotWatchable, match="not as an OrcaServe"):
             watch(url, {})
-        assert server.asked == 3  # type: ignore[attr-defined]
+        assert server.asked == 3
     with odd() as (url, _), pytest.raises(NotWatchable, match="502"):
         glance(url, {})
 

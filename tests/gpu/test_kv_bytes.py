@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from test_device_worker import draw_request, folders, on_cpu, on_device, serve  # noqa: F401 - a fixture
 from test_norm_and_heads import BLOCK_SIZE, layout_of, noise
-from test_paged_attention import CAPPED, ERRORS, PLAIN, SLOPED, WINDOW, World, same_bits
+from test_paged_attention import CAPPED, PLAIN, SLOPED, WINDOW, World, compare, same_bits
 
 from orcaserve.core.batch import Swap
 from orcaserve.ops.attention import ScaledBytes
@@ -80,14 +80,7 @@ class ScaledWorld(World):
 def test_agrees_with_a_plain_softmax_over_what_the_bytes_stand_for(
     device: torch.device, dtype: torch.dtype, options: dict[str, object], shape: dict[str, int]
 ) -> None:
-    world = ScaledWorld(device, [SPAN + 9, 70], dtype=dtype, **options, **shape)
-    decodes = [(0, SPAN + 8), None, (1, 5), (0, 0)]
-    chunks = [(0, SPAN - 3, 5), (1, 60, 4)]
-    got = world.run(decodes, chunks)
-    wanted = [*decodes, *((request, start + i) for request, start, count in chunks for i in range(count))]
-    for row, place in zip(got, wanted, strict=True):
-        if place is not None:
-            torch.testing.assert_close(row.double(), world.expect(*place), rtol=0, atol=ERRORS[dtype])
+    compare(ScaledWorld(device, [SPAN + 9, 70], dtype=dtype, **options, **shape), dtype)
 
 
 @pytest.mark.parametrize(("dtype", "options"), [(torch.bfloat16, CAPPED), (torch.float32, WINDOW | SLOPED)])

@@ -156,6 +156,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(whole), b.view(whole))
 
 
+def compare(world: World, dtype: torch.dtype) -> None:
+    """Decodes and chunks of two requests, of more than a span and of 70 tokens, with what is expected of them."""
+    decodes = [(0, SPAN + 8), None, (1, 5), (0, 0)]
+    chunks = [(0, SPAN - 3, 5), (1, 60, 4)]
+    got = world.run(decodes, chunks)
+    wanted = [*decodes, *((request, start + i) for request, start, count in chunks for i in range(count))]
+    for row, place in zip(got, wanted, strict=True):
+        if place is not None:
+            torch.testing.assert_close(row.double(), world.expect(*place), rtol=0, atol=ERRORS[dtype])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("options", "shape"),
@@ -172,14 +183,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def test_agrees_with_a_plain_softmax(
     device: torch.device, dtype: torch.dtype, options: dict[str, object], shape: dict[str, int]
 ) -> None:
-    world = World(device, [SPAN + 9, 70], dtype=dtype, **options, **shape)
-    decodes = [(0, SPAN + 8), None, (1, 5), (0, 0)]
-    chunks = [(0, SPAN - 3, 5), (1, 60, 4)]
-    got = world.run(decodes, chunks)
-    wanted = [*decodes, *((request, start + i) for request, start, count in chunks for i in range(count))]
-    for row, place in zip(got, wanted, strict=True):
-        if place is not None:
-            torch.testing.assert_close(row.double(), world.expect(*place), rtol=0, atol=ERRORS[dtype])
+    compare(World(device, [SPAN + 9, 70], dtype=dtype, **options, **shape), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
