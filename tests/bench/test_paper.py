@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from orcaserve.bench.paper.curves import Curves, capacity
 from orcaserve.bench.paper.drive import Sample, Trial, drive
 from orcaserve.bench.paper.ends import ANOTHER, END
 from orcaserve.bench.paper.engine import Engine, Setup, default, orca, static
+from orcaserve.bench.paper.in_turn import drive_in_turn
 from orcaserve.bench.workloads.spec import make
 from orcaserve.cli import main
+from orcaserve.core.batch import Batch
 from orcaserve.core.policy import POLICIES
+from orcaserve.engine.executor import Pending
 from orcaserve.engine.ledger import LedgerExecutor
 from orcaserve.model.random_checkpoint import Shape, write_random
 
@@ -167,6 +171,56 @@ def test_everybody_gets_the_tokens_that_are_due_whatever_is_declared(policy: str
         assert [record.output_tokens for record in trial.records] == [item.max_tokens for item in work.items]
     assert len(ended) == 24
     assert all(sample.stored <= sample.held <= trial.slots for sample in trial.samples if policy != "default")
+
+
+def test_setups_in_turn_schedule_as_they_do_alone() -> None:
+    """Each has KV blocks and ids of its own on the one device, whose ledger tells if they meet."""
+    work = make("burst:in=5-20,out=exp6max30,n=12", vocab=300, seed=1)
+    setups = [
+        Setup(name=name, policy=POLICIES[name], max_batch_size=size, slots=slots, max_tokens=30)
+        for name, size, slots in (("static", 2, 100), ("orca", 4, 112), ("default", 4, 80))
+    ]
+    ended: list[int] = []
+    found = drive_in_turn(ledger(80), work, setups, lambda: ended.append(1))
+    assert len(ended) == 36 and [trial.setup for trial in found] == ["static", "orca", "default"]
+    for trial, setup in zip(found, setups, strict=True):
+        alone = drive(ledger(80), work, setup)
+        assert [(one.rows, one.stored, one.held) for one in trial.samples] == [
+            (one.rows, one.stored, one.held) for one in alone.samples
+        ]
+        assert [len(record.token_times) for record in trial.records] == [item.max_tokens for item in work.items]
+        assert trial.preemptions == alone.preemptions and trial.slots == alone.slots
+
+
+def test_a_clock_stands_still_while_it_is_anothers_turn() -> None:
+    work = make("burst:in=5,out=4,n=6", vocab=300, seed=1)
+
+    class Slow(Device):
+        def submit(self, batch: Batch) -> Pending:
+            time.sleep(0.02)
+            return super().submit(batch)
+
+    engine = msgspec.structs.replace(ledger(), device=Slow(40, 4, 300))
+    began = time.perf_counter()
+    trials = drive_in_turn(engine, work, [msgspec.structs.replace(orca(size), slots=80) for size in (2, 6)])
+    wall = time.perf_counter() - began
+    own = [max(record.token_times[-1] for record in trial.records) for trial in trials]
+    for seconds, trial in zip(own, trials, strict=True):
+        assert 0.02 * len(trial.samples) <= seconds
+    assert sum(own) <= wall
+
+
+def test_setups_that_overlap_go_one_after_the_other() -> None:
+    work = make("burst:in=5,out=4,n=6", vocab=300, seed=1)
+    engine = msgspec.structs.replace(ledger(), overlap=True)
+    trials = drive_in_turn(engine, work, [orca(2), orca(6)])  # each with all of the memory
+    assert [trial.slots for trial in trials] == [160, 160]
+
+
+def test_memory_that_is_too_small_for_all_is_told() -> None:
+    work = make("burst:in=5,out=4,n=6", vocab=300, seed=1)
+    with pytest.raises(BenchError, match=r"orca\(2\), orca\(6\) are to use KV memory for 320 tokens together, but"):
+        drive_in_turn(ledger(), work, [orca(2), orca(6)])
 
 
 def test_arrivals_are_waited_for() -> None:

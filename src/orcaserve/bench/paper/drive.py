@@ -17,7 +17,7 @@ from orcaserve.bench.paper.engine import Engine, Setup
 from orcaserve.bench.workloads import Item, Work
 from orcaserve.core.batch import Batch
 from orcaserve.core.request import NewRequest, SamplingParams
-from orcaserve.core.scheduler import Scheduler
+from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.executor import Executor, Pending
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Command, Step, Submit
@@ -58,40 +58,95 @@ class Trial(msgspec.Struct, frozen=True):
         return sum(sample.seconds for sample in self.samples)
 
 
-def drive(engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None] = lambda: None) -> Trial:
+def nothing() -> None:
+    """For whom nobody watches."""
+
+
+def drive(engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None] = nothing) -> Trial:
     """Runs a workload to its end; requests are greedy and get exactly the tokens they are to get.
 
     Raises BenchError for a request that the model or the KV memory can never hold, or that failed.
     """
     engine.device.forget_all()
-    scheduler = Scheduler(setup.config(engine))
-    clients = _Clients(engine, work, setup, on_end)
-    sampled = _Sampled(engine.device, scheduler, clients.now)
-    executor: Executor = sampled
-    if setup.max_tokens is not None:
-        executor = EndsAt(sampled, {id: item.max_tokens for id, item in enumerate(work.items)})
-    loop = EngineLoop(scheduler, executor, clients, clients, clients.now)
-    while clients.num_open:
-        loop.step()
-    return Trial(
-        setup=setup.name,
-        slots=scheduler.kv.num_slots,
-        records=[
-            Record(
-                due=item.at,
-                sent=item.at,
-                token_times=tuple(times),
-                max_tokens=item.max_tokens,
-                prompt_tokens=len(item.prompt_ids),
-                counted="ids",
-            )
-            for item, times in zip(work.items, clients.token_times, strict=True)
-        ],
-        samples=sampled.samples,
-        preemptions=scheduler.num_preemptions,
-        cached_tokens=clients.num_cached,
-        swapped=0 if scheduler.kv.swap is None else scheduler.kv.swap.num_swapped,
-    )
+    run = Run(engine, work, setup, setup.config(engine), engine.device, on_end)
+    while run.is_open:
+        run.step()
+    return run.trial()
+
+
+class Run:
+    """A workload on its way under one setup. Owner of its scheduler, its loop and its clock, which runs in `step`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        work: Work,
+        setup: Setup,
+        config: SchedulerConfig,
+        device: Executor,
+        on_end: Callable[[], None],
+    ) -> None:
+        self._work, self._setup, self._clock = work, setup, _Clock()
+        self._scheduler = Scheduler(config)
+        self._clients = _Clients(engine, work, setup, on_end, self._clock.now)
+        self._sampled = _Sampled(device, self._scheduler, self._clock.now)
+        executor: Executor = self._sampled
+        if setup.max_tokens is not None:
+            executor = EndsAt(self._sampled, {id: item.max_tokens for id, item in enumerate(work.items)})
+        self._loop = EngineLoop(self._scheduler, executor, self._clients, self._clients, self._clock.now)
+        self._total = sum(item.max_tokens for item in work.items)
+
+    @property
+    def is_open(self) -> bool:
+        return self._clients.num_open > 0
+
+    @property
+    def progress(self) -> float:
+        """The share of all tokens that have come."""
+        return self._clients.num_tokens / self._total
+
+    def step(self) -> None:
+        with self._clock:
+            self._loop.step()
+
+    def trial(self) -> Trial:
+        kv = self._scheduler.kv
+        return Trial(
+            setup=self._setup.name,
+            slots=kv.num_slots,
+            records=[
+                Record(
+                    due=item.at,
+                    sent=item.at,
+                    token_times=tuple(times),
+                    max_tokens=item.max_tokens,
+                    prompt_tokens=len(item.prompt_ids),
+                    counted="ids",
+                )
+                for item, times in zip(self._work.items, self._clients.token_times, strict=True)
+            ],
+            samples=self._sampled.samples,
+            preemptions=self._scheduler.num_preemptions,
+            cached_tokens=self._clients.num_cached,
+            swapped=0 if kv.swap is None else kv.swap.num_swapped,
+        )
+
+
+class _Clock:
+    """Seconds that went by while it ran, in its `with` blocks."""
+
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._since: float | None = None
+
+    def now(self) -> float:
+        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def __enter__(self) -> None:
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._before, self._since = self.now(), None
 
 
 class _Sampled:
@@ -119,7 +174,9 @@ class _Sampled:
 class _Clients:
     """Inbox and outbox: those who send requests when they are due and note what comes. Owner of what has come."""
 
-    def __init__(self, engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None], now: Callable[[], float]
+    ) -> None:
         self._coming = deque(
             (item.at, Submit(_request(id, item, setup, engine.max_model_len))) for id, item in enumerate(work.items)
         )
@@ -127,26 +184,25 @@ class _Clients:
         self.token_times: list[list[float]] = [[] for _ in work.items]
         self.num_cached = 0  # prompt tokens that the prefix cache spared when requests were first let in
         self.num_open = len(work.items)
-        self._start = time.perf_counter()
-
-    def now(self) -> float:
-        return time.perf_counter() - self._start
+        self.num_tokens = 0  # that have come
+        self._now = now
 
     def take(self, block: bool) -> list[Command]:
         if block and self._coming:
-            time.sleep(max(0.0, self._coming[0][0] - self.now()))
+            time.sleep(max(0.0, self._coming[0][0] - self._now()))
         commands: list[Command] = []
-        now = self.now()
+        now = self._now()
         while self._coming and self._coming[0][0] <= now:
             commands.append(self._coming.popleft()[1])
         return commands
 
     def put(self, step: Step) -> None:
-        now = self.now()
+        now = self._now()
         for output in step.outputs:
             if output.error is not None:
                 raise BenchError(f"request {output.id} of the workload: {output.error}")
             self.token_times[output.id] += [now] * len(output.token_ids)
+            self.num_tokens += len(output.token_ids)
             self.num_cached += output.num_cached
             if output.finish_reason is not None:
                 self.num_open -= 1

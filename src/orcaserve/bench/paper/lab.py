@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from orcaserve.bench import measures
 from orcaserve.bench.client import BenchError
 from orcaserve.bench.paper.drive import Trial, drive
 from orcaserve.bench.paper.engine import Engine, Setup
+from orcaserve.bench.paper.in_turn import drive_in_turn
 from orcaserve.bench.workloads import Work
 from orcaserve.bench.workloads.spec import make
 
@@ -92,6 +94,11 @@ class Lab(msgspec.Struct, frozen=True):
     def run(self, work: Work, setup: Setup, what: str = "") -> Trial:
         with self.watch.run(f"{setup.name}{what}", len(work.items)) as watch:
             return drive(self.engine, work, setup, watch.ended)
+
+    def in_turn(self, work: Work, setups: Sequence[Setup], what: str) -> list[Trial]:
+        """The same under each setup, side by side: a ratio of two of them is none of two minutes."""
+        with self.watch.run(what, len(setups) * len(work.items)) as watch:
+            return drive_in_turn(self.engine, work, setups, watch.ended)
 
     def factor(self, longest: int) -> float:
         """What lengths are multiplied by: the effort's scale, or less where `longest` tokens are too many."""

@@ -67,23 +67,24 @@ def measure(lab: Lab) -> Ladder:
     )
     work = lab.work(text)
     slots = AT_ONCE * scaled(LONGEST, factor)
-    rungs = []
-    for name, policy in RUNGS.items():
+    setups = [
         # A static batch is what memory holds.
-        setup = Setup(name=name, policy=policy, max_batch_size=32, slots=slots, batch_tokens=CHUNK, max_tokens=limit)
-        trial = lab.run(work, setup)
-        rungs.append(
-            Rung(
-                name,
-                throughput=measures.request_rate(trial.records) or 0.0,
-                latency=measures.normalised_latency(trial.records),
-                ttft=measures.ttft(trial.records, 0.5),
-                gap=measures.quantile(measures.times("itl", trial.records), 0.99),
-                rows=statistics.mean(sample.rows for sample in trial.samples),
-                cached=trial.cached_tokens,
-                preemptions=trial.preemptions,
-            )
+        Setup(name=name, policy=policy, max_batch_size=32, slots=slots, batch_tokens=CHUNK, max_tokens=limit)
+        for name, policy in RUNGS.items()
+    ]
+    rungs = [
+        Rung(
+            trial.setup,
+            throughput=measures.request_rate(trial.records) or 0.0,
+            latency=measures.normalised_latency(trial.records),
+            ttft=measures.ttft(trial.records, 0.5),
+            gap=measures.quantile(measures.times("itl", trial.records), 0.99),
+            rows=statistics.mean(sample.rows for sample in trial.samples),
+            cached=trial.cached_tokens,
+            preemptions=trial.preemptions,
         )
+        for trial in lab.in_turn(work, setups, "all rungs")
+    ]
     return Ladder(text, len(work.items), sum(len(item.prompt_ids) for item in work.items), slots, rungs)
 
 

@@ -47,12 +47,17 @@ def measure(lab: Lab) -> Memory:
     low, high, mean, limit = (scaled(tokens, factor) for tokens in (*PROMPT, MEAN, LIMIT))
     text = f"burst:in={low}-{high},out=exp{mean}max{limit},n={lab.effort.requests * lab.effort.burst}"
     work, slots = lab.work(text), scaled(AT_ONCE * LONGEST, factor)
-    lines = []
-    for name, policy in KINDS.items():
-        declared = None if name == "reserve the exact" else limit
-        setup = Setup(name=name, policy=policy, max_batch_size=64, slots=slots, max_tokens=declared)
-        lines.append(_line(lab.run(work, setup)))
-    return Memory(text, slots, limit, lines)
+    setups = [
+        Setup(
+            name=name,
+            policy=policy,
+            max_batch_size=64,
+            slots=slots,
+            max_tokens=None if name == "reserve the exact" else limit,
+        )
+        for name, policy in KINDS.items()
+    ]
+    return Memory(text, slots, limit, [_line(trial) for trial in lab.in_turn(work, setups, "all kinds")])
 
 
 def _line(trial: Trial) -> Line:

@@ -74,14 +74,16 @@ def measure(lab: Lab) -> Variance:
         n = size * -(-lab.effort.requests * lab.effort.burst // size)
         work = lab.work(f"burst:in={prompt},out=exp{mean}max{limit},n={n}")
         setups = [
-            Setup(name=name, policy=policy, max_batch_size=size if policy.request_level else 64, slots=slots)
+            Setup(
+                name=name,
+                policy=policy,
+                max_batch_size=size if policy.request_level else 64,
+                slots=slots,
+                max_tokens=limit,
+            )
             for name, policy in zip(SYSTEMS, (STATIC, ORCA, DEFAULT), strict=True)
         ]
-        trials = [
-            lab.run(work, msgspec.structs.replace(setup, max_tokens=limit), f", outputs up to {limit}")
-            for setup in setups
-        ]
-        static, continuous, paged = trials
+        static, continuous, paged = lab.in_turn(work, setups, f"outputs up to {limit}")
         rows.append(
             Row(
                 limit,
