@@ -1,11 +1,14 @@
-"""What the live page costs: tokens a second without it, and with nobody, one or twenty who look on, in turn.
+"""What the live page costs: tokens a second without it, and with one or twenty who look on, in turn.
 
-    python tools/page_cost.py --rounds 40
+    python tools/page_cost.py --rounds 250
 
 Two servers of one checkpoint wait side by side: one keeps no events for the page, the other is as it always is. A round
 is the same burst of requests for each kind, the order turned from round to round; those who look on come just before a
-burst and leave after it. Said are the medians, and by the server without the page the mean of the rounds' ratios with
-its 95 % interval (Student's t, of logarithms). Nothing else should run on the machine.
+burst and leave after it. Engines have one core, and all that is not an engine another: which two of three processes
+share a core would else be drawn anew for every burst. Said are the median rate of tokens, and by the server without the
+page the mean of the rounds' ratios, of the rates and of the seconds that the engine's process computed, with their 95 %
+intervals (Student's t, of logarithms). Bursts are short: the pace of a shared machine differs by a tenth from second to
+second and from minute to minute alike, and only many pairs average that out. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import asyncio
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -24,6 +28,7 @@ from pathlib import Path
 
 import aiohttp
 import httpx
+import psutil
 from compare_policies import free_port
 
 from orcaserve.bench import client, measures
@@ -38,7 +43,7 @@ server.Pool = lambda *rest, **named: pool(*rest, **{**named, "timeline": None})
 from orcaserve.cli import main
 main()
 """
-KINDS = {"without the page": -1, "nobody looks on": 0, "one looks on": 1, "twenty look on": 20}
+KINDS = {"without the page": -1, "one looks on": 1, "twenty look on": 20}
 T95 = 2.09  # Student's t for 20 rounds; for more it is a little less
 
 
@@ -60,6 +65,17 @@ class Running:
             return httpx.get(f"{self.url}/ready").status_code == 200
         except httpx.TransportError:
             return False
+
+    @property
+    def engine(self) -> psutil.Process:
+        [engine] = psutil.Process(self._process.pid).children()
+        return engine
+
+    def place(self) -> None:
+        """The engine on the second core, the rest on the first."""
+        for pid, core in ((self.engine.pid, 1), (self._process.pid, 0)):
+            for thread in psutil.Process(pid).threads():
+                os.sched_setaffinity(thread.id, {core})
 
     def close(self) -> None:
         self._process.terminate()
@@ -90,46 +106,53 @@ async def watched(url: str, count: int) -> AsyncIterator[list[int]]:
                 raise SystemExit(f"somebody who looked on was cut off: {ended}")
 
 
-async def measure(server: Server, work: Work, count: int) -> float:
-    """Output tokens a second of one burst."""
+async def measure(server: Server, engine: psutil.Process, work: Work, count: int) -> tuple[float, float]:
+    """Of one burst: output tokens a second, and seconds that the engine computed."""
     async with watched(server.url, count) as got:
-        before = list(got)
+        before, spent = list(got), engine.cpu_times()
         records = await client.run(server, work)
-        if any(now == then for now, then in zip(got, before, strict=True)):
+        now = engine.cpu_times()
+        if any(after == then for after, then in zip(got, before, strict=True)):
             raise SystemExit("somebody who looked on saw nothing")
     for record in records:
         if record.error or record.output_tokens != record.max_tokens:
             raise SystemExit(record.error or f"{record.output_tokens} tokens instead of {record.max_tokens}")
-    return measures.output_rate(records) or 0.0
+    return measures.output_rate(records) or 0.0, now.user + now.system - spent.user - spent.system
 
 
-def said(name: str, rates: list[float], base: list[float]) -> str:
-    logs = [math.log(rate / other) for rate, other in zip(rates, base, strict=True)]
+def ratio(values: list[float], base: list[float]) -> str:
+    logs = [math.log(value / other) for value, other in zip(values, base, strict=True)]
     mean = statistics.mean(logs)
     half = T95 * statistics.stdev(logs) / math.sqrt(len(logs))
-    ratio = "1" if rates is base else f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f}–{math.exp(mean + half):.3f})"
-    return f"| {name} | {statistics.median(rates):.0f} | {min(rates):.0f}–{max(rates):.0f} | {ratio} |"
+    return f"{math.exp(mean):.3f} ({math.exp(mean - half):.3f}–{math.exp(mean + half):.3f})"
 
 
-async def rounds(arguments: argparse.Namespace, urls: dict[str, str]) -> dict[str, list[float]]:
+def said(name: str, found: dict[str, list[tuple[float, float]]]) -> str:
+    rates, seconds = map(list, zip(*found[name], strict=True))
+    base_rates, base_seconds = map(list, zip(*found["without the page"], strict=True))
+    return f"| {name} | {statistics.median(rates):.0f} | {ratio(rates, base_rates)} | {ratio(seconds, base_seconds)} |"
+
+
+async def rounds(arguments: argparse.Namespace, running: dict[str, Running]) -> dict[str, list[tuple[float, float]]]:
     work = spec.make(arguments.workload, vocab=arguments.vocab, seed=arguments.seed)
-    servers = {name: await client.usable(Server(name, url), work) for name, url in urls.items()}
-    found: dict[str, list[float]] = {name: [] for name in KINDS}
+    servers = {name: await client.usable(Server(name, one.url), work) for name, one in running.items()}
+    engines = {name: one.engine for name, one in running.items()}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
     names = list(KINDS)
     for number in range(arguments.rounds):
         turn = number % len(names)
         order = names[turn:] + names[:turn]
         for name in order if number // len(names) % 2 == 0 else reversed(order):
-            server = servers["without" if KINDS[name] < 0 else "with"]
-            found[name].append(await measure(server, work, KINDS[name]))
+            which = "without" if KINDS[name] < 0 else "with"
+            found[name].append(await measure(servers[which], engines[which], work, KINDS[name]))
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--workload", default="burst:in=16,out=64,n=64")
+    parser.add_argument("--rounds", type=int, default=250)
+    parser.add_argument("--workload", default="burst:in=16,out=32,n=64")
     parser.add_argument("--vocab", type=int, default=3072)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="also write every rate as JSON")
@@ -141,15 +164,16 @@ def main() -> None:
     try:
         for name, program in (("without", ("-c", WITHOUT)), ("with", ("-m", "orcaserve"))):
             running[name] = Running(*program, options=arguments.serve)
-        urls = {name: one.url for name, one in running.items()}
-        found = client.in_loop(rounds(arguments, urls))
+            running[name].place()
+        os.sched_setaffinity(0, {0})
+        found = client.in_loop(rounds(arguments, running))
     finally:
         for one in running.values():
             one.close()
-    print("| | output tokens/s, median | lowest and highest | by the one without the page |")
+    print("| | output tokens/s, median | by the one without the page | seconds of the engine by the one without |")
     print("|---|---|---|---|")
-    for name, rates in found.items():
-        print(said(name, rates, found["without the page"]))
+    for name in found:
+        print(said(name, found))
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=1))
 
