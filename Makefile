@@ -60,7 +60,7 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "OrcaServe needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 
-# pip compiles on one core what it installs. A server imports a quarter of it, and the rest would be 150 MB on disk.
+# pip compiles on one core what it installs. A server imports a fifth of it, and the rest would be 150 MB on disk.
 IMPORTED = orcaserve.serve.server, orcaserve.serve.engine_process, orcaserve.executors.build
 # Tests use it all; a file that is no Python 3 is none of ours.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1 || true

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import httpx
 import uvicorn
-from compare_policies import free_port
+from serving import free_port
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse

@@ -13,50 +13,28 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import socket
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
-import httpx
 import msgspec
+from serving import Serving
 
 from orcaserve.bench import client, measures, workloads
 from orcaserve.bench.client import Server
 from orcaserve.bench.workloads import Work
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def measure(arguments: argparse.Namespace, policy: str, work: Work) -> dict[str, float]:
-    port = free_port()
-    command = [sys.executable, "-m", "orcaserve", "serve", str(arguments.model), "--port", str(port)]
-    command += ["--policy", policy, "--max-batch-size", str(arguments.max_batch_size), *arguments.serve]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603
+    size = str(arguments.max_batch_size)
+    serving = Serving([str(arguments.model), "--policy", policy, "--max-batch-size", size, *arguments.serve])
     try:
-        url = f"http://127.0.0.1:{port}"
-        while True:
-            if process.poll() is not None:
-                raise SystemExit(f"the server ended with exit code {process.returncode}")
-            try:
-                if httpx.get(f"{url}/ready").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-        server = Server(policy, url, concurrency=arguments.concurrency)
+        server = Server(policy, serving.url, concurrency=arguments.concurrency)
         warm = workloads.make("decode-2", vocab=arguments.vocab, seed=99, round=0)
         asyncio.run(client.run(server, warm))
         records = asyncio.run(client.run(server, work))
     finally:
-        process.terminate()
-        process.wait(60)
+        serving.close()
     for record in records:
         if record.error or record.output_tokens != record.max_tokens:
             raise SystemExit(record.error or f"{record.output_tokens} tokens instead of {record.max_tokens}")

@@ -11,7 +11,7 @@ import sys
 import time
 
 import httpx
-from compare_policies import free_port
+from serving import free_port
 
 
 def first_token(url: str, server: subprocess.Popen) -> str:

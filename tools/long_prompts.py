@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from predict import Serving
+from serving import Serving
 
 from orcaserve.bench import client
 from orcaserve.bench.client import INTERRUPTED, Record, Reply, Server, servers_from

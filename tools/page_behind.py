@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from page_cost import Running
+from serving import Serving
 
 from orcaserve.bench import client, measures
 from orcaserve.bench.client import Server
@@ -27,32 +27,23 @@ from browser import CHROMIUM, Browser
 
 # Reads along what the page reads, and notes for each message how old its oldest iteration is once a frame is drawn.
 LISTEN = """
-window.behind = []; window.crowd = 0;
+window.behind = [];
 const get = window.fetch;
 window.fetch = async (...asked) => {
   const response = await get(...asked);
   if (!String(asked[0]).startsWith("/page/events")) return response;
   const [theirs, ours] = response.body.tee();
   (async () => {
-    const reader = ours.pipeThrough(new TextDecoderStream()).getReader();
-    let rest = "", offset = null;
-    for (;;) {
-      const { done, value } = await reader.read();
-      if (done) return;
-      const parts = (rest + value).split("\\n\\n");
-      rest = parts.pop();
-      for (const part of parts) {
-        const line = part.split("\\n").find((line) => line.startsWith("data:"));
-        if (!line) continue;
-        const message = JSON.parse(line.slice(5));
-        const isFirst = offset === null;
-        if (message.hello) offset = message.hello.unix_time - message.hello.now;
-        const iterated = message.events.filter((event) => event.type === "iterated");
-        if (isFirst || !iterated.length) continue; // the first message is what there was before
-        const oldest = Math.min(...iterated.map((event) => event.at)) + offset;
-        const running = Math.max(...iterated.map((event) => event.running));
-        requestAnimationFrame(() => setTimeout(() => window.behind.push([running, Date.now() / 1000 - oldest])));
-      }
+    const { events } = await import("/feed.js");
+    let offset = null;
+    for await (const message of events(new Response(ours))) {
+      const isFirst = offset === null;
+      if (message.hello) offset = message.hello.unix_time - message.hello.now;
+      const iterated = message.events.filter((event) => event.type === "iterated");
+      if (isFirst || !iterated.length) continue; // the first message is what there was before
+      const oldest = Math.min(...iterated.map((event) => event.at)) + offset;
+      const running = Math.max(...iterated.map((event) => event.running));
+      requestAnimationFrame(() => setTimeout(() => window.behind.push([running, Date.now() / 1000 - oldest])));
     }
   })();
   return new Response(theirs, { status: response.status, headers: response.headers });
@@ -69,9 +60,9 @@ def main() -> None:
     if CHROMIUM is None:
         raise SystemExit("there is no Chromium: apt-get install chromium")
     size = str(arguments.running)
-    running = Running("-m", "orcaserve", options=["--threads", "1", "--max-batch-size", size])
+    serving = Serving(["--threads", "1", "--max-batch-size", size])
     ended = threading.Event()
-    server = Server("ours", running.url)
+    server = Server("ours", serving.url)
     work = spec.make(f"burst:in=16,out=200,n={3 * arguments.running}", vocab=arguments.vocab, seed=0)
 
     async def load() -> None:
@@ -85,7 +76,7 @@ def main() -> None:
         with Browser() as browser:
             browser.size(1400, 1000)
             browser.call("Page.addScriptToEvaluateOnNewDocument", source=LISTEN)
-            browser.open(running.url)
+            browser.open(serving.url)
             time.sleep(arguments.seconds)
             found = browser.run("window.behind")
             if browser.errors:
@@ -93,7 +84,7 @@ def main() -> None:
     finally:
         ended.set()
         thread.join()
-        running.close()
+        serving.close()
     late = [seconds for count, seconds in found if count == arguments.running]
     if not late:
         raise SystemExit(f"there never were {arguments.running} requests at a time")

@@ -19,17 +19,14 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
-import httpx
 import psutil
-from compare_policies import free_port
+from serving import Serving
 
 from orcaserve.bench import client, measures
 from orcaserve.bench.client import Server
@@ -47,39 +44,16 @@ KINDS = {"without the page": -1, "one looks on": 1, "twenty look on": 20}
 T95 = 2.09  # Student's t for 20 rounds; for more it is a little less
 
 
-class Running:
-    """A server; owner of its process. program: what Python runs."""
+def engine_of(serving: Serving) -> psutil.Process:
+    [engine] = psutil.Process(serving.pid).children()
+    return engine
 
-    def __init__(self, *program: str, options: list[str]) -> None:
-        port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, *program, "serve", *options, "--port", str(port)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603
-        while not self._is_ready():
-            if self._process.poll() is not None:
-                raise SystemExit(f"the server ended with exit code {self._process.returncode}")
-            time.sleep(0.2)
 
-    def _is_ready(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/ready").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    @property
-    def engine(self) -> psutil.Process:
-        [engine] = psutil.Process(self._process.pid).children()
-        return engine
-
-    def place(self) -> None:
-        """The engine on the second core, the rest on the first."""
-        for pid, core in ((self.engine.pid, 1), (self._process.pid, 0)):
-            for thread in psutil.Process(pid).threads():
-                os.sched_setaffinity(thread.id, {core})
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(60)
+def place(serving: Serving) -> None:
+    """The engine on the second core, the rest on the first."""
+    for pid, core in ((engine_of(serving).pid, 1), (serving.pid, 0)):
+        for thread in psutil.Process(pid).threads():
+            os.sched_setaffinity(thread.id, {core})
 
 
 @asynccontextmanager
@@ -133,10 +107,10 @@ def said(name: str, found: dict[str, list[tuple[float, float]]]) -> str:
     return f"| {name} | {statistics.median(rates):.0f} | {ratio(rates, base_rates)} | {ratio(seconds, base_seconds)} |"
 
 
-async def rounds(arguments: argparse.Namespace, running: dict[str, Running]) -> dict[str, list[tuple[float, float]]]:
+async def rounds(arguments: argparse.Namespace, running: dict[str, Serving]) -> dict[str, list[tuple[float, float]]]:
     work = spec.make(arguments.workload, vocab=arguments.vocab, seed=arguments.seed)
     servers = {name: await client.usable(Server(name, one.url), work) for name, one in running.items()}
-    engines = {name: one.engine for name, one in running.items()}
+    engines = {name: engine_of(one) for name, one in running.items()}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in KINDS}
     names = list(KINDS)
     for number in range(arguments.rounds):
@@ -160,11 +134,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 20:
         parser.error("an interval takes 20 rounds or more")
-    running: dict[str, Running] = {}
+    running: dict[str, Serving] = {}
     try:
         for name, program in (("without", ("-c", WITHOUT)), ("with", ("-m", "orcaserve"))):
-            running[name] = Running(*program, options=arguments.serve)
-            running[name].place()
+            running[name] = Serving(arguments.serve, program=program)
+            place(running[name])
         os.sched_setaffinity(0, {0})
         found = client.in_loop(rounds(arguments, running))
     finally:

@@ -19,18 +19,15 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
 import msgspec
+from serving import Serving
 
 from orcaserve.bench import client, measures, simulation
 from orcaserve.bench.client import Record, Reply, Server
@@ -47,31 +44,6 @@ LEARN = "poisson:rate=30,in=32-512,out=1-128,n=100 + burst:in=16-600,out=1-60,n=
 RUNS = 2
 DRAWS = 15
 PREDICT = "poisson:rate=RATE,in=32-400,out=20-100,n=70"
-
-
-class Serving:
-    """`orcaserve serve` with a step log; owner of the process."""
-
-    def __init__(self, options: Sequence[str], log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "orcaserve", "serve", *options, "--port", str(port), "--step-log", str(log)]
-        self.url = f"http://127.0.0.1:{port}"
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603
-        while True:
-            if self._process.poll() is not None:
-                raise SystemExit(f"the server ended with exit code {self._process.returncode}")
-            try:
-                if httpx.get(f"{self.url}/ready").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.2)
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(60)
 
 
 def measure(work: Work, options: Sequence[str], vocab: int, keep: Path | None = None) -> tuple[list[Record], Log]:

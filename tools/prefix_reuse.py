@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-from predict import Serving
+from serving import Serving
 
 from orcaserve.bench import client, measures
 from orcaserve.bench.client import Server, servers_from

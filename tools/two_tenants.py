@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
-from predict import Serving
+from serving import Serving
 
 from orcaserve.bench import client, measures
 from orcaserve.bench.client import Record, Server, servers_from

@@ -58,11 +58,7 @@ class Trial(msgspec.Struct, frozen=True):
         return sum(sample.seconds for sample in self.samples)
 
 
-def nothing() -> None:
-    """For whom nobody watches."""
-
-
-def drive(engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None] = nothing) -> Trial:
+def drive(engine: Engine, work: Work, setup: Setup, on_end: Callable[[], None] = lambda: None) -> Trial:
     """Runs a workload to its end; requests are greedy and get exactly the tokens they are to get.
 
     Raises BenchError for a request that the model or the KV memory can never hold, or that failed.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from orcaserve.bench.client import BenchError
-from orcaserve.bench.paper.drive import Run, Trial, drive, nothing
+from orcaserve.bench.paper.drive import Run, Trial, drive
 from orcaserve.bench.paper.engine import Engine, Setup
 from orcaserve.bench.workloads import Work
 from orcaserve.core.batch import Batch, StepResult
@@ -19,7 +19,7 @@ from orcaserve.engine.executor import Executor, Pending
 
 
 def drive_in_turn(
-    engine: Engine, work: Work, setups: Sequence[Setup], on_end: Callable[[], None] = nothing
+    engine: Engine, work: Work, setups: Sequence[Setup], on_end: Callable[[], None] = lambda: None
 ) -> list[Trial]:
     """Runs a workload once under each setup, in turn: whose requests have got the least of their tokens goes next.
 
