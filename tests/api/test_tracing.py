@@ -186,7 +186,7 @@ def test_a_request_is_a_span_of_its_parent_and_its_phases_add_up(traced: tuple[R
 
 
 def test_preemptions_stand_where_they_happened(model_dir: Path, receiver: Receiver) -> None:
-    engine = ("--blocks", "14", "--step-seconds", "0.002", "--max-model-len", "200")
+    engine = ("--blocks", "14", "--step-seconds", "0.01", "--max-model-len", "200")
 
     def ask(index: int) -> Any:
         body = {"prompt": [7 + index] * 40, "max_tokens": 60, "ignore_eos": True, "include_timing": True}
