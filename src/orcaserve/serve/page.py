@@ -1,7 +1,7 @@
 """`Page`: the live page at `/`, its feed, and what it can ask for: cancelling, comparing, a trace.
 
 All but the page's files is the operator's alone, since it tells of everybody's requests. The feed is one stream: who
-looks on is given the same bytes, about ten times a second, and nothing is made while nobody looks on.
+looks on is given the same bytes, about twenty times a second, and nothing is made while nobody looks on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from orcaserve.serve.trace import chrome_trace
 
 Answer = Response | EventStream
 
-TICK_SECONDS = 0.1
+TICK_SECONDS = 0.05
 BEAT_SECONDS = 5.0  # a sign of life while nothing happens
 _MOST_BODY = 1024
 _MOST_BEHIND = 4096  # events that one who is slow, or has been away, is still given; else it begins anew

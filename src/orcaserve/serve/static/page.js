@@ -310,26 +310,35 @@ function figures() {
   set("f-kv", now.total ? `${(100 * now.held / now.total).toFixed(now.held && now.held < now.total / 10 ? 1 : 0)} %` : "–");
   set("f-tokens", now.tokens.toFixed(now.tokens && now.tokens < 10 ? 1 : 0));
   set("f-iterations", now.iterations.toFixed(now.iterations && now.iterations < 10 ? 1 : 0));
-  set("kv-note", now.total ? `${now.held} of ${now.total} blocks` : "");
 }
 
-// What need not be drawn ten times a second.
-function slow() {
+// What need not be drawn with every message: each part twice a second, one at a time, so that none holds up a frame.
+const parts = [
+  queue,
+  () => {
+    const each = draw.blocks($("blocks"), state.owners, colour);
+    const now = state.figures;
+    set("kv-note", now.total ? `${now.held} of ${now.total} blocks` + (each > 1 ? `, ${each} to a square` : "") : "");
+  },
+  () => {
+    draw.rates($("rate"), state.rate, state.now, colour);
+    const last = state.rate[state.rate.length - 2];
+    set("rate-note", last && state.now - last[0] < 4 ? `${last[1]} generated, ${last[2]} read` : "");
+  },
+  () => { draw.heat($("ttft"), state.ttft, state.now, 0.001, 5, colour); set("ttft-note", quantiles(state.ttft)); },
+  () => { draw.heat($("itl"), state.itl, state.now, 0.001, 4, colour); set("itl-note", quantiles(state.itl)); },
+  table,
+];
+let nextPart = 0;
+
+function drawPart() {
   if (document.hidden || !state.hello) return;
-  figures();
-  if ($("live").hidden) return;
-  queue();
-  const each = draw.blocks($("blocks"), state.owners, colour);
-  if (each > 1) set("kv-note", $("kv-note").textContent + `, ${each} to a square`);
-  draw.rates($("rate"), state.rate, state.now, colour);
-  draw.heat($("ttft"), state.ttft, state.now, 0.001, 5, colour);
-  draw.heat($("itl"), state.itl, state.now, 0.001, 4, colour);
-  set("ttft-note", quantiles(state.ttft));
-  set("itl-note", quantiles(state.itl));
-  const last = state.rate[state.rate.length - 2];
-  set("rate-note", last && state.now - last[0] < 4 ? `${last[1]} generated, ${last[2]} read` : "");
-  table();
+  if (nextPart === 0) figures();
+  if (!$("live").hidden) parts[nextPart]();
+  nextPart = (nextPart + 1) % parts.length;
 }
+
+function slow() { for (const _ of parts) drawPart(); }
 
 // -- the comparison -----------------------------------------------------------------------------------------------
 
@@ -416,7 +425,7 @@ for (const change of ["(prefers-color-scheme: dark)", "(min-resolution: 2dppx)"]
 new ResizeObserver(() => { dirty = true; drawPanels(); slow(); }).observe(document.querySelector("main"));
 document.addEventListener("visibilitychange", () => { dirty = true; slow(); });
 setInterval(() => { if (view.byTime && view.paused === null && state.requests.size) dirty = true; }, 100);
-setInterval(slow, 500);
+setInterval(drawPart, 500 / parts.length);
 requestAnimationFrame(frame);
 follow(state, {
   link,
