@@ -283,6 +283,8 @@ def test_who_is_held_while_no_engine_is_there_waits(tmp_path: Path) -> None:
             loading.touch()
             kill(pool, 0)
             await until(lambda: pool.state == "restarting", "its death is known")
+            # What it said last stands until it has been reaped.
+            await until(lambda: (pool.stats.num_running, pool.stats.num_waiting) == (0, 3), "they are held")
             streams.append(submit(pool, Wish((1,), 4, 5)))
             assert (pool.stats.num_running, pool.stats.num_waiting) == (0, 4)
             loading.unlink()
