@@ -65,7 +65,8 @@ def test_a_client_that_hangs_up_frees_its_blocks(model_dir: Path, stream: bool) 
             request = other.build_request("POST", "/v1/completions", json={**LONG, "stream": stream, "n": 3})
             if stream:
                 response = other.send(request, stream=True)
-                next(response.iter_raw())
+                body = response.iter_raw()  # held, since it hangs up where it is collected
+                next(body)
             else:
                 with pytest.raises(httpx.ReadTimeout):
                     request.extensions["timeout"] = {"connect": 5, "read": 0.3, "write": 5, "pool": 5}
