@@ -200,7 +200,8 @@ def frontend() -> list[str]:
         answer = stack.enter_context(
             server.client.stream("POST", "/v1/completions", json={"prompt": "The", "max_tokens": 500, "stream": True})
         )
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # held, since it hangs up where it is collected
+        next(lines)
         left = _left_of(server.process, temporary)
         with contextlib.suppress(httpx.TransportError):
             httpx.get(f"{server.url}/health", timeout=5)
