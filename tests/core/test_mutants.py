@@ -362,17 +362,31 @@ class SwapKeepsThePrefixOfAReusedSlot(CheckedScheduler):
             slots.take = take
 
 
+class ForgetsWhoReads(CheckedScheduler):
+    def schedule(self, now: float = 0.0) -> Batch | None:
+        self.kv.readers.clear()
+        return super().schedule(now)
+
+
+class RemembersWhoRead(CheckedScheduler):
+    def _drop(self, request: Request) -> None:
+        reads = request.id in self.kv.readers
+        super()._drop(request)
+        if reads:
+            self.kv.readers[request.id] = request
+
+
 class HoldsBackForAnybody(CheckedScheduler):
     def __init__(self, config: SchedulerConfig) -> None:
         super().__init__(config)
-        self.kv.awaits = lambda request, running: True
+        self.kv.awaits = lambda request: True
 
 
 class LosesWhoIsHeldBack(CheckedScheduler):
     def __init__(self, config: SchedulerConfig) -> None:
         super().__init__(config)
         add = self.waiting.add
-        self.waiting.add = lambda request: None if self.kv.awaits(request, self.running) else add(request)
+        self.waiting.add = lambda request: None if self.kv.awaits(request) else add(request)
 
 
 class CountsOnMoreThanThereIs(CheckedScheduler):

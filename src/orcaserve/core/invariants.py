@@ -43,6 +43,20 @@ def _check_pool(scheduler: Scheduler) -> None:
     )
     published = {prefix[0]: block for block, prefix in enumerate(pool.prefixes) if prefix is not None}
     require(published == pool.index, "the prefix index and the blocks' prefixes say the same")
+    _check_readers(scheduler)
+
+
+def _check_readers(scheduler: Scheduler) -> None:
+    kv = scheduler.kv
+    if not kv.prefix_cache:
+        return
+    for request in scheduler.running:
+        is_reader = kv.readers.get(request.id) is request
+        behind = request.num_published < (request.num_tokens - 1) // kv.block_size
+        require(is_reader or not behind, "who runs and has yet to publish full blocks is known to read them")
+    for reader in kv.readers.values():
+        behind = reader.num_published < reader.num_tokens // kv.block_size
+        require(bool(reader.block_table) and behind, "who is known to read full blocks runs and has yet to publish one")
 
 
 def _check_swap(scheduler: Scheduler) -> None:

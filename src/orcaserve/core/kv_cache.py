@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from struct import pack
 
@@ -29,6 +29,7 @@ class KVCacheManager:
         self.swap = None if swap is None else SwapSlots(swap, block_size)
         self.block_size = block_size
         self.prefix_cache = prefix_cache
+        self.readers: dict[int, Request] = {}  # who has blocks, and knows full ones that are yet to be published
         self.num_queries = 0  # tokens looked up in the prefix cache
         self.num_hits = 0  # tokens found there
 
@@ -61,6 +62,8 @@ class KVCacheManager:
         if self.prefix_cache:
             self.num_queries += request.num_tokens
             self.num_hits += cached
+            if request.num_published < request.num_tokens // self.block_size:
+                self.readers[request.id] = request
         return True
 
     def who_gives(
@@ -100,8 +103,8 @@ class KVCacheManager:
         """Tokens of a request without blocks that the prefix cache or the swap space would spare it now."""
         return max(request.num_computed, len(self._cached_prefix(request)) * self.block_size)
 
-    def awaits(self, request: Request, running: Iterable[Request]) -> bool:
-        """Whether one that runs is computing the next full block that a request without blocks needs.
+    def awaits(self, request: Request) -> bool:
+        """Whether one that runs is reading the next full block that a request without blocks needs.
 
         Then it will be in the prefix cache, unless that one is preempted or ends before.
         """
@@ -109,7 +112,8 @@ class KVCacheManager:
             return False
         count = (request.num_tokens - 1) // self.block_size
         # Keys are chained: who will publish a later block that both need has the same key at its next one.
-        alike = [other for other in running if self._will_publish(other, other.num_published, request, count)]
+        readers = self.readers.values()
+        alike = [other for other in readers if self._will_publish(other, other.num_published, request, count)]
         if not alike:  # as nearly always, and then the prefix need not be looked up
             return False
         at = len(self._cached_prefix(request))
@@ -151,6 +155,8 @@ class KVCacheManager:
                 keys.append(next_key(keys[-1] if keys else first_key(request.new.cache_salt), block))
             self.pool.publish(request.block_table[i], keys[i], block)
         request.num_published = full
+        if full == request.num_tokens // self.block_size:
+            self.readers.pop(request.id, None)
 
     def free(self, request: Request) -> None:
         """Takes all blocks back, and its room in the swap space."""
@@ -165,6 +171,7 @@ class KVCacheManager:
             self.pool.release(block)
         request.block_table = []
         request.num_published = 0
+        self.readers.pop(request.id, None)
 
     def _taken(self, hits: list[int], num_tokens: int) -> int:
         """Free blocks that go to a request of so many tokens whose prefix is known in `hits`."""

@@ -136,7 +136,7 @@ class Waiting:
 
     def remove(self, request: Request) -> None:
         lane = self._lanes[request.lane]
-        at = _find(lane, (request.key, request.arrival))
+        at = 0 if lane[0] is request else _find(lane, (request.key, request.arrival))
         del lane[at]
         self._count -= 1
         if not lane:

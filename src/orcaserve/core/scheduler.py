@@ -264,10 +264,10 @@ class Scheduler:
             if before is not None and (
                 self._place(request) > before
                 or len(self.running) >= most * self.budget.lanes
-                or self.kv.awaits(request, self.running)
+                or self.kv.awaits(request)
             ):
                 break
-            if len(self.passed) < most and self.kv.awaits(request, self.running):
+            if len(self.passed) < most and self.kv.awaits(request):
                 self.waiting.remove(request)
                 self.passed.append(request)
                 continue
@@ -440,10 +440,12 @@ class Scheduler:
         self.waiting.add(request)
 
     def _run(self, request: Request) -> None:
-        if self.order.moved:  # they are put in order before the next batch anyway
-            self.running.append(request)
+        running = self.running
+        # As nearly always it is the last; and if they have moved, they are put in order before the next batch anyway.
+        if self.order.moved or not running or self._place(running[-1]) < self._place(request):
+            running.append(request)
         else:
-            insort(self.running, request, key=self._place)
+            insort(running, request, key=self._place)
 
     def _put_in_order(self) -> None:
         if self.order.moved:
@@ -468,7 +470,7 @@ class Scheduler:
                 decisions.waits(Waits(id=id, why="preemption", by=decisions.preempted_for))
             elif has_begun:
                 decisions.waits(Waits(id=id, why="closed"))
-            elif self.kv.awaits(self.waiting.first, self.running):
+            elif self.kv.awaits(self.waiting.first):
                 decisions.waits(Waits(id=id, why="prefix"))
             elif decisions.lacking is not None:
                 decisions.waits(Waits(id=id, why="memory", by=decisions.lacking))
