@@ -2,10 +2,11 @@
 
 First the capacity is measured: requests a second that are answered while every client sends its next one when the last
 one is answered. Then Poisson arrivals at 1, 2, 5 and 10 times that rate come, whatever is answered. Each request says
-by when its first token is due (x-slo-ttft-ms). Goodput counts responses whose first token came by then, from when the
-request was due, and whose tokens came quickly enough. A refusal's time is from when it was sent until all of it was
-there. After each load a request is sent every quarter of a second: all is normal again with the first of three in a row
-whose first token takes at most twice as long as on the idle server, and 50 ms.
+by when its first token is due (x-slo-ttft-ms). The loads come in turn, a third of their time each, three times over, as
+a machine's own pace may change by a tenth within minutes, and they are compared. Goodput counts responses whose first
+token came by then, from when the request was due, and whose tokens came quickly enough. A refusal's time is from when
+it was sent until all of it was there. After each load a request is sent every quarter of a second: all is normal again
+with the first of three in a row whose first token takes at most twice as long as on the idle server, and 50 ms.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import asyncio
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -45,7 +46,10 @@ HEADERS = {"x-slo-ttft-ms": f"{1000 * LIMITS['ttft']:.0f}"}
 
 @dataclass(frozen=True)
 class Load:
-    """What came of one load. refusals: seconds of each 429. late: seconds that the client itself was (p99)."""
+    """What came of one load. refusals: seconds of each 429. late: seconds that the client itself was (p99).
+
+    recovery: of its turns the longest; None: after one of them it was not seen.
+    """
 
     factor: int
     sent: int
@@ -63,6 +67,15 @@ class Load:
     @property
     def refusal_p99(self) -> float | None:
         return measures.quantile(self.refusals, 0.99)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A part of a load's time."""
+
+    records: list[Record]
+    recovery: float | None
+    client_cpu: float
 
 
 def torture(setup: Setup) -> Iterator[Outcome]:
@@ -96,7 +109,8 @@ def _served(setup: Setup) -> Iterator[str]:
 class _Run:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._seconds = setup.size("seconds", 1, 180)
+        self._turns = setup.size("turns", 1, 3)
+        self._seconds = setup.size("seconds", 1, 180) / self._turns
         self._clients = setup.size("clients", 8, 64)
         self._lengths = "in=8-32,out=4-16" if setup.scale == "short" else "in=32-256,out=64-256"
         self._factors = (1, 10) if setup.scale == "short" else (1, 2, 5, 10)
@@ -108,7 +122,11 @@ class _Run:
         idle = statistics.median([wait for wait in waits if wait is not None])
         capacity = await self._capacity(server)
         normal = 2 * idle + 0.05
-        return [await self._load(server, capacity, factor, normal) for factor in self._factors], capacity
+        turns: dict[int, list[_Turn]] = {factor: [] for factor in self._factors}
+        for number in range(self._turns):
+            for factor, of in turns.items():
+                of.append(await self._turn(server, capacity, factor, normal, number))
+        return [_summed(factor, of) for factor, of in turns.items()], capacity
 
     def _work(self, rate: float, count: int, *names: object) -> Work:
         seed = self._setup.random("R6", *names).randrange(1 << 30)
@@ -129,18 +147,18 @@ class _Run:
                 return len(busy) / (busy[-1] - ends[0])
             count *= 2
 
-    async def _load(self, server: Server, capacity: float, factor: int, normal: float) -> Load:
+    async def _turn(self, server: Server, capacity: float, factor: int, normal: float, turn: int) -> _Turn:
         rate = factor * capacity
-        work = self._work(rate, int(2 * rate * self._seconds) + 1, factor)
+        work = self._work(rate, int(2 * rate * self._seconds) + 1, factor, turn)
         replies = [Reply(item) for item in work.items if item.at <= self._seconds]
-        probes = list(map(_now, self._work(1, 300, "probes", factor).items))
+        probes = list(map(_now, self._work(1, 300, "probes", factor, turn).items))
         cpu = time.process_time()
         load = asyncio.create_task(client.send(server, replies, headers=HEADERS))
         await asyncio.sleep(self._seconds)
         cpu = (time.process_time() - cpu) / self._seconds
         recovery = await _recovery(server, probes, normal, self._setup.size("patience", 2, 60))
         await load
-        return _summed(factor, [reply.record() for reply in replies], recovery, cpu)
+        return _Turn([reply.record() for reply in replies], recovery, cpu)
 
 
 def _now(item: Item) -> Item:
@@ -175,7 +193,10 @@ async def _recovery(server: Server, items: list[Item], normal: float, patience: 
     return None
 
 
-def _summed(factor: int, records: list[Record], recovery: float | None, cpu: float) -> Load:
+def _summed(factor: int, turns: Sequence[_Turn]) -> Load:
+    records = [record for turn in turns for record in turn.records]
+    recoveries = [turn.recovery for turn in turns]
+    known = [recovery for recovery in recoveries if recovery is not None]
     kinds = [record.error_kind for record in records]
     refused = [record for record in records if record.error_kind == "HTTP 429"]
     others = {None, "HTTP 429", "HTTP 408"}
@@ -189,9 +210,9 @@ def _summed(factor: int, records: list[Record], recovery: float | None, cpu: flo
         expired=kinds.count("HTTP 408"),
         server_errors=sum(kind is not None and kind.startswith("HTTP 5") for kind in kinds),
         others=tuple(record.error or "" for record in records if record.error_kind not in others),
-        recovery=recovery,
+        recovery=max(known) if len(known) == len(recoveries) else None,
         late=measures.quantile([record.sent - record.due for record in records], 0.99) or 0.0,
-        client_cpu=cpu,
+        client_cpu=statistics.mean(turn.client_cpu for turn in turns),
     )
 
 
