@@ -61,16 +61,17 @@ CONFIGS = {
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """Small random checkpoints, as transformers saves them."""
-    made = {}
-    for name, config in CONFIGS.items():
-        torch.manual_seed(0)
-        made[name] = tmp_path_factory.mktemp(name)
-        model = AutoModelForCausalLM.from_config(config())
-        for parameter in model.parameters():  # far from uniform, so that a slip changes tokens
-            if parameter.dim() > 1:
-                parameter.data.mul_(3.0)
-        model.save_pretrained(made[name])
-    return made
+    return {name: save_random(config(), tmp_path_factory.mktemp(name)) for name, config in CONFIGS.items()}
+
+
+def save_random(config, folder):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # far from uniform, so that a slip changes tokens
+        if parameter.dim() > 1:
+            parameter.data.mul_(3.0)
+    model.save_pretrained(folder)
+    return folder
 
 
 def on_device(folder, device, dtype=torch.float32, numerics="invariant", batch=4, tokens=64, kv_dtype="auto"):
@@ -110,7 +111,7 @@ class Clients:
             self.open -= output.finish_reason is not None
 
 
-def serve(executor, requests, *, batch=4, tokens=64, blocks=24, overlap=True):
+def serve(executor, requests, *, batch=4, tokens=64, blocks=24, overlap=True, depth=1):
     executor.forget_all()
     scheduler = CheckedScheduler(
         SchedulerConfig(
@@ -119,7 +120,7 @@ def serve(executor, requests, *, batch=4, tokens=64, blocks=24, overlap=True):
             max_batch_tokens=tokens,
             num_blocks=blocks,
             block_size=64,
-            depth=2 if overlap else 1,
+            depth=2 if overlap else depth,
             overlap=overlap,
         )
     )

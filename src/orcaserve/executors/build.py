@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.executors.distributed import DistributedExecutor, start_workers
 from orcaserve.executors.loading import check_files, load_part, policy_of
@@ -35,15 +37,18 @@ def build(
     """
     policy_of(options)
     device = find_device(options)
+    is_shared = options.tensor_parallel * options.pipeline_parallel * options.nnodes > 1
     if device.type == "cuda":
         from orcaserve.executors.device import build_device  # Triton comes with it, an extra
+        from orcaserve.executors.device_part import device_block
 
-        return build_device(options, device, progress)
+        options = msgspec.structs.replace(options, device="cuda", block_size=device_block(options.block_size))
+        return start_workers(options, progress, on_lost) if is_shared else build_device(options, device, progress)
     available = available_memory(most=options.memory)
     if options.nnodes == 1:
         check_files(options, available)
-    if options.tensor_parallel * options.pipeline_parallel * options.nnodes > 1:
-        return start_workers(options, progress, on_lost)
+    if is_shared:
+        return start_workers(msgspec.structs.replace(options, device="cpu"), progress, on_lost)
 
     threads = options.threads or usable_cpus()
     started = time.monotonic()

@@ -130,7 +130,10 @@ class _Awaited:
 def start_workers(
     options: EngineOptions, progress: OnProgress | None, on_lost: OnLost | None
 ) -> tuple[DistributedExecutor, EngineInfo]:
-    """Starts a process for each rank, on this host and on those that join it. See `build` for the rest."""
+    """Starts a process for each rank, on this host and on those that join it. See `build` for the rest.
+
+    options.device: "cuda" has each rank take a GPU of its host, in turn; else they compute on the CPU.
+    """
     started = time.monotonic()
     config = read_config(options.model)
     places = make_places(config, options)
@@ -189,6 +192,8 @@ def start_workers(
         block_size=options.block_size,
         num_blocks=num_blocks,
         profile=loaded[0].profile,
+        deterministic=loaded[0].deterministic,
+        device="gpu" if options.device == "cuda" else "cpu",
         swap=swap,
         threads=sum(one.threads for one in loaded),
         budget=_budget(places, loaded),
@@ -223,7 +228,8 @@ def make_places(config: ModelConfig, options: EngineOptions) -> tuple[Place, ...
             cut = stages.equal(config.num_layers, pipeline)
         else:
             shape = shape_of(config, Path(options.model).name, quantization=options.quantization)
-            cut = stages.balanced(shape, hardware("zen4-core"), pipeline, tensor)
+            on = hardware("H100" if options.device == "cuda" else "zen4-core")
+            cut = stages.balanced(shape, on, pipeline, tensor)
     except ValueError as error:
         raise ModelError(f"the model cannot be cut into {pipeline} stages: {error}") from error
     return tuple(Place(rank, tensor, cut) for rank in range(len(cut) * tensor))

@@ -43,13 +43,17 @@ class StoreAt(msgspec.Struct, frozen=True):
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Load this rank's part. available: bytes of memory for this rank; threads: that it computes with."""
+    """Load this rank's part. available: bytes of memory for this rank; threads: that it computes with.
+
+    device: where, as torch names it. `options.device` says which kernels are used there: "cuda" means those of a GPU.
+    """
 
     options: EngineOptions
     place: Place
     store: StoreAt
     available: int
     threads: int
+    device: str = "cpu"
 
 
 class MakeCache(msgspec.Struct, frozen=True, tag=True):
@@ -60,7 +64,7 @@ class MakeCache(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """A rank has its weights. num_blocks … budget: what it has room for. profile, dtype: its own."""
+    """A rank has its weights. num_blocks … budget: what it has room for. profile … deterministic: its own."""
 
     num_blocks: int
     num_slots: int
@@ -68,6 +72,7 @@ class Loaded(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     budget: tuple[BudgetLine, ...]
     profile: str
     dtype: str
+    deterministic: bool
     threads: int
 
 

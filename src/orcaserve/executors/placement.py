@@ -15,25 +15,31 @@ def find_device(options: EngineOptions) -> torch.device:
     """Where a model runs. Raises ModelError for a GPU that is not there, or an option that it has no kernels for."""
     there = torch.cuda.is_available() and find_spec("triton") is not None
     row = find_row(read_raw_config(Path(options.model)))
-    others = (
-        options.tensor_parallel * options.pipeline_parallel * options.nnodes > 1
-        or options.backend == "transformers"
-        or (options.backend == "auto" and row is None)
-    )
+    others = options.backend == "transformers" or (options.backend == "auto" and row is None)
+    ranks = max(1, options.tensor_parallel * options.pipeline_parallel // options.nnodes)  # of this host
+    is_mixed = ranks > 1 and options.control_plane == "mixed"
     reduced = row is not None and row.experts and options.quantization != "none"
     chosen = options.kernels != "auto"
-    if options.device == "cpu" or (options.device == "auto" and (not there or others or reduced or chosen)):
+    too_few = ranks > 1 and there and torch.cuda.device_count() < ranks
+    unfit = others or reduced or chosen or is_mixed or too_few
+    if options.device == "cpu" or (options.device == "auto" and (not there or unfit)):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ModelError("there is no GPU that torch can use; leave out --device")
     if not there:
         raise ModelError("a GPU needs Triton: pip install 'orcaserve[gpu]'")
     if others:
-        raise ModelError("on a GPU a model runs on one device, by our own decoder: leave out what shares it out")
+        raise ModelError("on a GPU a model runs by our own decoder: leave out --backend, or say --device cpu")
+    if too_few:
+        count = torch.cuda.device_count()
+        raise ModelError(f"{ranks} ranks on this host need a GPU each, and it has {count}: say --device cpu")
+    if is_mixed:
+        raise ModelError("batches travel with activations between CPUs only: leave out --control-plane mixed")
     if reduced:
         raise ModelError("on a GPU experts keep the model's dtype: leave out --quantization, or say --device cpu")
     if chosen:
         raise ModelError("on a GPU kernels are Triton's: leave out --kernels, or say --device cpu")
     if options.numerics == "fast" and options.quantization != "none":
         raise ModelError(f"the vendor's products take no {options.quantization} weights; leave out --numerics fast")
-    return torch.device("cuda", torch.cuda.current_device())
+    # Of several each rank has one; to ask here which is the current one would take memory of it.
+    return torch.device("cuda") if ranks > 1 else torch.device("cuda", torch.cuda.current_device())

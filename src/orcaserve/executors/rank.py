@@ -1,4 +1,7 @@
-"""One rank of a model that several share: meets the others, loads its part, and runs batches for ever."""
+"""One rank of a model that several share: meets the others, loads its part, and runs batches for ever.
+
+On a CPU, or on a GPU of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import numpy as np
@@ -15,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from orcaserve.core.batch import Batch
-from orcaserve.executors.loading import load_part
+from orcaserve.core.config import EngineOptions, ModelError
+from orcaserve.executors.loading import Part, load_part
 from orcaserve.executors.messages import (
     Begin,
     FromWorker,
@@ -30,10 +34,15 @@ from orcaserve.executors.messages import (
     Serving,
     WhileServing,
 )
+from orcaserve.parallel.group import Group
 from orcaserve.parallel.world import Hidden, World
 from orcaserve.worker.grammars import Grammars
 from orcaserve.worker.process import in_one_line, keep_freed_memory, tell
 from orcaserve.worker.stage import StageWorker
+
+if TYPE_CHECKING:
+    from orcaserve.executors.device_part import DevicePart
+    from orcaserve.worker.gpu.stage import DeviceStage
 
 EXIT_ITERATION = 70
 
@@ -53,16 +62,9 @@ def serve(
     commands: brings MakeCache first. put: what the engine is to hear. on_serving: is given, once, what tells how many
     seconds this rank has computed.
     """
-    options, place = begin.options, begin.place
-    world = World(_meet(begin), place.rank, place.tensor, len(place.stages))
-    part = load_part(
-        options,
-        available=begin.available,
-        threads=begin.threads,
-        progress=lambda done, total: put(Progress(done, total)),
-        layers=place.layers,
-        group=world.group,
-    )
+    options, place, device = begin.options, begin.place, _device_of(begin)
+    world = World(_meet(begin), place.rank, place.tensor, len(place.stages), device)
+    part = _load(begin, device, world.group, lambda done, total: put(Progress(done, total)))
     model, budget = part.model, part.budget
     put(
         Loaded(
@@ -72,6 +74,7 @@ def serve(
             budget=budget.lines,
             profile=part.profile,
             dtype=part.dtype,
+            deterministic=model.deterministic,
             threads=begin.threads,
         )
     )
@@ -79,15 +82,7 @@ def serve(
     size = cast(MakeCache, commands.get())
     answers = world.is_last and place.is_first_of_stage
     grammars = Grammars(Path(options.model), model.config.vocab_size) if answers else None
-    worker = StageWorker(
-        model,
-        hidden,
-        num_blocks=size.num_blocks,
-        block_size=options.block_size,
-        num_slots=size.num_slots,
-        swap_dir=options.swap_dir,
-        grammars=grammars,
-    )
+    worker = _make_worker(part, options, size, grammars, hidden)
     if grammars is not None:
         threading.Thread(target=_prepare, args=(commands, grammars, put), name="prepare", daemon=True).start()
     on_serving(lambda: worker.busy_seconds)
@@ -102,6 +97,51 @@ def serve(
     except Exception as error:
         tell(f"orcaserve worker {place.rank}: an iteration failed: {in_one_line(error)}")
         return EXIT_ITERATION
+
+
+def _device_of(begin: Begin) -> torch.device:
+    """Raises ModelError if the host has no such GPU."""
+    device = torch.device(begin.device)
+    if device.type == "cuda":
+        if device.index >= (count := torch.cuda.device_count()):
+            raise ModelError(f"rank {begin.place.rank} is to have GPU {device.index} of its host, which has {count}")
+        torch.cuda.set_device(device)
+    return device
+
+
+def _load(begin: Begin, device: torch.device, group: Group, progress: Callable[[int, int], None]) -> Part | DevicePart:
+    options, layers = begin.options, begin.place.layers
+    if options.device != "cuda":
+        return load_part(
+            options,
+            available=begin.available,
+            threads=begin.threads,
+            progress=progress,
+            layers=layers,
+            group=group,
+        )
+    from orcaserve.executors.device_part import DevicePart  # Triton comes with it, an extra
+
+    torch.set_num_threads(begin.threads)
+    return DevicePart.load(options, device, progress, layers, group)
+
+
+def _make_worker(
+    part: Part | DevicePart, options: EngineOptions, size: MakeCache, grammars: Grammars | None, pipe: Hidden
+) -> StageWorker | DeviceStage:
+    if not isinstance(part, Part):
+        from orcaserve.executors.device import build_rank
+
+        return build_rank(part, size.num_blocks, size.num_slots, grammars, pipe)
+    return StageWorker(
+        part.model,
+        pipe,
+        num_blocks=size.num_blocks,
+        block_size=options.block_size,
+        num_slots=size.num_slots,
+        swap_dir=options.swap_dir,
+        grammars=grammars,
+    )
 
 
 def _prepare(commands: queue.SimpleQueue[MakeCache | WhileServing], grammars: Grammars, put: Put) -> None:

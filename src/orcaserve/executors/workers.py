@@ -76,8 +76,9 @@ class Workers:
                     into.close()
         memory, threads = available_memory(most=options.memory), options.threads or usable_cpus()
         share = memory // len(places), max(1, threads // len(places))
-        for place in places:
-            self.tell(place.rank, Begin(options, place, self._store, *share))
+        for index, place in enumerate(places):
+            device = f"cuda:{index}" if options.device == "cuda" else "cpu"
+            self.tell(place.rank, Begin(options, place, self._store, *share, device))
         self._thread.start()
 
     def _start(self, index: int, inboxes: Sequence[tuple[socket.socket, socket.socket]]) -> None:
@@ -90,7 +91,12 @@ class Workers:
                 [*COMMAND, *map(str, fds)],
                 pass_fds=(*fds, *([self._store.fd] if self._store.fd >= 0 else ())),
                 # torch's own switches: where it listens, and that it need not say so
-                env={**os.environ, "GLOO_SOCKET_IFNAME": self._interface, "TORCH_CPP_LOG_LEVEL": "ERROR"},
+                env={
+                    **os.environ,
+                    "GLOO_SOCKET_IFNAME": self._interface,
+                    "NCCL_SOCKET_IFNAME": self._interface,
+                    "TORCH_CPP_LOG_LEVEL": "ERROR",
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=2,
             )

@@ -119,7 +119,9 @@ class Kernels(Protocol):
         ...
 
     def join(self, parts: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The parts' float32 [P, M, N] (P of 1, 2, 4, 8) -> what the uncut map gives, [M, N] of dtype, bit for bit.
+        """The parts' float32 [P, M, N] (P of 1, 2, 4, 8) -> what the uncut map gives, [M, N] of dtype.
+
+        Bit for bit, unless the kernels' name tells how many ranks there are.
 
         bias: float32 [N]. residual: [M, N].
         """

@@ -46,7 +46,7 @@ class TorchGroup:
         self.split = Split(group.rank(), group.size())
 
     def all_gather(self, x: Tensor) -> Tensor:
-        out = torch.empty((self.split.size, *x.shape), dtype=x.dtype)
+        out = torch.empty((self.split.size, *x.shape), dtype=x.dtype, device=x.device)
         dist.all_gather([_bytes(part) for part in out], _bytes(x), group=self._group)
         return out
 
@@ -54,7 +54,7 @@ class TorchGroup:
         if self.split.rank:
             dist.gather(_bytes(x), None, group=self._group, group_dst=0)
             return None
-        out = torch.empty((self.split.size, *x.shape), dtype=x.dtype)
+        out = torch.empty((self.split.size, *x.shape), dtype=x.dtype, device=x.device)
         dist.gather(_bytes(x), [_bytes(part) for part in out], group=self._group, group_dst=0)
         return out
 

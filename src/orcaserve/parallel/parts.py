@@ -1,4 +1,4 @@
-"""The parts of a decoder that a tensor-parallel group computes together, with the bits of a single rank.
+"""The parts of a decoder that a tensor-parallel group computes together, on CPUs with the bits of a single rank.
 
 What is cut along its outputs needs nothing: an output's sum does not know its neighbours. What is cut along K is the
 tree over K's segments (design: the promise): each rank sums its own segments to a subtree, whose roots are exchanged
@@ -60,7 +60,7 @@ class SharedMLP:
 
 @dataclass(frozen=True, eq=False)
 class SharedEmbedding:
-    """int64 ids [M] -> [M, H], each row from the rank that has it.
+    """Ids [M] -> [M, H], each row from the rank that has it.
 
     rows: of this rank's part of a vocabulary that lies in parts as `Split.padded` makes them.
     """
@@ -75,7 +75,7 @@ class SharedEmbedding:
         mine = (ids - first).clamp(0, max(0, last - first - 1))
         # Chosen, not summed: the zeros of the others would turn -0 into 0.
         owner = ids // split.width(self.vocab_size)
-        return self.group.all_gather(self.rows(mine))[owner, torch.arange(ids.shape[0])]
+        return self.group.all_gather(self.rows(mine))[owner, torch.arange(ids.shape[0], device=ids.device)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,16 +18,23 @@ from orcaserve.parallel.group import Alone, Group, TorchGroup
 
 # Whether a peer is alive is seen elsewhere, and at once; here one waits for as long as an iteration may take.
 _PATIENCE = timedelta(days=1)
+_HOST = torch.device("cpu")
 
 
 class World:
-    """Owner of this process's part in torch.distributed; one in a process."""
+    """Owner of this process's part in torch.distributed; one in a process.
 
-    def __init__(self, store: dist.Store, rank: int, tensor: int, pipeline: int) -> None:
+    device: where tensors are that travel. GPUs exchange them by NCCL, in the order of the device's stream: nothing here
+    waits for them then.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, tensor: int, pipeline: int, device: torch.device = _HOST) -> None:
         """Waits until all tensor * pipeline ranks are here."""
         self._rank, self._tensor = rank, tensor
         self._stage, self._stages = rank // tensor, pipeline
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=tensor * pipeline, timeout=_PATIENCE)
+        self._device = device
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=tensor * pipeline, timeout=_PATIENCE)
         # Every rank takes part in making every group.
         groups = [
             dist.new_group(list(range(first, first + tensor)), timeout=_PATIENCE) if tensor > 1 else None
@@ -48,7 +55,7 @@ class World:
 
     def receive_bytes(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] from the stage before."""
-        data = torch.empty(num_bytes, dtype=torch.uint8)
+        data = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         dist.recv(data, self._rank - self._tensor)
         return data
 

@@ -37,6 +37,18 @@ class Pipe(Protocol):
         ...
 
 
+class NoPipe:
+    """Of a model that is one stage."""
+
+    is_first = is_last = True
+
+    def receive(self, num_tokens: int) -> Tensor:
+        raise ValueError("there is no stage before")
+
+    def send(self, hidden: Tensor) -> None:
+        raise ValueError("there is no stage behind")
+
+
 class StageWorker:
     """Owner of the KV tensors of its layers, the swap space and what is known of each request. One thread calls `run`.
 

@@ -130,7 +130,8 @@ class TritonKernels:
     quantization: "int8" keeps weights in 8 bits, with a scale for each output; "int4" in 4 bits, with a scale for every
         32 values of an output, but the output matrix in 8. Activations stay as they are.
     max_positions: longest context in tokens. kv_dtype: "int8" keeps keys and values in 8 bits, with a scale for each
-    token and head. Raises ValueError for quantised weights with numerics "fast".
+    token and head. ranks: that share every layer; parts of a sum over K have an order of their own in each, so that
+    bits depend on how many they are. Raises ValueError for quantised weights with numerics "fast".
     """
 
     block_multiple = 64
@@ -143,6 +144,7 @@ class TritonKernels:
         quantization: Quantization = "none",
         max_positions: int,
         kv_dtype: KVDtype = "auto",
+        ranks: int = 1,
     ) -> None:
         if numerics == "fast" and quantization != "none":
             raise ValueError("the vendor's library multiplies by no quantised weights")
@@ -155,6 +157,7 @@ class TritonKernels:
         self.kv_dtype = kv_dtype
         self.name = f"triton-{VERSION}-{numerics}" + (f"-{quantization}" if self.is_quantised else "")
         self.name += "" if kv_dtype == "auto" else f"-kv-{kv_dtype}"
+        self.name += "" if ranks == 1 else f"-{ranks}-ranks"
         self._max_positions = max_positions
         self._products = MatmulScratch(device)
         self._partials: Scratch | None = None
@@ -180,13 +183,11 @@ class TritonKernels:
         wide: bool = False,
         exact: bool = False,
     ) -> Linear:
-        weight, bias = self._keep(weights, self._code(wide, exact)), _stack_biases(weights, biases)
-        if self.numerics == "fast" and isinstance(weight, Tensor):
-            return FastLinear(weight, bias, activation, wide)
-        return InvariantLinear(weight, bias, activation, wide, self._products)
+        kept = self._keep(weights, self._code(wide, exact))
+        return self._linear(kept, _stack_biases(weights, biases), activation, wide)
 
     def partial(self, weight: Tensor, part_of: int) -> Linear:
-        raise ValueError("the GPU's kernels run on one device yet")
+        return self._linear(self._keep([weight], self._code()), None, None, True)
 
     def join(self, parts: Tensor, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
         return join(parts, bias, residual, dtype)
@@ -311,6 +312,11 @@ class TritonKernels:
 
     def logprobs(self, logits: Tensor, peaks: Tensor, rows: Sequence[int], tokens: Sequence[int], top: int) -> Logprobs:
         return logprobs(logits, peaks, rows, tokens, top)
+
+    def _linear(self, weight: Tensor | Coded, bias: Tensor | None, activation: str | None, wide: bool) -> Linear:
+        if self.numerics == "fast" and isinstance(weight, Tensor):
+            return FastLinear(weight, bias, activation, wide)
+        return InvariantLinear(weight, bias, activation, wide, self._products)
 
     def _code(self, wide: bool = False, exact: bool = False) -> Code | None:
         """What a weight is kept in; None: its dtype."""

@@ -4,6 +4,9 @@ An iteration in which everybody decodes is one recorded graph, padded to one of 
 device itself drew before to those that it draws now. Of others the layers are a recorded graph, if the tokens are not
 many, and the rest is put on the stream kernel by kernel. Requests whose draws need what only the host knows (penalties,
 grammars, log-probabilities) are sampled there, which waits for the device.
+
+Of a model that several devices share a worker is one rank. Its layers wait for the stage before on the stream, and so
+do ranks that share layers for each other; nothing of that is recorded.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from orcaserve.worker.gpu.staging import HostSections, Sections, Sizes
 from orcaserve.worker.gpu.stream import Event, Run, Stream
 from orcaserve.worker.grammars import Grammars
 from orcaserve.worker.requests import Job, Requests, under_grammar
+from orcaserve.worker.stage import NoPipe, Pipe
 from orcaserve.worker.swap import Swapper
 from orcaserve.worker.worker import in_order, make_caches
 
@@ -141,9 +145,14 @@ class DeviceWorker:
         num_slots: int = 0,
         swap_dir: str | None = None,
         grammars: Grammars | None = None,
+        pipe: Pipe | None = None,
     ) -> None:
-        """num_heads: of queries. num_slots: blocks that the swap space holds; ModelError if it cannot be made."""
+        """num_heads: of queries. num_slots: blocks that the swap space holds; ModelError if it cannot be made.
+
+        pipe: to the stages before and behind; None: the model is one stage.
+        """
         self._model = model
+        self._pipe: Pipe = NoPipe() if pipe is None else pipe
         self._stream = stream
         self.grammars = grammars
         self._block_size = block_size
@@ -221,8 +230,10 @@ class DeviceWorker:
         _, told = self._nobody(Sizes(num_tokens, 1, 0, len(tiles)))
         told.tiles.copy_(torch.from_numpy(tiles))
         told.num_tiles.fill_(len(tiles))
-        hidden = self._forward(told).index_select(0, told.sample_rows)
-        self._draw(told, hidden, torch.zeros(1, dtype=torch.int32, device=self._stream.device))
+        hidden = self._forward(told)
+        if self._pipe.is_last:
+            own = torch.zeros(1, dtype=torch.int32, device=self._stream.device)
+            self._draw(told, hidden.index_select(0, told.sample_rows), own)
 
     @torch.inference_mode()
     def submit(self, batch: Batch) -> DevicePending:
@@ -235,7 +246,7 @@ class DeviceWorker:
         self._seats.leave(batch.freed)
         for new in batch.new:
             self._seats.take(new)
-        plan = _Plan.of(self._requests.take(batch))
+        plan = _Plan.of(self._requests.take(batch), self._pipe.is_last)
         updates = self._updates(plan.jobs)
         turn, self._turn = self._turn, (self._turn + 1) % len(self._hosts)
         drawn = self._drawn[turn][: len(plan.drawing)]
@@ -298,7 +309,7 @@ class DeviceWorker:
         return None if least is None or not self._layers[least].sizes.have_room_for(sizes) else self._layers[least]
 
     def _forward(self, told: Sections) -> Tensor:
-        """From what the host told to the hidden values [M, H] of all tokens."""
+        """From what the host told, and the stage before, to the hidden values [M, H] of all tokens."""
         num_tokens = told.ids.shape[0]
         token_ids, positions, slots = (
             torch.empty(num_tokens, dtype=torch.int32, device=self._stream.device) for _ in range(3)
@@ -306,11 +317,17 @@ class DeviceWorker:
         staged = Staged(told.ids, told.seats, told.starts, told.updates, told.num_updates)
         prepare(staged, self._last_tokens, self._tables, token_ids, positions, slots, block_size=self._block_size)
         layout = DeviceLayout(positions, slots, told.seats, self._tables, self._block_size, told.tiles, told.num_tiles)
-        return self._model.forward(token_ids, layout, self._kv)
+        x = token_ids if self._pipe.is_first else self._pipe.receive(num_tokens)
+        hidden = self._model.forward(x, layout, self._kv)
+        if not self._pipe.is_last:
+            self._pipe.send(hidden)
+        return hidden
 
     def _draw(self, told: Sections, hidden: Tensor, tokens: Tensor) -> None:
-        """A token for each of the rows [D, H], written to int32 tokens [D] and kept for the next iteration."""
+        """A token for each of the rows [D, H], written to int32 `tokens` [D] and kept for the next iteration."""
         logits = self._model.logits(hidden)
+        if logits is None:  # the first of the ranks that share the output matrix draws
+            return
         wishes = Wishes(told.bases, told.sample_positions, told.temperatures, told.top_k, told.top_p, told.min_p)
         sample(logits, wishes, tokens, self._scratch, truncates=True)
         commit(tokens, told.sample_seats, self._last_tokens)
@@ -377,7 +394,7 @@ class _Plan:
     """Jobs in the order in which their tokens stand: those of one token first, then chunks.
 
     firsts: where each one's tokens begin. drawing, on_host: places of those that get a token on the device, and of
-    those whose results the host finds.
+    those whose results the host finds; nobody's, where these layers are not the last.
     """
 
     jobs: Sequence[Job]
@@ -387,12 +404,13 @@ class _Plan:
     on_host: Sequence[int]
 
     @classmethod
-    def of(cls, jobs: Sequence[Job]) -> _Plan:
+    def of(cls, jobs: Sequence[Job], is_last: bool) -> _Plan:
         decodes = [job for job in jobs if job.row.num_tokens == 1]
         ordered = decodes + [job for job in jobs if job.row.num_tokens > 1]
         ends = list(accumulate((job.row.num_tokens for job in ordered), initial=0))
-        on_host = [i for i, job in enumerate(ordered) if not job.request.is_plain]
-        drawing = [i for i, job in enumerate(ordered) if job.row.samples and job.request.is_plain]
+        last = list(enumerate(ordered)) if is_last else []
+        on_host = [i for i, job in last if not job.request.is_plain]
+        drawing = [i for i, job in last if job.row.samples and job.request.is_plain]
         return cls(ordered, len(decodes), ends[:-1], drawing, on_host)
 
 
