@@ -39,6 +39,13 @@ def shown(model_dir: Path) -> Iterator[Server]:
         yield server.ready()
 
 
+@pytest.fixture
+def slow(model_dir: Path) -> Iterator[Server]:
+    """One whose responses take half a minute."""
+    with Server(model_dir, "--step-seconds", "0.06") as server:
+        yield server.ready()
+
+
 class Feed:
     """One who looks on: the messages so far. Owner of the connection."""
 
@@ -327,26 +334,28 @@ def test_top_shows_it_in_a_terminal(shown: Server) -> None:
     assert refused.exit_code == 1 and "is a server running there?" in refused.output
 
 
-def test_top_goes_on_drawing(shown: Server) -> None:
+def test_top_goes_on_drawing(slow: Server) -> None:
     """In a terminal: what happens after the first picture is seen, too."""
     ours, theirs = pty.openpty()
-    argv = [sys.executable, "-m", "orcaserve", "top", "--url", shown.url]
+    argv = [sys.executable, "-m", "orcaserve", "top", "--url", slow.url]
     process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"})
     os.close(theirs)
     seen = ""
 
     def until(word: str) -> None:
         nonlocal seen
+        end = time.monotonic() + 60  # it goes on drawing, whatever it draws
         while word not in seen:
-            assert select.select([ours], [], [], 30)[0], seen
+            assert time.monotonic() < end and select.select([ours], [], [], 30)[0], seen[-4000:]
             seen += os.read(ours, 1 << 16).decode(errors="replace")
 
     try:
         until("ready")
-        body = {"prompt": "a", "max_tokens": 100, "ignore_eos": True, "user": "drawn"}
-        with shown.client() as client:
-            client.post("/v1/completions", json=body).raise_for_status()
-        until("drawn")
+        # It is there until it has been seen: a picture may come later than a short request is done.
+        body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "user": "drawn", "stream": True}
+        with slow.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            until("drawn")
         process.send_signal(signal.SIGINT)
         until("\x1b[?1049l")  # the terminal as it was before
         assert process.wait(10) == 0
