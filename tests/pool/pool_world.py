@@ -19,6 +19,7 @@ from orcaserve.core.config import EngineOptions
 from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.engine.ledger import ledger_answer
 from orcaserve.serve.pool import Pool
+from orcaserve.serve.replica import Replica
 from orcaserve.serve.stream import Stream, Update
 
 ENGINE = (sys.executable, str(Path(__file__).with_name("ledger_engine.py")))
@@ -63,6 +64,11 @@ def wishes(seed: int, count: int, most_tokens: int = 60) -> list[Wish]:
         )
         for _ in range(count)
     ]
+
+
+def may_be_killed(replica: Replica) -> bool:
+    """Whether nobody there has been alone on board of an engine that died, and got no token since: that is poison."""
+    return not any(choice.lone_crashes for choice in replica.submitted.values())
 
 
 def run(main: Coroutine[Any, Any, None], loop: str = "asyncio") -> None:
