@@ -248,6 +248,30 @@ def test_two_kills_at_the_same_progress_convict_nobody_who_was_alone_only_once(t
     run(main())
 
 
+def test_who_had_company_that_left_before_the_crash_was_noticed_was_not_alone(tmp_path: Path) -> None:
+    stall, stalled = tmp_path / "x", tmp_path / "x.stalled"
+
+    async def main() -> None:
+        async with pool_of("--step-seconds", "0.005", "--stall-while", str(stall)) as pool:
+            wish, other = Wish((1,), 3, 150), Wish((2,), 3, 150)
+            stream, company = submit(pool, wish), submit(pool, other)
+            begun = list((await anext(stream)).token_ids)
+            await anext(company)
+            stall.touch()
+            for _ in range(2):  # both; then it alone
+                await until(stalled.exists, "an iteration is under way")
+                company.abort()
+                pid = pool.engine_pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
+                await until(lambda: pool.engine_pid != pid, "the death is noticed")  # noqa: B023
+                stalled.unlink()
+            stall.unlink()
+            assert begun + (await gather(stream))[0] == wish.answer()[0]
+
+    run(main())
+
+
 def test_poison_beside_a_long_innocent_is_found_at_once() -> None:
     """The innocent came first and goes on for long; whoever joins him must still get his turn alone."""
 

@@ -13,6 +13,7 @@ from pool_world import Wish, gather, gather_all, is_alive, may_be_killed, pool_o
 
 from orcaserve.core.config import EngineOptions
 from orcaserve.core.request import NewRequest, SamplingParams
+from orcaserve.serve.frames import BEAT_SECONDS
 from orcaserve.serve.metrics import Metrics
 from orcaserve.serve.pool import Pool
 from orcaserve.serve.replicas import Replication, shares
@@ -357,6 +358,27 @@ def test_replicas_share_out_the_host() -> None:
     assert [part.threads for part in shares(options, 2)] == [2, 2]
 
 
+def test_who_was_sent_to_engines_that_had_stopped_before_is_no_suspect() -> None:
+    """None of them had heard of it. Twice alone on board would be poison."""
+
+    async def main() -> None:
+        async with pool_of(replication=of(3, "round-robin")) as pool:
+            await all_ready(pool)
+            pids = [replica.pid for replica in pool.replicas]
+            assert None not in pids
+            wish = wishes(5, 1)[0]
+            os.kill(pids[0], signal.SIGSTOP)
+            answer = asyncio.ensure_future(gather(submit(pool, wish)))
+            assert [replica.load for replica in pool.replicas] == [1, 0, 0]
+            await asyncio.sleep(2 * BEAT_SECONDS)  # they are found out later
+            for pid in pids[1:]:
+                os.kill(pid, signal.SIGSTOP)
+            assert (await answer)[:2] == wish.answer()
+            assert [replica.pid in pids for replica in pool.replicas] == [False, False, False]
+
+    run(main())
+
+
 def choice(arrival: int) -> Choice:
     return Choice(
         arrival, NewRequest(id=0, token_ids=(1,), num_prompt=1, max_tokens=1, params=SamplingParams()), (), Terms()
@@ -365,10 +387,10 @@ def choice(arrival: int) -> Choice:
 
 def test_one_kill_from_outside_is_no_evidence_and_a_second_one_is() -> None:
     suspects, crowd = Suspects(), [choice(0), choice(1), choice(2)]
-    assert suspects.blame(crowd, is_excusable=True) == []
+    assert suspects.blame(crowd, is_alone=False, is_excusable=True) == []
     assert not any(one in suspects for one in crowd)
-    assert suspects.blame(crowd[1:], is_excusable=True) == []
+    assert suspects.blame(crowd[1:], is_alone=False, is_excusable=True) == []
     assert [one in suspects for one in crowd] == [False, True, True]
     suspects.acquit(crowd[1])
-    assert suspects.blame([crowd[2]], is_excusable=False) == []
-    assert suspects.blame([crowd[2]], is_excusable=False) == [crowd[2]]
+    assert suspects.blame([crowd[2]], is_alone=True, is_excusable=False) == []
+    assert suspects.blame([crowd[2]], is_alone=True, is_excusable=False) == [crowd[2]]

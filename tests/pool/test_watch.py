@@ -9,7 +9,7 @@ from orcaserve.core.config import EngineInfo
 from orcaserve.core.request import NewRequest, Output, SamplingParams, TokenLogprobs
 from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.messages import Abort, Stats, Step, Stop, Submit
-from orcaserve.serve.flight_recorder import FlightRecorder
+from orcaserve.serve.flight_recorder import FlightRecorder, Record
 from orcaserve.serve.frames import Beat, Failed, FromEngine, Loading, Ready, ToEngine
 from orcaserve.serve.supervisor import Watch
 
@@ -116,9 +116,12 @@ def test_a_frame_of_another_kind_is_refused() -> None:
 def test_the_flight_recorder_keeps_the_last_record() -> None:
     recorder = FlightRecorder.create()
     try:
-        assert recorder.read() == ()
-        for ids in ((1, 2, 3), tuple(range(2**40, 2**40 + 1000)), (), (7,)):
-            recorder.write(ids)
-            assert recorder.read() == ids
+        assert recorder.read() is None
+        recorder.hear(0)
+        assert recorder.read() == Record()
+        for heard, ids in enumerate(((1, 2, 3), tuple(range(2**40, 2**40 + 1000)), (), (7,)), start=2**50):
+            recorder.fly(ids)
+            recorder.hear(heard)
+            assert recorder.read() == Record(heard, ids)
     finally:
         recorder.close()

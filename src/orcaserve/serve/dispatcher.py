@@ -6,10 +6,10 @@ Who can be nowhere now is held, and handed in again as soon as there is a replic
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from orcaserve.core.router import Router
-from orcaserve.serve.replica import Replica
+from orcaserve.serve.replica import Crash, Replica
 from orcaserve.serve.replicas import Replicas
 from orcaserve.serve.resume import Choice
 from orcaserve.serve.suspects import Suspects
@@ -69,14 +69,15 @@ class Dispatcher:
         else:
             self._try_suspect()  # the court may have become free
 
-    def blame(self, replica: Replica, on_board: Sequence[Choice], from_outside: bool) -> list[Choice]:
-        """A replica's engine has died with these on board. Returns who is convicted by that, and has to be ended.
+    def blame(self, replica: Replica, crash: Crash) -> list[Choice]:
+        """A replica's engine has died. Returns who is convicted by that, and has to be ended.
 
         A kill from outside is no evidence, unless it is the second one without progress in between: where there is
         another replica, its victims go on there at once, among others.
         """
         self.suspects.leave(replica)
-        return self.suspects.blame(on_board, is_excusable=from_outside and bool(self._replicas.in_force))
+        is_excusable = crash.from_outside and bool(self._replicas.in_force)
+        return self.suspects.blame(crash.on_board, crash.num_on_board == 1, is_excusable)
 
     def _open(self) -> list[Replica]:
         """The replicas that take whoever comes."""

@@ -31,7 +31,7 @@ from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.executor import Executor, Guided, Timekeeping, WorkerLost
 from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.loop import EngineLoop, Outbox
-from orcaserve.engine.messages import Command
+from orcaserve.engine.messages import Command, Submit
 from orcaserve.engine.step_log import Header, StepLog, log_clock
 from orcaserve.serve.flight_recorder import FlightRecorder, RecordingExecutor
 from orcaserve.serve.frames import (
@@ -122,9 +122,11 @@ def main(socket_fd: int, recorder_fd: int, build: Build | None = None) -> int:
     inbox = SocketInbox()
     outbox = SocketOutbox(sock)
     watched = threading.Event()
-    threading.Thread(target=_read, args=(sock, start, inbox, watched), name="reader", daemon=True).start()
+    recorder = FlightRecorder(recorder_fd)
+    recorder.hear(0)
+    threading.Thread(target=_read, args=(sock, start, recorder, inbox, watched), name="reader", daemon=True).start()
     try:
-        return _serve(start.get(), FlightRecorder(recorder_fd), inbox, outbox, watched, build)
+        return _serve(start.get(), recorder, inbox, outbox, watched, build)
     finally:
         outbox.close()
 
@@ -210,7 +212,11 @@ class _Pulse:
 
 
 def _read(
-    sock: socket.socket, start: queue.SimpleQueue[EngineOptions], inbox: SocketInbox, watched: threading.Event
+    sock: socket.socket,
+    start: queue.SimpleQueue[EngineOptions],
+    recorder: FlightRecorder,
+    inbox: SocketInbox,
+    watched: threading.Event,
 ) -> None:
     """Turns the socket's bytes into commands; when the frontend is gone, the process is too, even inside a kernel.
 
@@ -225,6 +231,8 @@ def _read(
                 elif isinstance(frame, Watch):
                     (watched.set if frame.on else watched.clear)()
                 else:
+                    if isinstance(frame, Submit):
+                        recorder.hear(frame.request.id)
                     inbox.put(cast(Command, frame))
     except Exception as error:
         tell(f"orcaserve engine: the link failed: {in_one_line(error)}")

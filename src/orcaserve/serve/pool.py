@@ -25,7 +25,7 @@ from orcaserve.core.router import ROUTERS
 from orcaserve.engine.messages import Stats, Step
 from orcaserve.serve.admission import RETRY_SECONDS, Admission, Claim, Limits, Unavailable, resolved
 from orcaserve.serve.dispatcher import Dispatcher
-from orcaserve.serve.replica import Replica
+from orcaserve.serve.replica import Crash, Replica
 from orcaserve.serve.replicas import Replicas, Replication
 from orcaserve.serve.resume import Choice
 from orcaserve.serve.stream import CutOff, Stream, Update
@@ -404,10 +404,10 @@ class Pool:
             replica.take_back(choice)
         self._dispatcher.acquit(choice)
 
-    def on_death(self, replica: Replica, on_board: list[Choice], from_outside: bool) -> bool:
+    def on_death(self, replica: Replica, crash: Crash) -> bool:
         """Everyone goes on elsewhere, suspects by turns. True if one has been convicted, and ended."""
         self._count_engines()
-        convicts = self._dispatcher.blame(replica, on_board, from_outside)
+        convicts = self._dispatcher.blame(replica, crash)
         for choice in convicts:
             self._end(choice, CRASHED)
         self._dispatcher.resume()

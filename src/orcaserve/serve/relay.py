@@ -20,7 +20,7 @@ import msgspec
 from orcaserve.engine.framing import encode
 from orcaserve.engine.silence import Silence
 from orcaserve.executors.link import Link, LinkError, accept, parse_address
-from orcaserve.serve.flight_recorder import FlightRecorder
+from orcaserve.serve.flight_recorder import FlightRecorder, Record
 from orcaserve.serve.frames import BEAT_SECONDS, Beat, Failed, Loading
 from orcaserve.worker.process import die_with_parent, tell
 
@@ -39,10 +39,10 @@ class Data(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ended(msgspec.Struct, frozen=True, tag=True):
-    """The engine process is dead. code: as subprocess has it. in_flight: requests of its last batches."""
+    """The engine process is dead. code: as subprocess has it."""
 
     code: int
-    in_flight: tuple[int, ...]
+    record: Record | None
 
 
 class Here(msgspec.Struct, frozen=True, tag=True):
@@ -117,7 +117,9 @@ class _Session:
                 if isinstance(frame, Data):
                     self._sock.sendall(frame.data)
                 elif isinstance(frame, Ended):
-                    self._recorder.write(frame.in_flight)
+                    if frame.record is not None:
+                        self._recorder.hear(frame.record.heard)
+                        self._recorder.fly(frame.record.in_flight)
                     return frame.code if frame.code >= 0 else EXIT_LOST
         except (LinkError, msgspec.MsgspecError) as error:
             tell(f"orcaserve relay: the host is gone: {error}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -14,6 +14,19 @@ from orcaserve.serve.resume import Choice
 from orcaserve.serve.supervisor import Death, Supervisor
 
 _COUNTERS = ("num_preemptions", "num_swapped", "prefix_queries", "prefix_hits", "num_steps")
+
+
+class Crash(NamedTuple):
+    """An engine's death, as it concerns requests.
+
+    on_board: of its last batches or, if none of those is left, all that had arrived there: then it was an arrival.
+    num_on_board: counts those of its last batches that had ended or left meanwhile, too.
+    from_outside: somebody else has killed it.
+    """
+
+    on_board: tuple[Choice, ...]
+    num_on_board: int
+    from_outside: bool
 
 
 class Keeper(Protocol):
@@ -27,11 +40,8 @@ class Keeper(Protocol):
 
     def on_step(self, replica: Replica, step: Step) -> None: ...
 
-    def on_death(self, replica: Replica, on_board: list[Choice], from_outside: bool) -> bool:
-        """Its engine is dead, and has nobody any more. True if that settled something.
-
-        on_board: of its last batches or, if nobody ran, all that it had: then it was somebody's arrival.
-        """
+    def on_death(self, replica: Replica, crash: Crash) -> bool:
+        """Its engine is dead, and has nobody any more. True if that settled something."""
         ...
 
     def on_failed(self, replica: Replica, message: str) -> None:
@@ -161,10 +171,18 @@ class Replica:
         self._before = Stats(**_counted((self._before, self._stats)))
         self._stats = Stats()
         self.busy_seconds = ()
-        recorded = set(death.in_flight)
-        on_board = [choice for id, choice in self.submitted.items() if id in recorded] or list(self.submitted.values())
+        crash = self._crash(death)
         self._release_all()
-        return self._keeper.on_death(self, on_board, death.from_outside)
+        return self._keeper.on_death(self, crash)
+
+    def _crash(self, death: Death) -> Crash:
+        record = death.record
+        if record is not None:
+            flying = set(record.in_flight)
+            if on_board := [choice for id, choice in self.submitted.items() if id in flying]:
+                return Crash(tuple(on_board), len(flying), death.from_outside)
+        arrived = [choice for id, choice in self.submitted.items() if record is None or id <= record.heard]
+        return Crash(tuple(arrived), len(arrived), death.from_outside)
 
     def on_failed(self, message: str) -> None:
         self._release_all()

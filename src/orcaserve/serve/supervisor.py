@@ -24,7 +24,7 @@ from orcaserve.core.config import EngineInfo, EngineOptions
 from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.messages import Step, Stop
 from orcaserve.engine.silence import Silence
-from orcaserve.serve.flight_recorder import FlightRecorder
+from orcaserve.serve.flight_recorder import FlightRecorder, Record
 from orcaserve.serve.frames import (
     BEAT_SECONDS,
     Beat,
@@ -49,13 +49,13 @@ MOST_FRUITLESS = 8
 
 
 class Death(NamedTuple):
-    """How an engine ended, in words for the operator, and which requests were in its last batches.
+    """How an engine ended, in words for the operator, and what it had been doing, if that is known.
 
     from_outside: somebody who is not this process has killed it.
     """
 
     reason: str
-    in_flight: tuple[int, ...] = ()
+    record: Record | None = None
     from_outside: bool = False
 
 
@@ -129,8 +129,8 @@ class EngineProcess(asyncio.Protocol):
         return self._process.pid
 
     @property
-    def on_record(self) -> tuple[int, ...]:
-        """Requests of its last batches. Of an engine on another host nothing is known while it lives."""
+    def record(self) -> Record | None:
+        """What it is doing. Of an engine on another host nothing is known while it lives."""
         return self._recorder.read()
 
     def send(self, frame: ToEngine) -> None:
@@ -159,11 +159,11 @@ class EngineProcess(asyncio.Protocol):
         killed_before = self._process.poll() == -signal.SIGKILL
         self.kill()
         code = await self._exit_code()
-        in_flight = self._recorder.read()
+        record = self.record
         self._recorder.close()
         self._transport.abort()
         await self._lost.wait()
-        return Death(_manner(code), in_flight, killed_before)
+        return Death(_manner(code), record, killed_before)
 
     async def _exit_code(self, within: float = float("inf")) -> int:
         """The exit code, waited for without blocking the event loop: the end of a large process takes a while."""
@@ -274,7 +274,8 @@ class Supervisor:
     @property
     def on_record(self) -> tuple[int, ...]:
         """Requests of the engine's last batches, as far as is known."""
-        return self._engine.on_record if self._engine is not None else ()
+        record = self._engine.record if self._engine is not None else None
+        return record.in_flight if record is not None else ()
 
     @property
     def step_age(self) -> float:
@@ -360,11 +361,12 @@ class Supervisor:
             self._engine = None
             if self.state == "ready":
                 self.state = "restarting"
+            record = engine.record  # of a stopped one: to write its stacks it has to go on, and hears of others then
             if verdict is not None:
                 log.warning("the engine process %d is %s; its stacks:", engine.pid, verdict)
                 await engine.dump()
             death = await engine.reap()
-        return death if verdict is None else Death(verdict, death.in_flight)
+        return death if verdict is None else Death(verdict, record)
 
     def _hear(self, frame: FromEngine) -> None:
         match frame:

@@ -29,14 +29,15 @@ class Suspects:
     def __contains__(self, choice: Choice) -> bool:
         return choice.arrival in self._in_order
 
-    def blame(self, on_board: Sequence[Choice], is_excusable: bool) -> list[Choice]:
+    def blame(self, on_board: Sequence[Choice], is_alone: bool, is_excusable: bool) -> list[Choice]:
         """An engine has died with these on board. Returns those that are convicted by it; they remain in the order.
 
+        is_alone: there was nobody else, not even one who is gone by now.
         is_excusable: it was killed from outside, so that who has not crashed before is no suspect yet.
         """
         for choice in on_board:
             choice.crashes += 1
-            choice.lone_crashes += len(on_board) == 1
+            choice.lone_crashes += is_alone
         suspects = [choice for choice in on_board if choice.crashes > 1 or not is_excusable]
         everyone = {**self._in_order, **{choice.arrival: choice for choice in suspects}}
         ordered = sorted(everyone.values(), key=lambda choice: (-choice.crashes, choice.arrival))
