@@ -91,6 +91,19 @@ def test_two_stages_with_two_batches_in_flight_take_half_the_time() -> None:
     assert whole[2] == pytest.approx(whole[1] / 2, rel=0.1)
 
 
+def test_two_stages_wait_little_for_each_other_at_saturation() -> None:
+    """Prompts come and go among decodes: where a batch has all of one and the next has none, stages idle."""
+    rng = random.Random(0)
+    arrivals = [Arrival(0.0, rng.randint(32, 512), rng.randint(1, 128)) for _ in range(200)]
+    ends = []
+    for depth, fixed, per_token in ((1, 0.005, 0.0008), (2, 0.0025, 0.0004)):
+        cost = CostModel(stages=(StageCost(fixed=fixed, per_token=per_token),) * depth)
+        setup = config(depth, max_batch_size=32, max_batch_tokens=512, num_blocks=10_000)
+        records, _ = simulate(arrivals, setup, cost)
+        ends.append(max(record.token_times[-1] for record in records))
+    assert ends[0] / ends[1] > 1.85
+
+
 def test_two_stages_read_a_lone_prompt_in_half_the_time() -> None:
     half = StageCost(per_token=0.001)
     took = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from math import ceil
 
 from orcaserve.core.batch import Batch
 from orcaserve.core.kv_cache import KVCacheManager
@@ -12,6 +13,8 @@ from orcaserve.core.order import Waiting
 from orcaserve.core.pace import SMALLEST_CHUNK, Pace
 from orcaserve.core.policy import Policy
 from orcaserve.core.request import Request
+
+TURNS = 8  # of the pipe, over which prompts are spread where all rows decode
 
 
 class Budget:
@@ -46,14 +49,7 @@ class Budget:
         """Tokens of a batch. Dealt out over the depth, too: stages wait for each other where batches are unequal."""
         if not self._is_chunked:
             return sys.maxsize
-        most, lanes = self._most_tokens, self.lanes
-        if self._deals:
-            work = self._tokens_in_flight + sum(request.lag for request in running)
-            for request in islice(waiting, max(0, lanes * self._most_rows - len(running))):
-                if work >= most * lanes:
-                    break
-                work += request.num_tokens
-            most = min(most, max(SMALLEST_CHUNK, -(-work // lanes)))
+        most = min(self._most_tokens, self._share(running, waiting)) if self._deals else self._most_tokens
         return most if self.pace is None else self._in_time(self.pace, most, running, waiting, kv)
 
     def submitted(self, batch: Batch, now: float) -> None:
@@ -69,6 +65,29 @@ class Budget:
             self._tokens_in_flight -= batch.num_tokens
         if self.pace is not None:
             self.pace.returned(now)
+
+    def _share(self, running: Sequence[Request], waiting: Waiting) -> int:
+        """A lane's part of what is in flight and of what may go: decodes at once, prompts over several turns.
+
+        Batches that decode only go before and after those with prompts. So the more rows decode, the more thinly
+        prompts are spread; where none does, nobody waits for them, and the first token comes soonest in one turn.
+        """
+        decodes = ready = prompts = 0
+        for request in running:
+            lag = request.lag
+            if lag > 1:
+                prompts += lag
+            else:
+                decodes += 1
+                ready += lag
+        rows = self.lanes * self._most_rows
+        turns = 1 + (TURNS - 1) * min(1.0, decodes / rows)
+        enough = turns * self.lanes * self._most_tokens
+        for request in islice(waiting, max(0, rows - len(running))):
+            if prompts >= enough:
+                break
+            prompts += request.num_tokens
+        return max(SMALLEST_CHUNK, ceil((self._tokens_in_flight + ready + prompts / turns) / self.lanes))
 
     def _in_time(self, pace: Pace, most: int, running: Sequence[Request], waiting: Waiting, kv: KVCacheManager) -> int:
         """Of so many tokens of a batch, as many as streams that run may wait for; all of them where none runs."""
