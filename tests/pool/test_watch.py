@@ -1,13 +1,14 @@
-"""`Watch`, `FrameReader` and `FlightRecorder` by themselves: no process, no clock."""
+"""`Watch`, `FrameReader`, `Receiver` and `FlightRecorder` by themselves: no process, no clock."""
 
 import random
+import socket
 
 import msgspec
 import pytest
 
 from orcaserve.core.config import EngineInfo
 from orcaserve.core.request import NewRequest, Output, SamplingParams, TokenLogprobs
-from orcaserve.engine.framing import FrameReader, encode
+from orcaserve.engine.framing import FrameReader, Receiver, encode
 from orcaserve.engine.messages import Abort, Stats, Step, Stop, Submit
 from orcaserve.serve.flight_recorder import FlightRecorder, Record
 from orcaserve.serve.frames import Beat, Failed, FromEngine, Loading, Ready, ToEngine
@@ -106,6 +107,21 @@ def test_frames_survive_any_tear() -> None:
             got += reader.feed(data[:cut])
             data = data[cut:]
         assert got == frames
+
+
+def test_a_receiver_takes_no_new_memory() -> None:
+    """What it took and gave back, 256 KiB a frame, made the heaps of threads grow: nothing small found room again."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        receiver = Receiver(ours)
+        with theirs:
+            theirs.sendall(b"one")
+            first = receiver.receive()
+            assert bytes(first) == b"one"
+            theirs.sendall(b"another")
+            second = receiver.receive()
+            assert bytes(second) == b"another" and second.obj is first.obj
+        assert not receiver.receive()
 
 
 def test_a_frame_of_another_kind_is_refused() -> None:

@@ -23,7 +23,7 @@ from typing import TypeVar, cast
 
 from orcaserve.core.batch import Batch
 from orcaserve.core.config import ModelError
-from orcaserve.engine.framing import FrameReader, encode
+from orcaserve.engine.framing import FrameReader, Receiver, encode
 from orcaserve.executors.messages import (
     Alive,
     Begin,
@@ -36,7 +36,6 @@ from orcaserve.executors.messages import (
 from orcaserve.worker.process import die_with_parent, dump_when_told, in_one_line, tell, uncollected
 
 BEAT_SECONDS = 0.25
-RECEIVE_BYTES = 1 << 18
 EXIT_MODEL, EXIT_ITERATION = 1, 70
 
 Frame = TypeVar("Frame")
@@ -117,8 +116,8 @@ def _read_in_background(
 
     def read() -> None:
         try:
-            reader = FrameReader(kind)
-            while data := sock.recv(RECEIVE_BYTES):
+            reader, receiver = FrameReader(kind), Receiver(sock)
+            while data := receiver.receive():
                 for out in outs:
                     out.sendall(data)
                 for frame in reader.feed(data):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from orcaserve.core.config import EngineOptions
-from orcaserve.engine.framing import FrameReader, encode
+from orcaserve.engine.framing import FrameReader, Receiver, encode
 from orcaserve.engine.silence import Silence
 from orcaserve.executors.messages import Begin, FromWorker, Place, Serving, StoreAt, ToWorker
 from orcaserve.worker.machine import available_memory, usable_cpus
@@ -24,7 +24,6 @@ from orcaserve.worker.process import DUMP, DUMP_SECONDS, pulse
 COMMAND = (sys.executable, "-m", "orcaserve.executors.worker_process")
 TICK_SECONDS = 0.25  # as often as workers say that they are alive
 END_SECONDS = 2.0
-RECEIVE_BYTES = 1 << 18
 
 OnFrame = Callable[[int, FromWorker], None]
 OnLost = Callable[[str], None]
@@ -138,6 +137,7 @@ class Workers:
 
     def _listen(self) -> None:
         readers = [FrameReader(FromWorker) for _ in self._reports]
+        receivers = [Receiver(sock) for sock in self._reports]
         silences = [Silence(is_loading=True) for _ in self._reports]
         ranks = [place.rank for place in self.places]
         with selectors.DefaultSelector() as selector:
@@ -147,7 +147,7 @@ class Workers:
             while not self._ended.is_set():
                 for key, _ in selector.select(TICK_SECONDS):
                     index = cast(int, key.data)
-                    data = _receive(self._reports[index])
+                    data = _receive(receivers[index])
                     if not data:
                         return self._lose(f"worker {ranks[index]} is gone ({self._manner(index)})")
                     silences[index].end()
@@ -195,8 +195,8 @@ def passes_on(places: Sequence[Place], index: int) -> list[int]:
     return following + [other for other in later if places[other].stage == own]
 
 
-def _receive(sock: socket.socket) -> bytes:
+def _receive(receiver: Receiver) -> memoryview:
     try:
-        return sock.recv(RECEIVE_BYTES)
+        return receiver.receive()
     except OSError:
-        return b""
+        return memoryview(b"")

@@ -29,7 +29,7 @@ from orcaserve.core.pace import LEAST_SHARE
 from orcaserve.core.policy import parse_policy
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.executor import Executor, Guided, Timekeeping, WorkerLost
-from orcaserve.engine.framing import FrameReader, encode
+from orcaserve.engine.framing import FrameReader, Receiver, encode
 from orcaserve.engine.loop import EngineLoop, Outbox
 from orcaserve.engine.messages import Command, Submit
 from orcaserve.engine.step_log import Header, StepLog, log_clock
@@ -62,7 +62,6 @@ FLUSH_SECONDS = 1.0
 # must not wait for its prompts.
 CPU_MAX_ITL = 0.25
 CPU_PROMPT_SHARE = 3.0
-RECEIVE_BYTES = 1 << 18
 EXIT_MODEL, EXIT_LOOP = 1, 70
 
 Progress = Callable[[str, int, int], None]
@@ -224,7 +223,8 @@ def _read(
     """
     try:
         reader = FrameReader(ToEngine)
-        while data := sock.recv(RECEIVE_BYTES):
+        receiver = Receiver(sock)
+        while data := receiver.receive():
             for frame in reader.feed(data):
                 if isinstance(frame, Start):
                     start.put(frame.options)

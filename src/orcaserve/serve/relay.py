@@ -17,14 +17,13 @@ from pathlib import Path
 
 import msgspec
 
-from orcaserve.engine.framing import encode
+from orcaserve.engine.framing import Receiver, encode
 from orcaserve.engine.silence import Silence
 from orcaserve.executors.link import Link, LinkError, accept, parse_address
 from orcaserve.serve.flight_recorder import FlightRecorder, Record
 from orcaserve.serve.frames import BEAT_SECONDS, Beat, Failed, Loading
 from orcaserve.worker.process import die_with_parent, tell
 
-RECEIVE_BYTES = 1 << 18
 EXIT_REFUSED, EXIT_LOST = 1, 75
 
 
@@ -130,8 +129,9 @@ class _Session:
     def _pass_on(self) -> None:
         """From the frontend to the host."""
         try:
-            while data := self._sock.recv(RECEIVE_BYTES):
-                self._link.send(_encode(Data(data)))
+            receiver = Receiver(self._sock)
+            while data := receiver.receive():
+                self._link.send(_encode(Data(bytes(data))))
         except LinkError:
             return  # who reads says why
         except OSError:

@@ -16,7 +16,7 @@ from typing import cast
 
 import msgspec
 
-from orcaserve.engine.framing import FrameReader, encode
+from orcaserve.engine.framing import FrameReader, Receiver, encode
 from orcaserve.engine.silence import Silence
 from orcaserve.executors.link import Link, LinkError, connect
 from orcaserve.serve.flight_recorder import FlightRecorder
@@ -25,7 +25,6 @@ from orcaserve.serve.relay import Data, Ended, FromReplicaHost, Here, Offer, ToR
 
 COMMAND = (sys.executable, "-m", "orcaserve.serve.engine_process")
 PAUSE_SECONDS = 0.5
-RECEIVE_BYTES = 1 << 18
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ToReplicaHost).decode
@@ -120,8 +119,9 @@ class _Session:
     def _pass_on(self, ours: socket.socket, process: subprocess.Popen[bytes], recorder: FlightRecorder) -> None:
         """From the engine to the frontend, and at last how it ended."""
         with contextlib.suppress(OSError):
-            while data := ours.recv(RECEIVE_BYTES):
-                self._send(Data(data))
+            receiver = Receiver(ours)
+            while data := receiver.receive():
+                self._send(Data(bytes(data)))
         if not self._ended.is_set():
             code = process.wait()
             self._why = f"the engine has ended ({code})"
