@@ -56,6 +56,21 @@ class Host:
         self.process.wait()
 
 
+async def connected(address: str) -> socket.socket:
+    """To who listens there, as soon as somebody does."""
+    found: list[socket.socket] = []
+
+    def is_there() -> bool:
+        try:
+            found.append(socket.create_connection(address.split(":")))
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    await until(is_there, "somebody listens")
+    return found[0]
+
+
 @asynccontextmanager
 async def relayed(tmp_path: Path, *engine: str) -> AsyncIterator[tuple[Pool, Host, str, Path]]:
     """A pool whose engine runs on a host, and where that joins."""
@@ -174,9 +189,8 @@ def test_who_does_not_know_the_secret_is_not_let_in(tmp_path: Path) -> None:
         pool = Pool(EngineOptions(model="ledger"), command=command)
         await pool.start()
         stranger = Host(address, wrong)
-        await asyncio.sleep(1)
+        silent = await connected(address)  # says nothing, and the relay does not freeze over it
         relay = pool.replicas[0].pid
-        silent = socket.create_connection(address.split(":"))  # says nothing, and the relay does not freeze over it
         try:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(pool.ready(), 3)
