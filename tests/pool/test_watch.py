@@ -8,11 +8,12 @@ import pytest
 
 from orcaserve.core.config import EngineInfo
 from orcaserve.core.request import NewRequest, Output, SamplingParams, TokenLogprobs
-from orcaserve.engine.framing import FrameReader, Receiver, encode
+from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.messages import Abort, Stats, Step, Stop, Submit
 from orcaserve.serve.flight_recorder import FlightRecorder, Record
 from orcaserve.serve.frames import Beat, Failed, FromEngine, Loading, Ready, ToEngine
 from orcaserve.serve.supervisor import Watch
+from orcaserve.worker.receiver import Receiver
 
 READY = Ready(
     EngineInfo(

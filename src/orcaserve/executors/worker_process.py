@@ -23,7 +23,7 @@ from typing import TypeVar, cast
 
 from orcaserve.core.batch import Batch
 from orcaserve.core.config import ModelError
-from orcaserve.engine.framing import FrameReader, Receiver, encode
+from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.executors.messages import (
     Alive,
     Begin,
@@ -34,6 +34,7 @@ from orcaserve.executors.messages import (
     WhileServing,
 )
 from orcaserve.worker.process import die_with_parent, dump_when_told, in_one_line, tell, uncollected
+from orcaserve.worker.receiver import Receiver
 
 BEAT_SECONDS = 0.25
 EXIT_MODEL, EXIT_ITERATION = 1, 70

@@ -15,11 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from orcaserve.core.config import EngineOptions
-from orcaserve.engine.framing import FrameReader, Receiver, encode
+from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.silence import Silence
 from orcaserve.executors.messages import Begin, FromWorker, Place, Serving, StoreAt, ToWorker
 from orcaserve.worker.machine import available_memory, usable_cpus
 from orcaserve.worker.process import DUMP, DUMP_SECONDS, pulse
+from orcaserve.worker.receiver import Receiver
 
 COMMAND = (sys.executable, "-m", "orcaserve.executors.worker_process")
 TICK_SECONDS = 0.25  # as often as workers say that they are alive

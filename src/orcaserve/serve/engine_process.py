@@ -29,7 +29,7 @@ from orcaserve.core.pace import LEAST_SHARE
 from orcaserve.core.policy import parse_policy
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
 from orcaserve.engine.executor import Executor, Guided, Timekeeping, WorkerLost
-from orcaserve.engine.framing import FrameReader, Receiver, encode
+from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.loop import EngineLoop, Outbox
 from orcaserve.engine.messages import Command, Submit
 from orcaserve.engine.step_log import Header, StepLog, log_clock
@@ -56,6 +56,7 @@ from orcaserve.worker.process import (
     tell,
     uncollected,
 )
+from orcaserve.worker.receiver import Receiver
 
 FLUSH_SECONDS = 1.0
 # Where --max-itl is not given. A person reads some four tokens a second; a model that takes as long for a decode alone

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import msgspec
 
-from orcaserve.engine.framing import Receiver, encode
+from orcaserve.engine.framing import encode
 from orcaserve.engine.silence import Silence
 from orcaserve.executors.link import Link, LinkError, accept, parse_address
 from orcaserve.serve.flight_recorder import FlightRecorder, Record
 from orcaserve.serve.frames import BEAT_SECONDS, Beat, Failed, Loading
 from orcaserve.worker.process import die_with_parent, tell
+from orcaserve.worker.receiver import Receiver
 
 EXIT_REFUSED, EXIT_LOST = 1, 75
 

@@ -16,12 +16,13 @@ from typing import cast
 
 import msgspec
 
-from orcaserve.engine.framing import FrameReader, Receiver, encode
+from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.silence import Silence
 from orcaserve.executors.link import Link, LinkError, connect
 from orcaserve.serve.flight_recorder import FlightRecorder
 from orcaserve.serve.frames import BEAT_SECONDS, Start, ToEngine
 from orcaserve.serve.relay import Data, Ended, FromReplicaHost, Here, Offer, ToReplicaHost
+from orcaserve.worker.receiver import Receiver
 
 COMMAND = (sys.executable, "-m", "orcaserve.serve.engine_process")
 PAUSE_SECONDS = 0.5
