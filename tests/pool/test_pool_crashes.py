@@ -37,6 +37,16 @@ async def replaced(pool: Pool, pid: int) -> None:
     await until(lambda: pool.state == "ready" and pool.engine_pid != pid, "another engine is ready")
 
 
+async def kill_in_an_iteration(pool: Pool, stalled: Path) -> None:
+    """stalled: the file by which a stalling engine tells that it is in one."""
+    await until(stalled.exists, "an iteration is under way")
+    pid = pool.engine_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await until(lambda: pool.engine_pid != pid, "the death is noticed")
+    stalled.unlink()
+
+
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_streams_survive_three_kills(loop: str) -> None:
     seed = random.randrange(2**32)
@@ -233,12 +243,7 @@ def test_two_kills_at_the_same_progress_convict_nobody_who_was_alone_only_once(t
             begun = [list((await anext(stream)).token_ids) for stream in streams]
             stall.touch()
             for _ in range(2):  # all of them; then the first suspect alone
-                await until(stalled.exists, "an iteration is under way")
-                pid = pool.engine_pid
-                assert pid is not None
-                os.kill(pid, signal.SIGKILL)
-                await until(lambda: pool.engine_pid != pid, "the death is noticed")  # noqa: B023
-                stalled.unlink()
+                await kill_in_an_iteration(pool, stalled)
             stall.unlink()
             got = await gather_all(streams)
             assert [first + tokens for first, (tokens, _, _) in zip(begun, got, strict=True)] == [
@@ -261,11 +266,7 @@ def test_who_had_company_that_left_before_the_crash_was_noticed_was_not_alone(tm
             for _ in range(2):  # both; then it alone
                 await until(stalled.exists, "an iteration is under way")
                 company.abort()
-                pid = pool.engine_pid
-                assert pid is not None
-                os.kill(pid, signal.SIGKILL)
-                await until(lambda: pool.engine_pid != pid, "the death is noticed")  # noqa: B023
-                stalled.unlink()
+                await kill_in_an_iteration(pool, stalled)
             stall.unlink()
             assert begun + (await gather(stream))[0] == wish.answer()[0]
 
