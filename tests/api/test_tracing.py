@@ -221,7 +221,8 @@ def test_every_endpoint_and_every_end(traced: tuple[Receiver, Server, int]) -> N
         assert client.post("/v1/responses", json={"input": SAID, "max_output_tokens": 2}).status_code == 200
         assert client.post("/v1/chat/completions", json={**chat, "temperature": SAID}).status_code == 400
         assert client.post("/v1/completions", json={"prompt": SAID, "model": "other"}).status_code == 404
-        with client.stream("POST", "/v1/completions", json={"prompt": "x", "max_tokens": 400, "stream": True}) as gone:
+        long = {"prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/completions", json=long) as gone:
             next(gone.iter_bytes())
         assert client.get("/v1/models").status_code == 200  # no request to the model, no span
     roots = sorted(receiver.roots(5), key=lambda root: root.start_time_unix_nano)
