@@ -489,7 +489,7 @@ class Scheduler:
             id=request.id,
             why="blocks",
             blocks=self.kv.lacking(request, self.policy.room(request), spare),
-            holders=tuple((other.id, len(other.block_table)) for other in holders),
+            holders=tuple([(other.id, len(other.block_table)) for other in holders]),
         )
 
     # -- taking results in ---------------------------------------------------------------------------------------
@@ -558,7 +558,7 @@ class Scheduler:
         self._held.extend(outputs)
         if any(request.finish_reason is None or request.num_in_flight for request in self.running):
             return ()
-        together = tuple(output for output in self._held if output.id in self.requests)
+        together = tuple([output for output in self._held if output.id in self.requests])
         self._held.clear()
         for request in list(self.running):
             self._drop(request)

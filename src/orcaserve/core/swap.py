@@ -42,8 +42,8 @@ class SwapSlots:
                 slots.hold(slot)
         request.swap_slots = [self._take(table[i], pool) if slot is None else slot for i, slot in enumerate(found)]
         if missing:
-            copied = tuple(request.swap_slots[i] for i in missing)
-            self._copies.append(Swap(True, tuple(table[i] for i in missing), copied))
+            copied = tuple([request.swap_slots[i] for i in missing])
+            self._copies.append(Swap(True, tuple([table[i] for i in missing]), copied))
         self.num_swapped += 1
         return True
 

@@ -131,7 +131,7 @@ class LedgerExecutor:
             self.known[new.id] = _Known(new)
         for row in batch.rows:
             self._write(row)
-        return StepResult(tuple(self._read(row) for row in batch.rows))
+        return StepResult(tuple([self._read(row) for row in batch.rows]))
 
     def _copy(self, swap: Swap) -> None:
         size = self._block_size
@@ -160,7 +160,7 @@ class LedgerExecutor:
         prompt_logprobs: tuple[TokenLogprobs, ...] = ()
         if known.new.params.prompt_logprobs is not None:
             positions = range(row.start + 1, min(end + 1, known.new.num_prompt))
-            prompt_logprobs = tuple(ledger_logprobs(entries[:p], known.token_ids[p]) for p in positions)
+            prompt_logprobs = tuple([ledger_logprobs(entries[:p], known.token_ids[p]) for p in positions])
         pooled = self._pool(known, row, entries)
         if not row.samples:
             return RowResult(id=row.id, prompt_logprobs=prompt_logprobs, pooled=pooled)

@@ -142,7 +142,7 @@ class EngineLoop:
         decisions, self._untold = self._untold, ()
         return Step(
             outputs=outputs,
-            started=tuple(new.id for new in batch.new),
+            started=tuple([new.id for new in batch.new]),
             num_tokens=batch.num_tokens,
             num_rows=len(batch.rows),
             seconds=seconds,

@@ -155,7 +155,7 @@ def log_clock(clock: Callable[[], float]) -> Callable[[], float]:
 
 def swaps_of(batch: Batch) -> tuple[tuple[bool, int], ...]:
     """A batch's copies, as a log has them."""
-    return tuple((swap.out, len(swap.blocks)) for swap in batch.swaps)
+    return tuple([(swap.out, len(swap.blocks)) for swap in batch.swaps])
 
 
 class _Open:
@@ -201,7 +201,7 @@ class StepLog:
         self._line(Decided(now, tuple(decisions)))
 
     def submitted(self, now: float, batch: Batch) -> None:
-        rows = tuple((row.id, row.start, row.num_tokens, row.samples) for row in batch.rows)
+        rows = tuple([(row.id, row.start, row.num_tokens, row.samples) for row in batch.rows])
         self._line(Submitted(now, rows, swaps_of(batch)))
         self._submitted.append(now)
 

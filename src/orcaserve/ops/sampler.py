@@ -86,7 +86,7 @@ def _reports(tokens: Sequence[int], found: Logprobs, tops: Sequence[int]) -> lis
     """tops: how many of the likeliest each asked for."""
     own, ranks, ids, logprobs = (tensor.tolist() for tensor in found)
     return [
-        TokenLogprobs(token, own[i], ranks[i], tuple(zip(ids[i][:top], logprobs[i][:top], strict=True)))
+        TokenLogprobs(token, own[i], ranks[i], (*zip(ids[i][:top], logprobs[i][:top], strict=True),))
         for i, (token, top) in enumerate(zip(tokens, tops, strict=True))
     ]
 

@@ -52,8 +52,8 @@ class FlightRecorder:
 
     def fly(self, ids: Iterable[int]) -> None:
         """These are in the batches in flight. They replace those that were."""
-        ids = tuple(ids)
-        os.pwrite(self.fd, b"".join(map(_bytes, (len(ids), *ids))), _NUMBER)
+        numbers = [_bytes(id) for id in ids]
+        os.pwrite(self.fd, b"".join([_bytes(len(numbers)), *numbers]), _NUMBER)
 
     def read(self) -> Record | None:
         """None: nobody has kept a record, so that nothing is known."""

@@ -92,4 +92,4 @@ def token_ids(jobs: Sequence[Job]) -> torch.Tensor:
 
 def in_order(batch: Batch, results: Mapping[int, RowResult]) -> StepResult:
     """A result for each row of the batch; a row without one has failed."""
-    return StepResult(tuple(results.get(row.id) or RowResult(id=row.id, error=FAILED) for row in batch.rows))
+    return StepResult(tuple([results.get(row.id) or RowResult(id=row.id, error=FAILED) for row in batch.rows]))
