@@ -356,7 +356,10 @@ def test_top_goes_on_drawing(slow: Server) -> None:
         body = {"prompt": "a", "max_tokens": 500, "ignore_eos": True, "user": "drawn", "stream": True}
         with slow.client() as client, client.stream("POST", "/v1/completions", json=body) as response:
             assert response.status_code == 200
-            until("drawn")
+            try:
+                until("drawn")
+            except AssertionError as error:
+                raise AssertionError(f"{error}\nits stream: {response.read()[-2000:]!r}") from None
         process.send_signal(signal.SIGINT)
         until("\x1b[?1049l")  # the terminal as it was before
         assert process.wait(10) == 0
