@@ -83,4 +83,5 @@ def test_nothing_unsafe(path: Path) -> None:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         for word in UNSAFE:
             bare = line.replace("model.eval(", "").replace(".eval(", "")
+            bare = bare.replace("asyncio.create_subprocess_exec(", "")  # a program with its arguments, and no shell
             assert word not in bare, f"{path}:{number}: {word}"

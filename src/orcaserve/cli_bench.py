@@ -22,6 +22,7 @@ def bench() -> None:
 
 @bench.command()
 @click.option("--server", "servers", multiple=True, required=True, metavar="NAME=URL[#MODEL]", help="Once for each.")
+@click.option("--offline", "commands", multiple=True, metavar="NAME=COMMAND", help="An engine without a server.")
 @click.option("--works", default="decode,trace,poisson", show_default=True, help="Also one by one: decode-4.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Each in turn.")
 @click.option("--requests", type=click.IntRange(1), default=32, show_default=True, help="Of trace and poisson.")
@@ -40,6 +41,7 @@ def bench() -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for report.md, .json and .png.")
 def compare(
     servers: tuple[str, ...],
+    commands: tuple[str, ...],
     works: str,
     rounds: int,
     requests: int,
@@ -53,15 +55,18 @@ def compare(
 
     decode: 1, 4 and 16 requests at once, 32 tokens in, 128 out. trace: requests as in Orca's paper, all at once.
     poisson: such requests at random times, so many a second (--rate, may be given several times).
+    An engine without a server takes part by a command that reads works and writes times (docs/benchmarks.md).
     """
     from rich.console import Console
 
     from orcaserve.bench import report, workloads
     from orcaserve.bench.client import BenchError, servers_from
     from orcaserve.bench.compare import Plan, run
+    from orcaserve.bench.offline import offline_from
 
     try:
-        named, names = servers_from(servers, limits), workloads.names(works.split(","), rates)
+        named = (*servers_from(servers, limits), *offline_from(commands, servers))
+        names = workloads.names(works.split(","), rates)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     plan = Plan(named, tuple(names), rounds=rounds, requests=requests, vocab=vocab, seed=seed)

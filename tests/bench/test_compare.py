@@ -158,6 +158,70 @@ def test_the_command_writes_a_report(tmp_path: Path) -> None:
     assert b.most == 2
 
 
+OFFLINE = """
+import json, sys
+print("loading", flush=True)
+print("READY", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    head, *items = [json.loads(line) for line in open(job["work"])]
+    times = [{"token_times": [item["at"] + 0.01 * (1 + i) for i in range(item["max_tokens"])]} for item in items]
+    json.dump(times[:HOW_MANY], open(job["out"], "w"))
+    print("DONE", flush=True)
+"""
+
+
+def offline(folder: Path, how_many: str = "len(times)", code: str = OFFLINE) -> str:
+    (folder / "engine.py").write_text(code.replace("HOW_MANY", how_many))
+    return f"lib={sys.executable} {folder / 'engine.py'}"
+
+
+def test_an_engine_without_a_server_takes_part(tmp_path: Path) -> None:
+    with FakeServer(steady(step=0.001)) as server:
+        arguments = ["--server", f"ours={server.url}", "--offline", offline(tmp_path), "--rounds", "2"]
+        done = cli(*arguments, "--works", "decode-4,trace", "--requests", "3", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "report.json").read_bytes())
+    assert [(run["round"], run["work"], run["server"]) for run in found["runs"]] == [
+        (1, "decode-4", "ours"), (1, "decode-4", "lib"), (1, "trace", "ours"), (1, "trace", "lib"),
+        (2, "decode-4", "lib"), (2, "decode-4", "ours"), (2, "trace", "lib"), (2, "trace", "ours"),
+    ]  # fmt: skip
+    [decode] = [line for line in found["summary"] if line["figure"] == "decode"]
+    assert decode["cells"][1]["by_round"] == pytest.approx([400.0, 400.0])
+    assert f"| lib | {sys.executable} {tmp_path / 'engine.py'} |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("lib=/no/such/program", 1, "Error: lib: /no/such/program cannot be started"),
+        ("lib='", 1, "Error: lib: ' cannot be started: No closing quotation"),
+        ("lib=false", 1, "Error: lib: the command ended (exit code 1) before it said READY"),
+        ("ours=false", 2, "Error: two servers are called 'ours'"),
+        ("false", 2, "Error: 'false' is not NAME=COMMAND"),
+    ],
+)
+def test_a_command_that_is_no_engine_is_one_line(command: str, code: int, message: str) -> None:
+    with FakeServer(steady()) as server:
+        done = cli("--server", f"ours={server.url}", "--offline", command, "--works", "decode-1")
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.splitlines()[-1].startswith(message), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("how_many", "message"),
+    [
+        ("0", "lib: token_times of 0 requests instead of 1"),
+        ("'x'", "lib: the command ended (exit code 1) before it said DONE"),
+    ],
+)
+def test_a_command_that_answers_badly_ends_the_comparison(tmp_path: Path, how_many: str, message: str) -> None:
+    with FakeServer(steady()) as server:
+        done = cli("--server", f"ours={server.url}", "--offline", offline(tmp_path, how_many), "--works", "decode-1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"Error: {message}"
+
+
 def test_too_few_tokens_end_the_command_with_an_error(tmp_path: Path) -> None:
     with FakeServer(too_few) as server:
         arguments = ["--server", f"short={server.url}", "--works", "decode-4", "--rounds", "1", "--out", str(tmp_path)]

@@ -49,6 +49,10 @@ class Server(msgspec.Struct, frozen=True):
     version: str | None = None
     concurrency: int | None = None
 
+    @property
+    def address(self) -> str:
+        return self.url
+
 
 class Fault(NamedTuple):
     """What went wrong. kind: a few words that are the same for all of the kind; message: one line.

@@ -16,6 +16,7 @@ from rich.table import Table
 from orcaserve import __version__
 from orcaserve.bench.client import Record, Server
 from orcaserve.bench.measures import FIGURES, figures
+from orcaserve.bench.offline import Offline
 from orcaserve.bench.workloads import Kind, Work
 
 READING = (
@@ -86,7 +87,7 @@ class Report(msgspec.Struct, frozen=True):
     machine: Machine
     seed: int
     vocab: int
-    servers: list[Server]
+    servers: Sequence[Server | Offline]
     works: list[Workload]
     runs: list[Run]
     orcaserve: str = __version__
@@ -225,7 +226,7 @@ def _markdown(report: Report, figure: str | None) -> Iterator[str]:
     yield from ("", "## Servers and works", "")
     yield from markdown_table(
         ["server", "address", "model", "version", "requests in flight"],
-        [[s.name, s.url, s.model or "", s.version or "", f"{s.concurrency or 'no limit'}"] for s in report.servers],
+        [[s.name, s.address, s.model or "", s.version or "", f"{s.concurrency or 'no limit'}"] for s in report.servers],
     )
     yield ""
     yield from markdown_table(
