@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 #include <type_traits>
 
 #include "kernels.hpp"
@@ -15,21 +14,20 @@ namespace ORCA_ISA {
 constexpr int kMostSegments = 64;
 constexpr int kMostGroup = 32;           // values that share a scale, of 4 bits
 constexpr int kRows = 6;                 // rows of a register tile
-constexpr std::int64_t kChunk = 16;      // panels that one piece of work takes
 
 // With 32 registers a panel of six rows passes over all columns of a block at once, and walks all of K by itself. With 16
 // it takes a pass for every vector of columns, so panels pass together: over some steps of the block, which stay near,
 // while the next are brought in.
 #if defined(__AVX512F__)
-constexpr int kPass = 4;                    // vectors of columns of a pass
-constexpr std::int64_t kTogether = 1;       // panels
-constexpr std::int64_t kShort = 16 << 10;   // bytes of a row that needs no packing
-constexpr std::int64_t kAhead = 8 * kRows;  // up to so many rows, memory is the limit and the next block is fetched early
+constexpr int kPass = 4;                   // vectors of columns of a pass
+constexpr std::int64_t kChunk = 32;        // panels that one piece of work takes
+constexpr std::int64_t kTogether = 1;      // panels
+constexpr std::int64_t kShort = 16 << 10;  // bytes of a row that needs no packing
 #else
 constexpr int kPass = 1;
+constexpr std::int64_t kChunk = 16;
 constexpr std::int64_t kTogether = kChunk;
 constexpr std::int64_t kShort = 0;  // there are no registers for where six rows are
-constexpr std::int64_t kAhead = std::numeric_limits<std::int64_t>::max();
 #endif
 constexpr std::int64_t kPassSteps = 128;  // of plain weights, that panels pass over together
 
@@ -174,9 +172,9 @@ void tile_of_codes(Rows<bf16> a, const std::uint8_t* codes, std::int64_t first, 
 }
 #endif
 
-// The same of bytes: sums [R][64] of a [steps][R][4], which stand 128 too high, times b [steps][64][4]; always fresh.
+// The same of bytes: sums [R][64] of a [R][steps][4], which stand 128 too high, times b [steps][64][4]; always fresh.
 template <int R>
-ORCA_APART void tile_of_bytes(const ByteLeft* a, const std::int8_t* b, std::int64_t steps, const float* row_scales,
+ORCA_APART void tile_of_bytes(Rows<ByteLeft> a, const std::int8_t* b, std::int64_t steps, const float* row_scales,
                               std::int64_t row_stride, const float* scales, const std::int32_t* above, int from,
                               float* out, Ahead ahead) {
     constexpr int N = wide_of(R);
@@ -184,16 +182,17 @@ ORCA_APART void tile_of_bytes(const ByteLeft* a, const std::int8_t* b, std::int6
     Ints sums[R][N];
     ORCA_UNROLL for (int r = 0; r < R; ++r)
         ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = no_ints();
-    const ByteLeft* left = a;
+    const std::int64_t row = kShort == 0 ? 4 : a.row, step = kShort == 0 ? R * 4 : a.step;
+    const ByteLeft* left = a.data;
     const std::int8_t* right = b + from * 64;
     int due = 0;
-    for (std::int64_t s = 0; s < steps; ++s, left += R * 4, right += kBlock * 4) {
+    for (std::int64_t s = 0; s < steps; ++s, left += step, right += kBlock * 4) {
         for (due += ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
         ORCA_UNROLL for (int turn = 0; turn < kByteTurns; ++turn) {
             decltype(take_bytes(right, turn)) other[N];
             ORCA_UNROLL for (int j = 0; j < N; ++j) other[j] = take_bytes(right + j * 64, turn);
             ORCA_UNROLL for (int r = 0; r < R; ++r) {
-                const auto one = broadcast_bytes(left + r * 4, turn);
+                const auto one = broadcast_bytes(left + r * row, turn);
                 ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = multiply_bytes(one, other[j], sums[r][j]);
             }
         }
@@ -208,28 +207,29 @@ ORCA_APART void tile_of_bytes(const ByteLeft* a, const std::int8_t* b, std::int6
     }
 }
 
-// The same of 4 bits: bytes a [steps][R][4] times `groups` groups of b, whose values stand 8 too high; below: -8 times the
+// The same of 4 bits: bytes a [R][steps][4] times `groups` groups of b, whose values stand 8 too high; below: -8 times the
 // sums of a row's groups. From three rows on half as wide, so that the sums of a group and of all groups both stay in
 // registers; with fewer it takes the whole width to have sums enough, each of which waits for itself.
 template <int R>
-ORCA_APART void tile_of_halves(const std::int8_t* a, const std::uint8_t* b, std::int64_t groups, int group,
+ORCA_APART void tile_of_halves(Rows<std::int8_t> a, const std::uint8_t* b, std::int64_t groups, int group,
                                const float* row_scales, std::int64_t row_stride, const std::int32_t* below,
                                std::int64_t below_stride, int from, float* out, Ahead ahead) {
     constexpr int N = wide_of(R) == 4 && R > 2 ? 2 : wide_of(R);
     if (from % N != 0) return;
     const int pairs = group / 8;
+    const std::int64_t row = kShort == 0 ? 4 : a.row, step = kShort == 0 ? R * 4 : a.step;
     for (int column = from; column < from + std::max(N, kPass); column += N) {
         Vec totals[R][N];
         ORCA_UNROLL for (int r = 0; r < R; ++r)
             ORCA_UNROLL for (int j = 0; j < N; ++j) totals[r][j] = zero();
-        const std::int8_t* left = a;
+        const std::int8_t* left = a.data;
         const std::uint8_t* right = b + column * 64;
         int due = 0;
         for (std::int64_t g = 0; g < groups; ++g) {
             HalfSums sums[R][N];
             ORCA_UNROLL for (int r = 0; r < R; ++r)
                 ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = start_halves(below[r * below_stride + g]);
-            for (int s = 0; s < pairs; ++s, left += 2 * R * 4, right += kBlock * 4) {
+            for (int s = 0; s < pairs; ++s, left += 2 * step, right += kBlock * 4) {
                 if (column == from) {
                     for (due += 2 * ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
                 }
@@ -237,11 +237,11 @@ ORCA_APART void tile_of_halves(const std::int8_t* a, const std::uint8_t* b, std:
                 ORCA_UNROLL for (int j = 0; j < N; ++j) lower[j] = lower_halves(right + j * 64);
                 ORCA_UNROLL for (int j = 0; j < N; ++j) upper[j] = upper_halves(right + j * 64);
                 ORCA_UNROLL for (int r = 0; r < R; ++r) {
-                    const Four one = broadcast_four(reinterpret_cast<const std::uint8_t*>(left) + r * 4);
+                    const Four one = broadcast_four(reinterpret_cast<const std::uint8_t*>(left + r * row));
                     ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = multiply_halves(lower[j], one, sums[r][j]);
                 }
                 ORCA_UNROLL for (int r = 0; r < R; ++r) {
-                    const Four one = broadcast_four(reinterpret_cast<const std::uint8_t*>(left) + (R + r) * 4);
+                    const Four one = broadcast_four(reinterpret_cast<const std::uint8_t*>(left + step + r * row));
                     ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = multiply_halves(upper[j], one, sums[r][j]);
                 }
             }
@@ -259,14 +259,15 @@ ORCA_APART void tile_of_halves(const std::int8_t* a, const std::uint8_t* b, std:
     }
 }
 
-// Activations: as they came, or packed in panels of up to six rows, [steps][rows][PAIR] each; of bytes with a scale per
-// row and segment.
+// Activations: row by row, as they came or brought to bytes; or packed in panels of up to six rows, [steps][rows][PAIR]
+// each. Bytes have a scale per row and segment.
 template <class W>
 struct Left {
     const LeftOf_t<W>* data;
-    LeftOf_t<W>* panels;  // the same place, or null
-    float* scales;        // [m][segments], of bytes
-    std::int32_t* below;  // [m][groups]: -8 times the sum of a row's group, of signed bytes
+    std::int64_t row;      // values from one row to the next; 0: in panels
+    LeftOf_t<W>* room;     // the same place, unless they are as they came
+    float* scales;         // [m][segments], of bytes
+    std::int32_t* below;   // [m][groups]: -8 times the sum of a row's group, of signed bytes
 };
 
 // Rows of a panel are as equal as can be: 16 rows are 6, 5 and 5.
@@ -344,18 +345,18 @@ private:
 
     template <int R>
     void pass(std::int64_t row, Span span, int from, const Patch*& patch, float* out, Ahead ahead) const {
-        const LeftOf_t<W>* left = a.data + row * steps * P;
-        const std::int64_t next_row = a.panels == nullptr ? steps * P : P, next_step = a.panels == nullptr ? P : R * P;
+        const LeftOf_t<W>* left = a.data + row * (a.row == 0 ? steps * P : a.row);
+        const std::int64_t next_row = a.row == 0 ? P : a.row, next_step = a.row == 0 ? R * P : P;
         const std::int64_t at = span.at;
         const Rows<LeftOf_t<W>> rows{left + at * next_step, next_row, next_step};
         if constexpr (std::is_same_v<W, Byte>) {
-            tile_of_bytes<R>(rows.data, reinterpret_cast<const std::int8_t*>(data) + at * kBlock * P, span.count,
+            tile_of_bytes<R>(rows, reinterpret_cast<const std::int8_t*>(data) + at * kBlock * P, span.count,
                              a.scales + row * packed.segments + span.segment, packed.segments,
                              packed.scales + span.segment * padded + block * kBlock,
                              packed.sums + span.segment * padded + block * kBlock, from, out, ahead);
         } else if constexpr (std::is_same_v<W, Signed>) {
             const std::int64_t groups = steps * P / packed.group, first = at * P / packed.group;
-            tile_of_halves<R>(rows.data, reinterpret_cast<const std::uint8_t*>(data) + first * group_bytes(packed.group),
+            tile_of_halves<R>(rows, reinterpret_cast<const std::uint8_t*>(data) + first * group_bytes(packed.group),
                               span.count * P / packed.group, packed.group, a.scales + row * packed.segments + span.segment,
                               packed.segments, a.below + row * groups + first, groups, from, out, ahead);
         } else if (packed.format == Format::plain) {
@@ -414,7 +415,7 @@ void finish(const Gemm& g, const float* sums, std::int64_t row, int rows, std::i
 template <class T>
 void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps, const Left<T>& left) {
     constexpr std::int64_t P = pair_of<T>;
-    LeftOf_t<T>* panel = left.panels + first * steps * P;
+    LeftOf_t<T>* panel = left.room + first * steps * P;
     const std::int64_t whole = g.k / P;
     for (int r = 0; r < rows; ++r) {
         const T* from = static_cast<const T*>(g.a) + (first + r) * g.k;
@@ -445,7 +446,7 @@ void make_panel_of_bytes(const Gemm& g, std::int64_t first, int rows, int segmen
         const float most = largest(greatest);
         left.scales[(first + r) * g.packed.segments + segment] = most / 127.0f + sum(strange);
         const Vec per_part = set1(most > 0.0f ? 127.0f / most : 0.0f);
-        LeftOf_t<W>* to = left.panels + (first * steps + begin / 4 * rows + r) * 4;
+        LeftOf_t<W>* to = left.room + (left.row == 0 ? (first * steps + begin / 4 * rows + r) * 4 : (first + r) * left.row + begin);
         std::int32_t* below = is_signed ? left.below + ((first + r) * steps * 4 + begin) / g.packed.group : nullptr;
         int total = 0, in_group = 0;
         for (std::int64_t i = 0; i < part; i += 16) {
@@ -462,8 +463,13 @@ void make_panel_of_bytes(const Gemm& g, std::int64_t first, int rows, int segmen
                     total = in_group = 0;
                 }
             }
-            const std::int64_t fours = std::min<std::int64_t>(4, (part - i) / 4);
-            for (std::int64_t j = 0; j < fours; ++j, to += rows * 4) store_four(to, bytes + j * 4);
+            if constexpr (kShort > 0) {
+                if (part - i >= 16) std::memcpy(to + i, bytes, 16);
+                else std::copy(bytes, bytes + (part - i), to + i);
+            } else {
+                const std::int64_t fours = std::min<std::int64_t>(4, (part - i) / 4);
+                for (std::int64_t j = 0; j < fours; ++j, to += rows * 4) store_four(to, bytes + j * 4);
+            }
         }
     }
 }
@@ -496,31 +502,36 @@ void gemm_of(Pool& pool, const Gemm& g) {
     const std::int64_t steps = padded_depth(g.packed, g.k, P) / P;
     const std::int64_t blocks = ceil_div(g.n, g.gated ? kBlock / 2 : kBlock);
     const Panels panels(g.m);
-    // Short rows are read as they are; of long ones, side by side, too many would fall into one set of the cache.
-    constexpr bool as_they_are = std::is_same_v<LeftOf_t<W>, T>;
-    const bool packs = !as_they_are || kShort == 0 || g.k % P != 0 || g.k * static_cast<std::int64_t>(sizeof(W)) > kShort;
-    const std::size_t panel_bytes = packs ? ceil_div(g.m * steps * P * sizeof(LeftOf_t<W>), 64) * 64 : 0;
+    // Short rows are read as they are; of long ones, side by side, too many would fall into one set of the cache. Those
+    // brought to bytes have room between them, so that they never do.
+    constexpr bool can_be_rows = kShort > 0 && (of_bytes || std::is_same_v<LeftOf_t<W>, T>);
+    const bool is_short = g.k % P == 0 && g.k * static_cast<std::int64_t>(sizeof(W)) <= kShort;
+    const bool packs = of_bytes || !can_be_rows || !is_short;
+    const std::int64_t apart = !can_be_rows ? 0 : of_bytes ? ceil_div(steps * P, 64) * 64 + 64 : is_short ? g.k : 0;
+    const std::size_t left_bytes = packs ? ceil_div(g.m * std::max(apart, steps * P) * sizeof(LeftOf_t<W>), 64) * 64 : 0;
     const std::size_t scale_bytes = of_bytes ? ceil_div(g.m * g.packed.segments * sizeof(float), 64) * 64 : 0;
     const std::size_t below_bytes = std::is_same_v<W, Signed> ? g.m * (steps * P / g.packed.group) * sizeof(std::int32_t) : 0;
-    char* scratch = static_cast<char*>(pool.shared(panel_bytes + scale_bytes + below_bytes));
+    char* scratch = static_cast<char*>(pool.shared(left_bytes + scale_bytes + below_bytes));
     LeftOf_t<W>* const room = packs ? reinterpret_cast<LeftOf_t<W>*>(scratch) : nullptr;
-    const Left<W> left{packs ? room : static_cast<const LeftOf_t<W>*>(g.a), room, reinterpret_cast<float*>(scratch + panel_bytes),
-                       reinterpret_cast<std::int32_t*>(scratch + panel_bytes + scale_bytes)};
+    const Left<W> left{packs ? room : static_cast<const LeftOf_t<W>*>(g.a), apart, room,
+                       reinterpret_cast<float*>(scratch + left_bytes),
+                       reinterpret_cast<std::int32_t*>(scratch + left_bytes + scale_bytes)};
     if (packs) pack_left<T>(pool, g, panels, steps, left);
     const std::int64_t chunks = ceil_div(panels.count, kChunk);
     const std::int64_t size = block_bytes(g.packed, g.k, P);
     const int threads = pool.threads();
-    pool.run(static_cast<std::uint32_t>(blocks * chunks), [&](std::uint32_t item, int thread) {
-        const std::int64_t block = item / chunks, chunk = item % chunks;
-        const std::int64_t begin = chunk * kChunk, end = std::min(panels.count, begin + kChunk);
+    // All blocks for some rows, then for the next: rows stay near, and of weights there are the more bytes to bring.
+    const std::int64_t items = blocks * chunks;
+    pool.run(static_cast<std::uint32_t>(items), [&](std::uint32_t item, int thread) {
+        const std::int64_t block = item % blocks, begin = item / blocks * kChunk, end = std::min(panels.count, begin + kChunk);
         auto* sums = static_cast<float*>(pool.scratch(thread, 5 * kTogether * kRows * kBlock * sizeof(float)));
-        // The block that this thread will most likely get next, fetched bit by bit while it computes this one.
-        const std::int64_t later = block + threads;
-        const char* next = later < blocks ? static_cast<const char*>(g.packed.data) + later * size
-                                          : static_cast<const char*>(g.then) + (later - blocks) * g.then_block;
-        const bool early = g.m <= kAhead && (later < blocks || g.then != nullptr);
-        // Spread over the panels, so that memory is never idle.
-        const int lines = early ? static_cast<int>(ceil_div(size / steps, panels.count)) : 0;
+        // The block that this thread will most likely get next, fetched bit by bit while it computes this one: spread over
+        // the panels, so that memory is never idle.
+        const std::int64_t later = static_cast<std::int64_t>(item) + threads;
+        const char* next = later < items ? static_cast<const char*>(g.packed.data) + later % blocks * size
+                                         : static_cast<const char*>(g.then) + (later - items) * g.then_block;
+        const bool early = later < items || g.then != nullptr;
+        const int lines = early ? static_cast<int>(ceil_div(size / steps, end - begin)) : 0;
         Ahead ahead{next, lines};
         const Product<W> product(left, g.packed, block, blocks * kBlock, steps);
         for (std::int64_t p = begin; p < end; p += kTogether, ahead = ahead.after(steps)) {
