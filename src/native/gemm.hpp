@@ -79,9 +79,10 @@ struct Ahead {
 template <class W>
 constexpr std::int64_t pair_of = 4 / sizeof(W);
 
-// What weights of 8 and of 4 bits are multiplied with.
+// What weights of 8, of 4 and of 6 bits are multiplied with.
 using Byte = std::uint8_t;   // 128 above what it means
 using Signed = std::int8_t;
+enum class Six : std::int8_t {};  // signed, too
 
 // What is made of a row's values to meet weights.
 template <class W>
@@ -96,6 +97,10 @@ template <>
 struct LeftOf<Byte> {
     using type = ByteLeft;
 };
+template <>
+struct LeftOf<Six> {
+    using type = Signed;
+};
 template <class W>
 using LeftOf_t = typename LeftOf<W>::type;
 
@@ -106,16 +111,42 @@ struct Rows {
     std::int64_t row, step;
 };
 
-// out [R][64] = a [R][steps][PAIR] times b [steps][64][PAIR], added to what stands there unless it is fresh; of the vectors
-// of columns from `from` on, as many as a pass takes.
+// How far weights stand above what they mean, of those that signed bytes are multiplied with; and how many values along K
+// are put right together.
+template <class W>
+constexpr int kAbove = std::is_same_v<W, Six> ? 32 : 8;
+template <class W>
+std::int64_t group_of(const Packed& packed, std::int64_t depth) {
+    return std::is_same_v<W, Six> ? depth / packed.segments : packed.group;
+}
+
+// Where the sums [R][64] of a segment of K go: into a level of their own; or, if the segment ends branches of the tree, they
+// are first added to the levels below, one after the other, while they are still in registers.
+struct Branch {
+    float* out;
+    std::int64_t level;  // values from one level to the next
+    int ends;
+
+    void put(std::int64_t at, Vec sum) const {
+        float* to = out + at;
+        for (int i = 0; i < ends; ++i) {
+            to -= level;
+            sum = load(to) + sum;
+        }
+        store(to, sum);
+    }
+};
+
+// a [R][steps][PAIR] times b [steps][64][PAIR], added to what stands in the branch's own level unless it is fresh; of the
+// vectors of columns from `from` on, as many as a pass takes.
 template <class T, int R>
-ORCA_APART void tile(Rows<typename Type<T>::Left> a, const T* b, std::int64_t steps, int from, bool fresh, float* out,
+ORCA_APART void tile(Rows<typename Type<T>::Left> a, const T* b, std::int64_t steps, int from, bool fresh, Branch branch,
                      Ahead ahead) {
     constexpr int P = Type<T>::PAIR, N = wide_of(R);
     if (from % N != 0) return;
     Vec sums[R][N];
     ORCA_UNROLL for (int r = 0; r < R; ++r)
-        ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = fresh ? zero() : load(out + r * kBlock + (from + j) * 16);
+        ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = fresh ? zero() : load(branch.out + r * kBlock + (from + j) * 16);
     const std::int64_t row = kShort == 0 ? P : a.row, step = kShort == 0 ? R * P : a.step;
     const auto* left = a.data;
     const T* right = b + from * 16 * P;
@@ -132,19 +163,19 @@ ORCA_APART void tile(Rows<typename Type<T>::Left> a, const T* b, std::int64_t st
         }
     }
     ORCA_UNROLL for (int r = 0; r < R; ++r)
-        ORCA_UNROLL for (int j = 0; j < N; ++j) store(out + r * kBlock + (from + j) * 16, sums[r][j]);
+        ORCA_UNROLL for (int j = 0; j < N; ++j) branch.put(r * kBlock + (from + j) * 16, sums[r][j]);
 }
 
 // The same of steps [first, first + steps) of coded weights, decoded on the way: the shuffles run beside the products and
 // cost nothing, not even by panels of six rows. patch: the block's next; moves along.
 template <int R>
 void tile_of_codes(Rows<bf16> a, const std::uint8_t* codes, std::int64_t first, std::int64_t steps, const Code& code,
-                   const Patch*& patch, float* out, Ahead ahead);
+                   const Patch*& patch, Branch branch, Ahead ahead);
 
 #if defined(__AVX512BF16__)
 template <int R>
 void tile_of_codes(Rows<bf16> a, const std::uint8_t* codes, std::int64_t first, std::int64_t steps, const Code& code,
-                   const Patch*& patch, float* out, Ahead ahead) {
+                   const Patch*& patch, Branch branch, Ahead ahead) {
     const Upper upper = load_upper(code.upper);
     Vec sums[R][4];
     ORCA_UNROLL for (int r = 0; r < R; ++r)
@@ -168,7 +199,7 @@ void tile_of_codes(Rows<bf16> a, const std::uint8_t* codes, std::int64_t first, 
         }
     }
     ORCA_UNROLL for (int r = 0; r < R; ++r)
-        ORCA_UNROLL for (int j = 0; j < 4; ++j) store(out + r * kBlock + j * 16, sums[r][j]);
+        ORCA_UNROLL for (int j = 0; j < 4; ++j) branch.put(r * kBlock + j * 16, sums[r][j]);
 }
 #endif
 
@@ -176,7 +207,7 @@ void tile_of_codes(Rows<bf16> a, const std::uint8_t* codes, std::int64_t first, 
 template <int R>
 ORCA_APART void tile_of_bytes(Rows<ByteLeft> a, const std::int8_t* b, std::int64_t steps, const float* row_scales,
                               std::int64_t row_stride, const float* scales, const std::int32_t* above, int from,
-                              float* out, Ahead ahead) {
+                              Branch branch, Ahead ahead) {
     constexpr int N = wide_of(R);
     if (from % N != 0) return;
     Ints sums[R][N];
@@ -202,7 +233,7 @@ ORCA_APART void tile_of_bytes(Rows<ByteLeft> a, const std::int8_t* b, std::int64
         const Vec scale = load(scales + (from + j) * 16);
         ORCA_UNROLL for (int r = 0; r < R; ++r) {
             const Vec of_both = scale * set1(row_scales[r * row_stride]);
-            store(out + r * kBlock + (from + j) * 16, to_floats(sums[r][j] - off) * of_both);
+            branch.put(r * kBlock + (from + j) * 16, to_floats(sums[r][j] - off) * of_both);
         }
     }
 }
@@ -213,7 +244,7 @@ ORCA_APART void tile_of_bytes(Rows<ByteLeft> a, const std::int8_t* b, std::int64
 template <int R>
 ORCA_APART void tile_of_halves(Rows<std::int8_t> a, const std::uint8_t* b, std::int64_t groups, int group,
                                const float* row_scales, std::int64_t row_stride, const std::int32_t* below,
-                               std::int64_t below_stride, int from, float* out, Ahead ahead) {
+                               std::int64_t below_stride, int from, Branch branch, Ahead ahead) {
     constexpr int N = wide_of(R) == 4 && R > 2 ? 2 : wide_of(R);
     if (from % N != 0) return;
     const int pairs = group / 8;
@@ -254,7 +285,47 @@ ORCA_APART void tile_of_halves(Rows<std::int8_t> a, const std::uint8_t* b, std::
         }
         ORCA_UNROLL for (int r = 0; r < R; ++r) {
             const Vec scale = set1(row_scales[r * row_stride]);
-            ORCA_UNROLL for (int j = 0; j < N; ++j) store(out + r * kBlock + (column + j) * 16, totals[r][j] * scale);
+            ORCA_UNROLL for (int j = 0; j < N; ++j) branch.put(r * kBlock + (column + j) * 16, totals[r][j] * scale);
+        }
+    }
+}
+
+// The same of 6 bits, which have scales as bytes do: a [R][steps][4] times `eights` times eight values along K. below: -32
+// times the sum of a row's segment.
+template <int R>
+ORCA_APART void tile_of_sixes(Rows<std::int8_t> a, const std::uint8_t* b, std::int64_t eights, const float* row_scales,
+                              std::int64_t row_stride, const float* scales, const std::int32_t* below, int from,
+                              Branch branch, Ahead ahead) {
+    constexpr int N = wide_of(R);
+    if (from % N != 0) return;
+    if constexpr (N == 4) from = 0;  // as it is; shifts are constants then
+    const std::int64_t row = kShort == 0 ? 4 : a.row, step = kShort == 0 ? R * 4 : a.step;
+    Ints sums[R][N];
+    ORCA_UNROLL for (int r = 0; r < R; ++r)
+        ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = start_sixes(below[r * row_stride]);
+    const std::int8_t* left = a.data;
+    const std::uint8_t* right = b;
+    int due = 0;
+    for (std::int64_t s = 0; s < eights; ++s, left += 2 * step, right += kSixes) {
+        for (due += 2 * ahead.lines; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
+        ORCA_UNROLL for (int half = 0; half < 2; ++half) {
+            Halves other[N];
+            ORCA_UNROLL for (int j = 0; j < N; ++j) {
+                const std::uint8_t* four_bits = right + (from + j) * 64;
+                other[j] = with_upper_bits(half == 0 ? lower_halves(four_bits) : upper_halves(four_bits),
+                                           right + kBlock * 4 + half * 64, from + j);
+            }
+            ORCA_UNROLL for (int r = 0; r < R; ++r) {
+                const Four one = broadcast_four(reinterpret_cast<const std::uint8_t*>(left + half * step + r * row));
+                ORCA_UNROLL for (int j = 0; j < N; ++j) sums[r][j] = multiply_sixes(other[j], one, sums[r][j]);
+            }
+        }
+    }
+    ORCA_UNROLL for (int j = 0; j < N; ++j) {
+        const Vec scale = load(scales + (from + j) * 16);
+        ORCA_UNROLL for (int r = 0; r < R; ++r) {
+            const Vec of_both = scale * set1(row_scales[r * row_stride]);
+            branch.put(r * kBlock + (from + j) * 16, to_floats(sums[r][j]) * of_both);
         }
     }
 }
@@ -267,7 +338,7 @@ struct Left {
     std::int64_t row;      // values from one row to the next; 0: in panels
     LeftOf_t<W>* room;     // the same place, unless they are as they came
     float* scales;         // [m][segments], of bytes
-    std::int32_t* below;   // [m][groups]: -8 times the sum of a row's group, of signed bytes
+    std::int32_t* below;   // [m][groups]: -kAbove times the sum of a row's group, of signed bytes
 };
 
 // Rows of a panel are as equal as can be: 16 rows are 6, 5 and 5.
@@ -298,27 +369,22 @@ struct Product {
         const Patch* patch = packed.format == Format::coded ? packed.patches + code()->first : nullptr;
         int depth = 0;
         for (int segment = 0; segment < packed.segments; ++segment) {
-            float* out = sums + depth * level;
+            const int ends = __builtin_ctz(~segment);
             const Patch* next = patch;
             for (std::int64_t first = 0; first < part; first += at_once) {
                 const Span span{segment, segment * part + first, std::min(at_once, part - first), first == 0};
+                const bool is_last = first + at_once >= part;
+                Branch branch{sums + depth * level, level, is_last ? ends : 0};
                 Ahead share = share_of(span, ahead, end - begin);
                 for (int from = 0; from < 4; from += kPass)
                     for (std::int64_t p = begin; p < end; ++p, share = share.after(span.count)) {
                         next = patch;
-                        pass_of(panels.rows(p), panels.first(p), span, from, next, out + (p - begin) * kRows * kBlock, share);
+                        branch.out = sums + depth * level + (p - begin) * kRows * kBlock;
+                        pass_of(panels.rows(p), panels.first(p), span, from, next, branch, share);
                     }
             }
             patch = next;
-            ++depth;
-            for (int done = segment; done & 1; done >>= 1) {
-                --depth;
-                for (std::int64_t p = begin; p < end; ++p) {
-                    float* into = sums + (depth - 1) * level + (p - begin) * kRows * kBlock;
-                    const float* other = into + level;
-                    for (int i = 0; i < panels.rows(p) * kBlock; i += 16) store(into + i, load(into + i) + load(other + i));
-                }
-            }
+            depth += 1 - ends;
         }
     }
 
@@ -344,7 +410,7 @@ private:
     const Code* code() const { return reinterpret_cast<const Code*>(data); }
 
     template <int R>
-    void pass(std::int64_t row, Span span, int from, const Patch*& patch, float* out, Ahead ahead) const {
+    void pass(std::int64_t row, Span span, int from, const Patch*& patch, Branch branch, Ahead ahead) const {
         const LeftOf_t<W>* left = a.data + row * (a.row == 0 ? steps * P : a.row);
         const std::int64_t next_row = a.row == 0 ? P : a.row, next_step = a.row == 0 ? R * P : P;
         const std::int64_t at = span.at;
@@ -353,29 +419,34 @@ private:
             tile_of_bytes<R>(rows, reinterpret_cast<const std::int8_t*>(data) + at * kBlock * P, span.count,
                              a.scales + row * packed.segments + span.segment, packed.segments,
                              packed.scales + span.segment * padded + block * kBlock,
-                             packed.sums + span.segment * padded + block * kBlock, from, out, ahead);
+                             packed.sums + span.segment * padded + block * kBlock, from, branch, ahead);
         } else if constexpr (std::is_same_v<W, Signed>) {
             const std::int64_t groups = steps * P / packed.group, first = at * P / packed.group;
             tile_of_halves<R>(rows, reinterpret_cast<const std::uint8_t*>(data) + first * group_bytes(packed.group),
                               span.count * P / packed.group, packed.group, a.scales + row * packed.segments + span.segment,
-                              packed.segments, a.below + row * groups + first, groups, from, out, ahead);
+                              packed.segments, a.below + row * groups + first, groups, from, branch, ahead);
+        } else if constexpr (std::is_same_v<W, Six>) {
+            const std::int64_t scale = span.segment * padded + block * kBlock;
+            tile_of_sixes<R>(rows, reinterpret_cast<const std::uint8_t*>(data) + at / 2 * kSixes, span.count / 2,
+                             a.scales + row * packed.segments + span.segment, packed.segments, packed.scales + scale,
+                             a.below + row * packed.segments + span.segment, from, branch, ahead);
         } else if (packed.format == Format::plain) {
             const W* right = reinterpret_cast<const W*>(data) + at * kBlock * P;
-            tile<W, R>(rows, right, span.count, from, span.fresh, out, ahead);
+            tile<W, R>(rows, right, span.count, from, span.fresh, branch, ahead);
         } else if constexpr (kCodes && std::is_same_v<W, bf16>) {
             tile_of_codes<R>(rows, reinterpret_cast<const std::uint8_t*>(code() + 1) + at * kCodedStep, at, span.count,
-                             *code(), patch, out, ahead);
+                             *code(), patch, branch, ahead);
         }
     }
 
-    void pass_of(int rows, std::int64_t row, Span span, int from, const Patch*& patch, float* out, Ahead ahead) const {
+    void pass_of(int rows, std::int64_t row, Span span, int from, const Patch*& patch, Branch branch, Ahead ahead) const {
         switch (rows) {
-            case 1: return pass<1>(row, span, from, patch, out, ahead);
-            case 2: return pass<2>(row, span, from, patch, out, ahead);
-            case 3: return pass<3>(row, span, from, patch, out, ahead);
-            case 4: return pass<4>(row, span, from, patch, out, ahead);
-            case 5: return pass<5>(row, span, from, patch, out, ahead);
-            default: return pass<6>(row, span, from, patch, out, ahead);
+            case 1: return pass<1>(row, span, from, patch, branch, ahead);
+            case 2: return pass<2>(row, span, from, patch, branch, ahead);
+            case 3: return pass<3>(row, span, from, patch, branch, ahead);
+            case 4: return pass<4>(row, span, from, patch, branch, ahead);
+            case 5: return pass<5>(row, span, from, patch, branch, ahead);
+            default: return pass<6>(row, span, from, patch, branch, ahead);
         }
     }
 };
@@ -433,7 +504,8 @@ void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps,
 // NaN or infinite, for bytes cannot say so.
 template <class T, class W>
 void make_panel_of_bytes(const Gemm& g, std::int64_t first, int rows, int segment, std::int64_t steps, const Left<W>& left) {
-    constexpr bool is_signed = std::is_same_v<W, Signed>;
+    constexpr bool is_signed = !std::is_same_v<W, Byte>;
+    const std::int64_t group = group_of<W>(g.packed, steps * 4);
     const std::int64_t part = steps / g.packed.segments * 4, begin = segment * part, n = std::min(part, g.k - begin);
     for (int r = 0; r < rows; ++r) {
         const T* row = static_cast<const T*>(g.a) + (first + r) * g.k + begin;
@@ -447,7 +519,7 @@ void make_panel_of_bytes(const Gemm& g, std::int64_t first, int rows, int segmen
         left.scales[(first + r) * g.packed.segments + segment] = most / 127.0f + sum(strange);
         const Vec per_part = set1(most > 0.0f ? 127.0f / most : 0.0f);
         LeftOf_t<W>* to = left.room + (left.row == 0 ? (first * steps + begin / 4 * rows + r) * 4 : (first + r) * left.row + begin);
-        std::int32_t* below = is_signed ? left.below + ((first + r) * steps * 4 + begin) / g.packed.group : nullptr;
+        std::int32_t* below = is_signed ? left.below + ((first + r) * steps * 4 + begin) / group : nullptr;
         int total = 0, in_group = 0;
         for (std::int64_t i = 0; i < part; i += 16) {
             std::uint8_t bytes[16];
@@ -458,8 +530,8 @@ void make_panel_of_bytes(const Gemm& g, std::int64_t first, int rows, int segmen
                 for (std::int64_t j = 0; j < std::min<std::int64_t>(2, (part - i) / 8); ++j) {
                     total += of_eight[j];
                     in_group += 8;
-                    if (in_group < g.packed.group) continue;
-                    *below++ = -8 * total;
+                    if (in_group < group) continue;
+                    *below++ = -kAbove<W> * total;
                     total = in_group = 0;
                 }
             }
@@ -510,7 +582,8 @@ void gemm_of(Pool& pool, const Gemm& g) {
     const std::int64_t apart = !can_be_rows ? 0 : of_bytes ? ceil_div(steps * P, 64) * 64 + 64 : is_short ? g.k : 0;
     const std::size_t left_bytes = packs ? ceil_div(g.m * std::max(apart, steps * P) * sizeof(LeftOf_t<W>), 64) * 64 : 0;
     const std::size_t scale_bytes = of_bytes ? ceil_div(g.m * g.packed.segments * sizeof(float), 64) * 64 : 0;
-    const std::size_t below_bytes = std::is_same_v<W, Signed> ? g.m * (steps * P / g.packed.group) * sizeof(std::int32_t) : 0;
+    const bool has_below = of_bytes && !std::is_same_v<W, Byte>;
+    const std::size_t below_bytes = has_below ? g.m * (steps * P / group_of<W>(g.packed, steps * P)) * sizeof(std::int32_t) : 0;
     char* scratch = static_cast<char*>(pool.shared(left_bytes + scale_bytes + below_bytes));
     LeftOf_t<W>* const room = packs ? reinterpret_cast<LeftOf_t<W>*>(scratch) : nullptr;
     const Left<W> left{packs ? room : static_cast<const LeftOf_t<W>*>(g.a), apart, room,
@@ -550,6 +623,7 @@ void gemm(Pool& pool, const Gemm& g) {
         case Format::coded: return gemm_of<T, T>(pool, g);
         case Format::int8: return gemm_of<T, Byte>(pool, g);
         case Format::int4: return gemm_of<T, Signed>(pool, g);
+        case Format::int6: return gemm_of<T, Six>(pool, g);
     }
 }
 
@@ -574,28 +648,49 @@ void pack_plain(const Pack& w, std::int64_t row) {
     each_value<T>(w, row, [&](std::int64_t k, T value) { to[k / P * kBlock * P + k % P] = value; });
 }
 
-template <class T>
-void pack_bytes(const Pack& w, std::int64_t row) {
-    const std::int64_t column = column_of(w.first + row, w.half), steps = ceil_div(w.k, 4);
-    const std::int64_t padded = ceil_div(w.n, w.half > 0 ? kBlock / 2 : kBlock) * kBlock;
-    const std::int64_t part = steps / w.packed.segments * 4;
+// Symmetric, in whole numbers up to `most`: calls put(k, column, number) for every value of a row of the weight, and
+// keeps the scales.
+template <class T, class Put>
+void pack_scaled(const Pack& w, std::int64_t row, float most, const Put& put) {
+    const std::int64_t column = column_of(w.first + row, w.half), depth = padded_depth(w.packed, w.k, 1);
+    const std::int64_t padded = ceil_div(w.n, w.half > 0 ? kBlock / 2 : kBlock) * kBlock, part = depth / w.packed.segments;
     float greatest[kMostSegments] = {};
     each_value<T>(w, row, [&](std::int64_t k, T value) {
         const float size = __builtin_fabsf(Type<T>::to(value));
         if (!(size <= greatest[k / part])) greatest[k / part] = size;
     });
-    std::int32_t total[kMostSegments] = {};
-    std::int8_t* to = static_cast<std::int8_t*>(w.packed.data) + column / kBlock * steps * kBlock * 4 + column % kBlock * 4;
+    for (int segment = 0; segment < w.packed.segments; ++segment)
+        w.packed.scales[segment * padded + column] = greatest[segment] / most;
     each_value<T>(w, row, [&](std::int64_t k, T value) {
-        const float most = greatest[k / part];
-        const int rounded = most > 0.0f ? static_cast<int>(__builtin_rintf(Type<T>::to(value) * (127.0f / most))) : 0;
-        to[k / 4 * kBlock * 4 + k % 4] = static_cast<std::int8_t>(rounded);
-        total[k / part] += rounded;
+        const float highest = greatest[k / part];
+        put(k, column, highest > 0.0f ? static_cast<int>(__builtin_rintf(Type<T>::to(value) * (most / highest))) : 0);
     });
-    for (int segment = 0; segment < w.packed.segments; ++segment) {
-        w.packed.scales[segment * padded + column] = greatest[segment] / 127.0f;
-        w.packed.sums[segment * padded + column] = 128 * total[segment];
-    }
+}
+
+template <class T>
+void pack_bytes(const Pack& w, std::int64_t row) {
+    const std::int64_t depth = padded_depth(w.packed, w.k, 1), part = depth / w.packed.segments;
+    const std::int64_t padded = ceil_div(w.n, w.half > 0 ? kBlock / 2 : kBlock) * kBlock;
+    auto* to = static_cast<std::int8_t*>(w.packed.data);
+    pack_scaled<T>(w, row, 127.0f, [&](std::int64_t k, std::int64_t column, int number) {
+        to[column / kBlock * depth * kBlock + k / 4 * kBlock * 4 + column % kBlock * 4 + k % 4] = static_cast<std::int8_t>(number);
+        w.packed.sums[k / part * padded + column] += 128 * number;
+    });
+}
+
+template <class T>
+void pack_sixes(const Pack& w, std::int64_t row) {
+    const std::int64_t size = block_bytes(w.packed, w.k, 1);
+    auto* to = static_cast<std::uint8_t*>(w.packed.data);
+    const auto put = [&](std::int64_t k, std::int64_t column, int number) {
+        std::uint8_t* eight = to + column / kBlock * size + k / 8 * kSixes;
+        const std::int64_t at = column % kBlock * 4 + k % 4, half = k % 8 / 4;
+        const int above = number + kAbove<Six>;
+        eight[at] = static_cast<std::uint8_t>(eight[at] | (above & 15) << 4 * half);
+        std::uint8_t& bits = eight[kBlock * 4 + half * 64 + at % 64];
+        bits = static_cast<std::uint8_t>(bits | above >> 4 << at / 64 * 2);
+    };
+    pack_scaled<T>(w, row, 31.0f, put);
 }
 
 // A group's scale, and what each of its values becomes: the greatest in size is -8 or 7 scales, whichever comes nearer
@@ -648,14 +743,19 @@ void pack_halves(const Pack& w, std::int64_t row) {
 
 template <class T>
 void pack(Pool& pool, const Pack& w) {
-    pool.run(static_cast<std::uint32_t>(ceil_div(w.rows, 16)), [&](std::uint32_t item, int) {
-        const std::int64_t end = std::min<std::int64_t>(w.rows, (item + 1) * 16);
-        for (std::int64_t row = item * 16; row < end; ++row) {
+    if (w.rows == 0) return;
+    // Columns of one block may share bytes, so that a block is one thread's.
+    const std::int64_t width = w.half > 0 ? kBlock / 2 : kBlock, first = w.first / width;
+    const std::int64_t blocks = (w.first + w.rows - 1) / width + 1 - first;
+    pool.run(static_cast<std::uint32_t>(blocks), [&](std::uint32_t item, int) {
+        const std::int64_t begin = (first + item) * width - w.first, end = std::min(w.rows, begin + width);
+        for (std::int64_t row = std::max<std::int64_t>(0, begin); row < end; ++row) {
             switch (w.packed.format) {
                 case Format::plain: pack_plain<T>(w, row); break;
                 case Format::coded: break;  // made of plain ones: coding.hpp
                 case Format::int8: pack_bytes<T>(w, row); break;
                 case Format::int4: pack_halves<T>(w, row); break;
+                case Format::int6: pack_sixes<T>(w, row); break;
             }
         }
     });
@@ -678,6 +778,13 @@ T value_at(const Packed& w, const char* block, std::int64_t n, std::int64_t dept
         case Format::int8: {
             const float scale = w.scales[k / (depth / w.segments) * ceil_div(n, kBlock) * kBlock + column];
             return Type<T>::from(static_cast<float>(reinterpret_cast<const std::int8_t*>(block)[k / 4 * kBlock * 4 + own * 4 + k % 4]) * scale);
+        }
+        case Format::int6: {
+            const float scale = w.scales[k / (depth / w.segments) * ceil_div(n, kBlock) * kBlock + column];
+            const auto* eight = reinterpret_cast<const std::uint8_t*>(block) + k / 8 * kSixes;
+            const std::int64_t at = own * 4 + k % 4, half = k % 8 / 4;
+            const int above = (eight[at] >> 4 * half & 15) | (eight[kBlock * 4 + half * 64 + at % 64] >> at / 64 * 2 & 3) << 4;
+            return Type<T>::from(static_cast<float>(above - kAbove<Six>) * scale);
         }
         case Format::int4: {
             const char* group = block + k / w.group * group_bytes(w.group);

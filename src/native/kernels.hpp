@@ -12,6 +12,9 @@
 // 16 columns and 2 values are lanes of 8; two such vectors' lower bytes alternate by lanes (`place_of_word`).
 // Weights of 4 bits: every group of values along K is [group / 8][64][4] bytes, the lower half of a byte a value of the
 // first four, the upper half its like of the next four, each 8 above what it means; then bfloat16 scales [64].
+// Weights of 6 bits: eight values along K are [64][4] bytes of their lower four bits, in halves as with 4 bits, each value 32
+// above what it means; then twice 64 bytes of upper two bits, of the first and of the next four: bits 2 j and 2 j + 1 of byte
+// i belong to byte 64 j + i of those before. Scales are as with 8 bits.
 //
 // KV caches: groups of 16 slots (slot = block * block_size + offset, block_size a multiple of 16), for every group and
 // head: keys as [d / PAIR][16][PAIR], values as [16 / PAIR][D][PAIR], where D is d rounded up to 16. Caches of 8 bits have
@@ -32,9 +35,9 @@ constexpr std::int64_t kBlock = 64;   // columns of a block of packed weights
 constexpr std::int64_t kGroup = 16;   // slots of a group of the caches
 constexpr std::int64_t kSpan = 128;   // positions that attention reduces at once
 
-// Weights in the dtype of the activations, the same without loss in three quarters of the memory, or of 8 or 4 bits,
+// Weights in the dtype of the activations, the same without loss in three quarters of the memory, or of 8, 4 or 6 bits,
 // whose activations are brought to 8 bits row by row.
-enum class Format : int { plain, coded, int8, int4 };
+enum class Format : int { plain, coded, int8, int4, int6 };
 
 // A word of coded weights that the code cannot say. at: its place among the step's [64][2].
 struct Patch {
@@ -52,8 +55,8 @@ struct alignas(64) Code {
 struct Packed {
     void* data;
     const Patch* patches;  // of coded weights; else null
-    float* scales;       // [segments][columns, padded], of 8 bits; else null
-    std::int32_t* sums;  // [segments][columns, padded]: 128 times the sum of a column
+    float* scales;       // [segments][columns, padded], of 8 and 6 bits; else null
+    std::int32_t* sums;  // [segments][columns, padded]: 128 times the sum of a column, of 8 bits
     Format format;
     int group;     // values along K that share a scale, a multiple of 8, of 4 bits
     int segments;  // K is cut into as many equal parts, whose sums are added as a balanced tree; 1 or a power of two
@@ -208,14 +211,21 @@ constexpr int place_of_word(int at) { return at / 64 * 64 + at % 32 / 8 * 16 + a
 // Bytes of a group of 4-bit weights in a block.
 constexpr std::int64_t group_bytes(int group) { return group / 8 * kBlock * 4 + kBlock * 2; }
 
+// Bytes of eight values along K of 6-bit weights in a block.
+constexpr std::int64_t kSixes = kBlock * 4 + 2 * 64;
+
 // Values along K that a block has room for, and the bytes of a block. pair: of the dtype, of plain weights.
 constexpr std::int64_t padded_depth(const Packed& w, std::int64_t k, std::int64_t pair) {
-    const std::int64_t multiple = w.format == Format::int4 ? w.group : w.format == Format::int8 ? 4 : pair;
+    const std::int64_t multiple = w.format == Format::int4   ? w.group
+                                  : w.format == Format::int6 ? 8
+                                  : w.format == Format::int8 ? 4
+                                                             : pair;
     return ceil_div(k, multiple) * multiple;
 }
 constexpr std::int64_t block_bytes(const Packed& w, std::int64_t k, std::int64_t pair) {
     const std::int64_t depth = padded_depth(w, k, pair);
     if (w.format == Format::int4) return depth / w.group * group_bytes(w.group);
+    if (w.format == Format::int6) return depth / 8 * kSixes;
     if (w.format == Format::coded) return static_cast<std::int64_t>(sizeof(Code)) + depth / 2 * kCodedStep;
     return depth * kBlock * (w.format == Format::int8 ? 1 : 4 / pair);
 }

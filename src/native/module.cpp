@@ -53,7 +53,7 @@ public:
         : dtype(dtype), n(n), k(k), gated(gated), shape_(checked(dtype, format, k, group, segments)),
           padded_(ceil_div(n, gated ? kBlock / 2 : kBlock) * kBlock),
           data_(std::make_unique<Buffer>(padded_ / kBlock * block_bytes())),
-          scales_(format == Format::int8 ? segments * padded_ * sizeof(float) : 0),
+          scales_(format == Format::int8 || format == Format::int6 ? segments * padded_ * sizeof(float) : 0),
           sums_(format == Format::int8 ? segments * padded_ * sizeof(std::int32_t) : 0) {}
 
     std::int64_t value_bytes() const { return orca::value_bytes(dtype); }
@@ -348,7 +348,7 @@ NB_MODULE(_native, m) {
     using namespace orca;
     const auto free = nb::call_guard<nb::gil_scoped_release>();
     nb::enum_<Dtype>(m, "Dtype").value("f32", Dtype::f32).value("bf16", Dtype::bf16);
-    nb::enum_<Format>(m, "Format").value("plain", Format::plain).value("coded", Format::coded).value("int8", Format::int8).value("int4", Format::int4);
+    nb::enum_<Format>(m, "Format").value("plain", Format::plain).value("coded", Format::coded).value("int8", Format::int8).value("int4", Format::int4).value("int6", Format::int6);
     m.def("instruction_sets", [] {
         std::vector<std::string> names;
         for (const Kernels* kernels : kAll)

@@ -354,7 +354,8 @@ constexpr bool kCodes = false;
 // --- products of bytes: sixteen sums of four products each; exact in whatever order ---
 //
 // multiply_bytes: activations from 0 to 255 with weights from -127 to 127; multiply_halves: activations from -127 to 127
-// with weights from 0 to 15.
+// with weights from 0 to 15; multiply_sixes: with weights from 0 to 63. with_upper_bits: the j-th of a step's vectors of 64
+// weights, of which the lower four bits are known.
 
 #if defined(__AVX512F__)
 struct Ints {
@@ -412,6 +413,14 @@ inline Ints multiply_halves(Halves w, Four a, Ints c) {
 }
 using HalfSums = Ints;
 inline HalfSums start_halves(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Ints start_sixes(std::int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Halves with_upper_bits(Halves lower, const std::uint8_t* p, int j) {
+    typedef unsigned short Words32 __attribute__((vector_size(64)));
+    const auto bits = (Words32)_mm512_loadu_si512(p);
+    const auto moved = (__m512i)(j < 2 ? bits << (4 - 2 * j) : bits >> (2 * j - 4));
+    return {_mm512_ternarylogic_epi32(lower.v, moved, _mm512_set1_epi8(48), 0xf8)};  // lower | moved & 48
+}
+inline Ints multiply_sixes(Halves w, Four a, Ints c) { return multiply_halves(w, a, c); }
 #elif defined(__AVX2__)
 struct Ints {
     __m256i a, b;
@@ -495,6 +504,21 @@ inline Vec to_floats(HalfSums x) {
     const __m256i ones = _mm256_set1_epi16(1);
     return to_floats(Ints{_mm256_madd_epi16(x.a, ones), _mm256_madd_epi16(x.b, ones)});
 }
+inline Ints start_sixes(std::int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+inline Halves with_upper_bits(Halves lower, const std::uint8_t* p, int j) {
+    typedef unsigned short Words16 __attribute__((vector_size(32)));
+    const auto moved = [p, j](int i) {
+        const auto bits = (Words16)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + i);
+        return _mm256_and_si256((__m256i)(j < 2 ? bits << (4 - 2 * j) : bits >> (2 * j - 4)), _mm256_set1_epi8(48));
+    };
+    return {_mm256_or_si256(lower.a, moved(0)), _mm256_or_si256(lower.b, moved(1))};
+}
+inline Ints multiply_sixes(Halves w, Four a, Ints c) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    add_here(c.a, _mm256_madd_epi16(_mm256_maddubs_epi16(w.a, a.v), ones));
+    add_here(c.b, _mm256_madd_epi16(_mm256_maddubs_epi16(w.b, a.v), ones));
+    return c;
+}
 #else
 struct Ints {
     ints16 v;
@@ -549,6 +573,12 @@ inline Ints multiply_halves(const Halves& w, Four a, Ints c) {
 }
 using HalfSums = Ints;
 inline HalfSums start_halves(std::int32_t x) { return {ints16{} + x}; }
+inline Ints start_sixes(std::int32_t x) { return {ints16{} + x}; }
+inline Halves with_upper_bits(Halves lower, const std::uint8_t* p, int j) {
+    for (int i = 0; i < 64; ++i) lower.at[i] = static_cast<std::uint8_t>(lower.at[i] | (p[i] >> 2 * j & 3) << 4);
+    return lower;
+}
+inline Ints multiply_sixes(const Halves& w, Four a, Ints c) { return multiply_halves(w, a, c); }
 #endif
 
 template <class Byte>

@@ -167,10 +167,38 @@ def test_linear_of_halves(name, dtype, k, sizes, cut, segments):
     assert not found[[3, 5]].isfinite().any()
     others = [r for r in range(120) if r not in (3, 5)]
     assert torch.equal(found[others], whole[others])
-    assert torch.equal(
-        kernels.linear(weights, [None] * len(sizes), wide=True)(x),
-        kernel_sets.make(name.replace("int4", "int8")).linear(weights, [None] * len(sizes), wide=True)(x),
-    )
+
+
+@pytest.mark.parametrize("name", kernel_sets.HALVES)
+@both_dtypes
+@pytest.mark.parametrize(("k", "n", "segments"), [(64, 48, 1), (1024, 301, 4), (528, 64, 2), (38, 130, 1), (50, 65, 1)])
+def test_the_output_matrix_beside_halves_has_six_bits(name, dtype, k, n, segments):
+    """Against float64 on the weights as they were kept, which `rows` tells, and activations on the very same bytes."""
+    kernels = kernel_sets.make(name)
+    x, weight = draw(k, 120, k, dtype=dtype) * torch.logspace(-3, 3, 120)[:, None].to(dtype), draw(n, n, k, dtype=dtype)
+    x[7], weight[3], x[9], weight[5] = 0, 0, 1, 1
+    weight[6], x[11, ::2] = -1, -1
+    output = kernels.linear([weight], [None], wide=True)
+    whole = output(x)
+    assert whole.dtype == torch.float32
+    kept = kernels.linear([weight.float()], [None], wide=True).rows(torch.arange(n))
+    wanted = brought_to_bytes(x, segments) @ kept.double().T
+    error = (whole.double() - wanted).abs() / wanted.abs().amax(1, keepdim=True).clamp(min=1e-30)
+    assert error.max() < 1e-5
+    for part in range(0, k, k // segments):
+        w, c = weight[:, part : part + k // segments].float(), kept[:, part : part + k // segments]
+        assert ((w - c).abs() <= w.abs().amax(1, keepdim=True) * (0.5001 / 31)).all()
+    assert torch.equal(output.rows(torch.tensor([n - 1, 5, 0])), kept[[n - 1, 5, 0]].to(dtype))
+    for rows in company(120, k):
+        assert torch.equal(output(x[[r % 120 for r in rows]]), whole[[r % 120 for r in rows]])
+    assert torch.equal(kernel_sets.make(name, 3).linear([weight], [None], wide=True)(x), whole)
+    assert torch.equal(kernel_sets.make("portable int4").linear([weight], [None], wide=True)(x), whole)
+    strange = x.clone()
+    strange[3, k // 2], strange[5, 0] = torch.nan, torch.inf
+    found = output(strange)
+    assert not found[[3, 5]].isfinite().any()
+    others = [r for r in range(120) if r not in (3, 5)]
+    assert torch.equal(found[others], whole[others])
 
 
 @pytest.mark.parametrize("name", [*kernel_sets.BYTES, *kernel_sets.HALVES])

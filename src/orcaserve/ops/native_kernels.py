@@ -27,10 +27,10 @@ try:
 except ImportError:  # installed without a compiler
     _native = None
 
-Format = Literal["plain", "int8", "int4"]
+Format = Literal["plain", "int8", "int4", "int6"]
 
 GROUP = 32  # values of a column that share a scale, in 4 bits
-VERSION = 4  # changes whenever the bits of a kernel do
+VERSION = 5  # changes whenever the bits of a kernel do
 _CUT = 8  # segments of K where tensor parallelism may cut it
 _SHORTEST = 256  # values of a row that share a scale, where activations are brought to 8 bits
 _QUERIES = 48  # query rows of a kv head that a tile of attention should have
@@ -113,7 +113,7 @@ class _Weights:
             raise ValueError(f"weights of other widths beside weights of {k} columns")
         self.dtype, self.k = first.dtype, k
         self.n = first.shape[0] if half else sum(weight.shape[0] for weight, _, _ in parts)
-        multiple = {"plain": _pair(self.dtype), "int8": 4, "int4": GROUP}[format]
+        multiple = {"plain": _pair(self.dtype), "int8": 4, "int4": GROUP, "int6": 8}[format]
         segments = _segments(k * part_of, multiple, cut, format != "plain")
         if segments % part_of:
             raise ValueError(f"{k * part_of} values are summed in {segments} parts, which {part_of} cannot share")
@@ -303,8 +303,8 @@ class NativeKernels:
 
     isa: one of `instruction_sets()`. Raises ValueError for another.
     quantization: "int8" keeps weights in 8 bits, with a scale for each column and segment of K; "int4" in 4 bits, with
-        a scale for every GROUP values of a column, but the output matrix in 8. Activations are brought to 8 bits row by
-        row where they meet such weights; everything else stays as it is.
+        a scale for every GROUP values of a column, but the output matrix in 6, with scales as of 8. Activations are
+        brought to 8 bits row by row where they meet such weights; everything else stays as it is.
     kv_dtype: "int8" keeps keys and values in 8 bits, with a scale for each token and head.
     """
 
@@ -443,7 +443,7 @@ class NativeKernels:
     def _format(self, wide: bool = False, exact: bool = False) -> Format:
         if exact or self._quantization == "none":
             return "plain"
-        return "int8" if wide else self._quantization
+        return "int6" if wide and self._quantization == "int4" else self._quantization
 
     def kv_bytes_per_token(self, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
         values = head_dim + -(-head_dim // 16) * 16
