@@ -47,9 +47,11 @@ build/clients/%/.made: tests/clients/%/requirements.txt constraints.txt
 ranks: $(VENV)/.test
 	$(BIN)/python -m pytest tests/parallel/test_ranks.py --whole-grid
 
-# Processors without AVX-512, emulated; needs QEMU (apt-get install qemu-user).
+# Processors without AVX-512, emulated; needs QEMU (apt-get install qemu-user). And the tiles of AMX, in a module that is
+# built for it; needs cmake.
 emulated: $(VENV)/.test
-	$(BIN)/python -m pytest tests/e2e/test_without_avx512.py -m emulated -rs
+	$(BIN)/python -m pip install --quiet nanobind
+	$(BIN)/python -m pytest tests/e2e/test_without_avx512.py tests/ops/test_emulated_amx.py -m emulated -rs
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

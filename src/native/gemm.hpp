@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "kernels.hpp"
+#include "tiles.hpp"
 #include "vec.hpp"
 
 namespace orca {
@@ -104,6 +105,12 @@ struct LeftOf<Six> {
 template <class W>
 using LeftOf_t = typename LeftOf<W>::type;
 
+// Whether products are made by tiles (AMX), and the rows of a panel.
+template <class W>
+constexpr bool kTiled = kTiles && (std::is_same_v<W, bf16> || std::is_same_v<W, Byte>);
+template <class W>
+constexpr int kPanel = kTiled<W> ? kTileRows : kRows;
+
 // R rows of activations, `row` values apart; one step further is `step` values on.
 template <class L>
 struct Rows {
@@ -134,6 +141,11 @@ struct Branch {
             sum = load(to) + sum;
         }
         store(to, sum);
+    }
+    // Of rows that stand in the level of their own already.
+    void settle(int rows) const {
+        if (ends == 0) return;
+        for (std::int64_t at = 0; at < rows * kBlock; at += 16) put(at, load(out + at));
     }
 };
 
@@ -330,6 +342,75 @@ ORCA_APART void tile_of_sixes(Rows<std::int8_t> a, const std::uint8_t* b, std::i
     }
 }
 
+// By tiles: sums [rows][64] of a [rows][steps][4 bytes], whose rows lie `row` bytes apart, times what right(s, n) gives of
+// steps [s, s + n), [n][64][4 bytes]. The shapes are those of `shape_tiles`. Every row is summed by itself, in one order.
+template <class W, class Right>
+void sum_tiles(const char* a, std::int64_t row, std::int64_t steps, const Right& right, void* out, Ahead ahead);
+
+// Steps [first, first + steps) of coded weights as plain ones. patch: the block's next; moves along.
+inline void decode_steps(const std::uint8_t* codes, std::int64_t first, std::int64_t steps, const Code& code,
+                         const Patch*& patch, bf16* out);
+
+// A block of coded weights, decoded to `room`, as plain ones of a single block.
+inline Packed decoded_block(const Packed& coded, std::int64_t block, std::int64_t steps, void* room);
+
+#if defined(__AMX_TILE__)
+// Adds the products of as many steps as tiles A and B have.
+template <class W, int A, int B>
+void add_tiles(const char* a, std::int64_t row, const void* b) {
+    const char* right = static_cast<const char*>(b);
+    load_tile<A>(a, row);
+    load_tile<B>(right, kBlock * 4);
+    multiply_tiles<0, A, B>(W{});
+    load_tile<B>(right + 64, kBlock * 4);
+    multiply_tiles<1, A, B>(W{});
+    load_tile<B>(right + 128, kBlock * 4);
+    multiply_tiles<2, A, B>(W{});
+    load_tile<B>(right + 192, kBlock * 4);
+    multiply_tiles<3, A, B>(W{});
+}
+
+template <class W, class Right>
+void sum_tiles(const char* a, std::int64_t row, std::int64_t steps, const Right& right, void* out, Ahead ahead) {
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+    zero_tile<3>();
+    int due = 0;
+    std::int64_t s = 0;
+    for (; s + kTileSteps <= steps; s += kTileSteps) {
+        for (due += ahead.lines * kTileSteps; due >= 64; due -= 64, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
+        add_tiles<W, 4, 5>(a + s * 4, row, right(s, kTileSteps));
+    }
+    if (s < steps) add_tiles<W, 6, 7>(a + s * 4, row, right(s, steps - s));
+    char* to = static_cast<char*>(out);
+    store_tile<0>(to, kBlock * 4);
+    store_tile<1>(to + 64, kBlock * 4);
+    store_tile<2>(to + 128, kBlock * 4);
+    store_tile<3>(to + 192, kBlock * 4);
+}
+
+inline void decode_steps(const std::uint8_t* codes, std::int64_t first, std::int64_t steps, const Code& code,
+                         const Patch*& patch, bf16* out) {
+    const Upper upper = load_upper(code.upper);
+    for (std::int64_t s = first; s < first + steps; ++s, codes += kCodedStep, out += kBlock * 2) {
+        store_words(out, decode(codes, upper));
+        for (; patch->step == s; ++patch) out[patch->at] = patch->word;
+    }
+}
+
+inline Packed decoded_block(const Packed& coded, std::int64_t block, std::int64_t steps, void* room) {
+    const char* data = static_cast<const char*>(coded.data) + block * block_bytes(coded, steps * 2, 2);
+    const auto* code = reinterpret_cast<const Code*>(data);
+    const Patch* patch = coded.patches + code->first;
+    decode_steps(reinterpret_cast<const std::uint8_t*>(code + 1), 0, steps, *code, patch, static_cast<bf16*>(room));
+    Packed plain = coded;
+    plain.data = room;
+    plain.format = Format::plain;
+    return plain;
+}
+#endif
+
 // Activations: row by row, as they came or brought to bytes; or packed in panels of up to six rows, [steps][rows][PAIR]
 // each. Bytes have a scale per row and segment.
 template <class W>
@@ -341,10 +422,10 @@ struct Left {
     std::int32_t* below;   // [m][groups]: -kAbove times the sum of a row's group, of signed bytes
 };
 
-// Rows of a panel are as equal as can be: 16 rows are 6, 5 and 5.
+// Rows of a panel are as equal as can be: of at most 6, 16 rows are 6, 5 and 5.
 struct Panels {
     std::int64_t count, base, extra;
-    explicit Panels(std::int64_t m) : count(ceil_div(m, kRows)), base(m / count), extra(m % count) {}
+    Panels(std::int64_t m, int most) : count(ceil_div(m, most)), base(m / count), extra(m % count) {}
     std::int64_t first(std::int64_t panel) const { return panel * base + std::min(panel, extra); }
     int rows(std::int64_t panel) const { return static_cast<int>(base + (panel < extra)); }
 };
@@ -361,11 +442,11 @@ struct Product {
         : a(a), packed(packed), block(block), padded(padded), steps(steps),
           data(static_cast<const char*>(packed.data) + block * block_bytes(packed, steps * P, P)) {}
 
-    // Panels [begin, end), over all of K, as a balanced tree over its segments. sums: room for [5][end - begin][6][64].
+    // Panels [begin, end), over all of K, as a balanced tree over its segments. sums: room for [5][end - begin][kPanel][64].
     void run(const Panels& panels, std::int64_t begin, std::int64_t end, float* sums, Ahead ahead) const {
         const std::int64_t part = steps / packed.segments;
         const std::int64_t at_once = kPass < 4 && packed.format == Format::plain ? kPassSteps : part;
-        const std::int64_t level = (end - begin) * kRows * kBlock;
+        const std::int64_t level = (end - begin) * kPanel<W> * kBlock;
         const Patch* patch = packed.format == Format::coded ? packed.patches + code()->first : nullptr;
         int depth = 0;
         for (int segment = 0; segment < packed.segments; ++segment) {
@@ -379,7 +460,7 @@ struct Product {
                 for (int from = 0; from < 4; from += kPass)
                     for (std::int64_t p = begin; p < end; ++p, share = share.after(span.count)) {
                         next = patch;
-                        branch.out = sums + depth * level + (p - begin) * kRows * kBlock;
+                        branch.out = sums + depth * level + (p - begin) * kPanel<W> * kBlock;
                         pass_of(panels.rows(p), panels.first(p), span, from, next, branch, share);
                     }
             }
@@ -439,7 +520,41 @@ private:
         }
     }
 
+    // Of as many rows as the tiles have.
+    void pass_of_tiles(int rows, std::int64_t row, Span span, const Patch*& patch, Branch branch, Ahead ahead) const {
+        const auto* left = reinterpret_cast<const char*>(a.data + row * a.row + span.at * P);
+        const std::int64_t next_row = a.row * static_cast<std::int64_t>(sizeof(LeftOf_t<W>));
+        const char* right = data + span.at * kBlock * 4;
+        const auto as_they_lie = [&](std::int64_t s, std::int64_t) { return right + s * kBlock * 4; };
+        if constexpr (std::is_same_v<W, Byte>) {
+            alignas(64) std::int32_t sums[kTileRows * kBlock];
+            sum_tiles<W>(left, next_row, span.count, as_they_lie, sums, ahead);
+            const std::int64_t column = span.segment * padded + block * kBlock;
+            for (int j = 0; j < kBlock; j += 16) {
+                const Ints off = load_ints(packed.sums + column + j);
+                const Vec scale = load(packed.scales + column + j);
+                for (int r = 0; r < rows; ++r) {
+                    const Vec of_both = scale * set1(a.scales[(row + r) * packed.segments + span.segment]);
+                    branch.put(r * kBlock + j, to_floats(load_ints(sums + r * kBlock + j) - off) * of_both);
+                }
+            }
+        } else if (packed.format == Format::plain) {
+            sum_tiles<W>(left, next_row, span.count, as_they_lie, branch.out, ahead);
+            branch.settle(rows);
+        } else {
+            alignas(64) bf16 words[kTileSteps * kBlock * 2];
+            const auto* codes = reinterpret_cast<const std::uint8_t*>(code() + 1) + span.at * kCodedStep;
+            const auto decoded = [&](std::int64_t s, std::int64_t n) {
+                decode_steps(codes + s * kCodedStep, span.at + s, n, *code(), patch, words);
+                return words;
+            };
+            sum_tiles<W>(left, next_row, span.count, decoded, branch.out, ahead);
+            branch.settle(rows);
+        }
+    }
+
     void pass_of(int rows, std::int64_t row, Span span, int from, const Patch*& patch, Branch branch, Ahead ahead) const {
+        if constexpr (kTiled<W>) return pass_of_tiles(rows, row, span, patch, branch, ahead);
         switch (rows) {
             case 1: return pass<1>(row, span, from, patch, branch, ahead);
             case 2: return pass<2>(row, span, from, patch, branch, ahead);
@@ -482,16 +597,16 @@ void finish(const Gemm& g, const float* sums, std::int64_t row, int rows, std::i
     }
 }
 
-// Rows [first, first + rows) of a as a panel.
+// Rows [first, first + rows) of a as a panel; for tiles row by row.
 template <class T>
 void make_panel(const Gemm& g, std::int64_t first, int rows, std::int64_t steps, const Left<T>& left) {
     constexpr std::int64_t P = pair_of<T>;
-    LeftOf_t<T>* panel = left.room + first * steps * P;
+    LeftOf_t<T>* panel = left.room + first * (kTiled<T> ? left.row : steps * P);
     const std::int64_t whole = g.k / P;
     for (int r = 0; r < rows; ++r) {
         const T* from = static_cast<const T*>(g.a) + (first + r) * g.k;
-        LeftOf_t<T>* to = panel + r * P;
-        for (std::int64_t s = 0; s < whole; ++s, to += rows * P)
+        LeftOf_t<T>* to = panel + r * (kTiled<T> ? left.row : P);
+        for (std::int64_t s = 0; s < whole; ++s, to += kTiled<T> ? P : rows * P)
             for (int i = 0; i < P; ++i) to[i] = Type<T>::left(from[s * P + i]);
         if (whole * P < g.k) {
             to[0] = Type<T>::left(from[whole * P]);
@@ -568,18 +683,21 @@ void pack_left(Pool& pool, const Gemm& g, const Panels& panels, std::int64_t ste
 
 template <class T, class W>
 void gemm_of(Pool& pool, const Gemm& g) {
+    static_assert(!kTiled<W> || (kTogether == 1 && kPass == 4));  // a panel walks all of K, in the shapes of its rows
     constexpr std::int64_t P = pair_of<W>;
     constexpr bool of_bytes = sizeof(W) == 1;
     if (g.m == 0) return;
     const std::int64_t steps = padded_depth(g.packed, g.k, P) / P;
     const std::int64_t blocks = ceil_div(g.n, g.gated ? kBlock / 2 : kBlock);
-    const Panels panels(g.m);
+    const Panels panels(g.m, kPanel<W>);
     // Short rows are read as they are; of long ones, side by side, too many would fall into one set of the cache. Those
-    // brought to bytes have room between them, so that they never do.
+    // brought to bytes have room between them, so that they never do. Tiles take a cache line of a row at once, whatever
+    // is long; those packed for them had no second value in their last step.
     constexpr bool can_be_rows = kShort > 0 && (of_bytes || std::is_same_v<LeftOf_t<W>, T>);
-    const bool is_short = g.k % P == 0 && g.k * static_cast<std::int64_t>(sizeof(W)) <= kShort;
+    const bool is_short = g.k % P == 0 && (kTiled<W> || g.k * static_cast<std::int64_t>(sizeof(W)) <= kShort);
     const bool packs = of_bytes || !can_be_rows || !is_short;
-    const std::int64_t apart = !can_be_rows ? 0 : of_bytes ? ceil_div(steps * P, 64) * 64 + 64 : is_short ? g.k : 0;
+    const std::int64_t with_room = ceil_div(steps * P, 64) * 64 + 64;
+    const std::int64_t apart = !can_be_rows ? 0 : of_bytes ? with_room : is_short ? g.k : kTiled<W> ? with_room : 0;
     const std::size_t left_bytes = packs ? ceil_div(g.m * std::max(apart, steps * P) * sizeof(LeftOf_t<W>), 64) * 64 : 0;
     const std::size_t scale_bytes = of_bytes ? ceil_div(g.m * g.packed.segments * sizeof(float), 64) * 64 : 0;
     const bool has_below = of_bytes && !std::is_same_v<W, Byte>;
@@ -590,14 +708,19 @@ void gemm_of(Pool& pool, const Gemm& g) {
                        reinterpret_cast<float*>(scratch + left_bytes),
                        reinterpret_cast<std::int32_t*>(scratch + left_bytes + scale_bytes)};
     if (packs) pack_left<T>(pool, g, panels, steps, left);
-    const std::int64_t chunks = ceil_div(panels.count, kChunk);
+    constexpr std::int64_t chunk = kChunk * kRows / kPanel<W>;
+    const std::int64_t chunks = ceil_div(panels.count, chunk);
     const std::int64_t size = block_bytes(g.packed, g.k, P);
     const int threads = pool.threads();
     // All blocks for some rows, then for the next: rows stay near, and of weights there are the more bytes to bring.
     const std::int64_t items = blocks * chunks;
     pool.run(static_cast<std::uint32_t>(items), [&](std::uint32_t item, int thread) {
-        const std::int64_t block = item % blocks, begin = item / blocks * kChunk, end = std::min(panels.count, begin + kChunk);
-        auto* sums = static_cast<float*>(pool.scratch(thread, 5 * kTogether * kRows * kBlock * sizeof(float)));
+        const std::int64_t block = item % blocks, begin = item / blocks * chunk, end = std::min(panels.count, begin + chunk);
+        // Coded weights that several panels meet by tiles are decoded once, for decoding takes longer than such a product.
+        const bool decodes = kTiled<W> && g.packed.format == Format::coded && end - begin > 1;
+        constexpr std::size_t sum_bytes = 5 * kTogether * kPanel<W> * kBlock * sizeof(float);
+        const std::size_t decoded_bytes = decodes ? steps * kBlock * P * sizeof(W) : 0;
+        auto* sums = static_cast<float*>(pool.scratch(thread, sum_bytes + decoded_bytes));
         // The block that this thread will most likely get next, fetched bit by bit while it computes this one: spread over
         // the panels, so that memory is never idle.
         const std::int64_t later = static_cast<std::int64_t>(item) + threads;
@@ -606,13 +729,19 @@ void gemm_of(Pool& pool, const Gemm& g) {
         const bool early = later < items || g.then != nullptr;
         const int lines = early ? static_cast<int>(ceil_div(size / steps, end - begin)) : 0;
         Ahead ahead{next, lines};
-        const Product<W> product(left, g.packed, block, blocks * kBlock, steps);
+        std::conditional_t<kTiled<W>, Packed, const Packed&> packed = g.packed;
+        if constexpr (kTiled<W> && std::is_same_v<W, bf16>) {
+            if (decodes) packed = decoded_block(packed, block, steps, sums + sum_bytes / sizeof(float));
+        }
+        const Product<W> product(left, packed, decodes ? 0 : block, blocks * kBlock, steps);
         for (std::int64_t p = begin; p < end; p += kTogether, ahead = ahead.after(steps)) {
             const std::int64_t last = std::min(end, p + kTogether);
+            if constexpr (kTiled<W>) shape_tiles(panels.rows(p), static_cast<int>(steps / packed.segments % kTileSteps));
             product.run(panels, p, last, sums, ahead);
             for (std::int64_t i = p; i < last; ++i)
-                finish<T>(g, sums + (i - p) * kRows * kBlock, panels.first(i), panels.rows(i), block);
+                finish<T>(g, sums + (i - p) * kPanel<W> * kBlock, panels.first(i), panels.rows(i), block);
         }
+        if constexpr (kTiled<W>) release_tiles();
     });
 }
 
@@ -625,195 +754,6 @@ void gemm(Pool& pool, const Gemm& g) {
         case Format::int4: return gemm_of<T, Signed>(pool, g);
         case Format::int6: return gemm_of<T, Six>(pool, g);
     }
-}
-
-inline std::int64_t column_of(std::int64_t row, int half) {
-    if (half == 0) return row;
-    constexpr std::int64_t width = kBlock / 2;
-    return row / width * kBlock + row % width + (half == 2 ? width : 0);
-}
-
-// Calls put(k, value) for every value of a row of the weight.
-template <class T, class Put>
-void each_value(const Pack& w, std::int64_t row, const Put& put) {
-    const T* from = static_cast<const T*>(w.weight) + row * w.row_stride;
-    for (std::int64_t k = 0; k < w.k; ++k) put(k, from[k * w.column_stride]);
-}
-
-template <class T>
-void pack_plain(const Pack& w, std::int64_t row) {
-    constexpr std::int64_t P = pair_of<T>;
-    const std::int64_t column = column_of(w.first + row, w.half), steps = ceil_div(w.k, P);
-    T* to = static_cast<T*>(w.packed.data) + column / kBlock * steps * kBlock * P + column % kBlock * P;
-    each_value<T>(w, row, [&](std::int64_t k, T value) { to[k / P * kBlock * P + k % P] = value; });
-}
-
-// Symmetric, in whole numbers up to `most`: calls put(k, column, number) for every value of a row of the weight, and
-// keeps the scales.
-template <class T, class Put>
-void pack_scaled(const Pack& w, std::int64_t row, float most, const Put& put) {
-    const std::int64_t column = column_of(w.first + row, w.half), depth = padded_depth(w.packed, w.k, 1);
-    const std::int64_t padded = ceil_div(w.n, w.half > 0 ? kBlock / 2 : kBlock) * kBlock, part = depth / w.packed.segments;
-    float greatest[kMostSegments] = {};
-    each_value<T>(w, row, [&](std::int64_t k, T value) {
-        const float size = __builtin_fabsf(Type<T>::to(value));
-        if (!(size <= greatest[k / part])) greatest[k / part] = size;
-    });
-    for (int segment = 0; segment < w.packed.segments; ++segment)
-        w.packed.scales[segment * padded + column] = greatest[segment] / most;
-    each_value<T>(w, row, [&](std::int64_t k, T value) {
-        const float highest = greatest[k / part];
-        put(k, column, highest > 0.0f ? static_cast<int>(__builtin_rintf(Type<T>::to(value) * (most / highest))) : 0);
-    });
-}
-
-template <class T>
-void pack_bytes(const Pack& w, std::int64_t row) {
-    const std::int64_t depth = padded_depth(w.packed, w.k, 1), part = depth / w.packed.segments;
-    const std::int64_t padded = ceil_div(w.n, w.half > 0 ? kBlock / 2 : kBlock) * kBlock;
-    auto* to = static_cast<std::int8_t*>(w.packed.data);
-    pack_scaled<T>(w, row, 127.0f, [&](std::int64_t k, std::int64_t column, int number) {
-        to[column / kBlock * depth * kBlock + k / 4 * kBlock * 4 + column % kBlock * 4 + k % 4] = static_cast<std::int8_t>(number);
-        w.packed.sums[k / part * padded + column] += 128 * number;
-    });
-}
-
-template <class T>
-void pack_sixes(const Pack& w, std::int64_t row) {
-    const std::int64_t size = block_bytes(w.packed, w.k, 1);
-    auto* to = static_cast<std::uint8_t*>(w.packed.data);
-    const auto put = [&](std::int64_t k, std::int64_t column, int number) {
-        std::uint8_t* eight = to + column / kBlock * size + k / 8 * kSixes;
-        const std::int64_t at = column % kBlock * 4 + k % 4, half = k % 8 / 4;
-        const int above = number + kAbove<Six>;
-        eight[at] = static_cast<std::uint8_t>(eight[at] | (above & 15) << 4 * half);
-        std::uint8_t& bits = eight[kBlock * 4 + half * 64 + at % 64];
-        bits = static_cast<std::uint8_t>(bits | above >> 4 << at / 64 * 2);
-    };
-    pack_scaled<T>(w, row, 31.0f, put);
-}
-
-// A group's scale, and what each of its values becomes: the greatest in size is -8 or 7 scales, whichever comes nearer
-// to all of them.
-inline float halves_of(const float* x, int n, std::uint8_t* halves) {
-    float extreme = 0.0f;
-    for (int i = 0; i < n; ++i)
-        if (!(__builtin_fabsf(x[i]) <= __builtin_fabsf(extreme))) extreme = x[i];
-    float best = 0.0f, least = __builtin_inff();
-    for (const float steps : {-8.0f, 7.0f}) {
-        const float scale = widen(narrow(extreme / steps)), per_scale = scale != 0.0f ? 1.0f / scale : 0.0f;
-        std::uint8_t found[kMostGroup];
-        float error = 0.0f;
-        for (int i = 0; i < n; ++i) {
-            const float value = std::clamp(__builtin_rintf(x[i] * per_scale), -8.0f, 7.0f);
-            found[i] = static_cast<std::uint8_t>(static_cast<int>(value) + 8);
-            error += (value * scale - x[i]) * (value * scale - x[i]);
-        }
-        if (error < least) {
-            least = error;
-            best = scale;
-            std::copy(found, found + n, halves);
-        }
-    }
-    return best;
-}
-
-template <class T>
-void pack_halves(const Pack& w, std::int64_t row) {
-    const int group = w.packed.group;
-    const std::int64_t column = column_of(w.first + row, w.half);
-    std::uint8_t* block = static_cast<std::uint8_t*>(w.packed.data) + column / kBlock * block_bytes(w.packed, w.k, 1);
-    float values[kMostGroup] = {};
-    const auto store_group = [&](std::int64_t g) {
-        std::uint8_t halves[kMostGroup];
-        std::uint8_t* to = block + g * group_bytes(group);
-        const bf16 scale = narrow(halves_of(values, group, halves));
-        std::memcpy(to + group / 8 * kBlock * 4 + column % kBlock * 2, &scale, 2);
-        for (int i = 0; i < group; i += 8)
-            for (int j = 0; j < 4; ++j) {
-                to[i / 8 * kBlock * 4 + column % kBlock * 4 + j] = static_cast<std::uint8_t>(halves[i + j] | halves[i + 4 + j] << 4);
-            }
-        std::fill(values, values + group, 0.0f);
-    };
-    each_value<T>(w, row, [&](std::int64_t k, T value) {
-        values[k % group] = Type<T>::to(value);
-        if (k % group == group - 1 || k == w.k - 1) store_group(k / group);
-    });
-}
-
-template <class T>
-void pack(Pool& pool, const Pack& w) {
-    if (w.rows == 0) return;
-    // Columns of one block may share bytes, so that a block is one thread's.
-    const std::int64_t width = w.half > 0 ? kBlock / 2 : kBlock, first = w.first / width;
-    const std::int64_t blocks = (w.first + w.rows - 1) / width + 1 - first;
-    pool.run(static_cast<std::uint32_t>(blocks), [&](std::uint32_t item, int) {
-        const std::int64_t begin = (first + item) * width - w.first, end = std::min(w.rows, begin + width);
-        for (std::int64_t row = std::max<std::int64_t>(0, begin); row < end; ++row) {
-            switch (w.packed.format) {
-                case Format::plain: pack_plain<T>(w, row); break;
-                case Format::coded: break;  // made of plain ones: coding.hpp
-                case Format::int8: pack_bytes<T>(w, row); break;
-                case Format::int4: pack_halves<T>(w, row); break;
-                case Format::int6: pack_sixes<T>(w, row); break;
-            }
-        }
-    });
-}
-
-// One value of packed weights, of coded ones before patches; block: that of the column.
-template <class T>
-T value_at(const Packed& w, const char* block, std::int64_t n, std::int64_t depth, std::int64_t column, std::int64_t k) {
-    constexpr std::int64_t P = pair_of<T>;
-    const std::int64_t own = column % kBlock;
-    switch (w.format) {
-        case Format::plain: return reinterpret_cast<const T*>(block)[k / P * kBlock * P + own * P + k % P];
-        case Format::coded: {
-            const Code* head = reinterpret_cast<const Code*>(block);
-            const auto* step = reinterpret_cast<const std::uint8_t*>(block + sizeof(Code)) + k / 2 * kCodedStep;
-            const int at = static_cast<int>(own * 2 + k % 2), place = place_of_word(at);
-            const int half = place < 64 ? step[128 + place] & 15 : step[64 + place] >> 4;
-            return static_cast<T>(head->upper[half] << 8 | step[place]);
-        }
-        case Format::int8: {
-            const float scale = w.scales[k / (depth / w.segments) * ceil_div(n, kBlock) * kBlock + column];
-            return Type<T>::from(static_cast<float>(reinterpret_cast<const std::int8_t*>(block)[k / 4 * kBlock * 4 + own * 4 + k % 4]) * scale);
-        }
-        case Format::int6: {
-            const float scale = w.scales[k / (depth / w.segments) * ceil_div(n, kBlock) * kBlock + column];
-            const auto* eight = reinterpret_cast<const std::uint8_t*>(block) + k / 8 * kSixes;
-            const std::int64_t at = own * 4 + k % 4, half = k % 8 / 4;
-            const int above = (eight[at] >> 4 * half & 15) | (eight[kBlock * 4 + half * 64 + at % 64] >> at / 64 * 2 & 3) << 4;
-            return Type<T>::from(static_cast<float>(above - kAbove<Six>) * scale);
-        }
-        case Format::int4: {
-            const char* group = block + k / w.group * group_bytes(w.group);
-            const std::int64_t i = k % w.group;
-            const auto byte = static_cast<std::uint8_t>(group[i / 8 * kBlock * 4 + own * 4 + i % 4]);
-            bf16 scale;
-            std::memcpy(&scale, group + w.group / 8 * kBlock * 4 + own * 2, 2);
-            return Type<T>::from(static_cast<float>((i % 8 < 4 ? byte & 15 : byte >> 4) - 8) * widen(scale));
-        }
-    }
-    return {};
-}
-
-template <class T>
-void gather(Pool& pool, const Gather& g) {
-    const std::int64_t depth = padded_depth(g.packed, g.k, pair_of<T>), size = block_bytes(g.packed, g.k, pair_of<T>);
-    pool.run(static_cast<std::uint32_t>(ceil_div(g.m, 16)), [&](std::uint32_t item, int) {
-        const std::int64_t end = std::min<std::int64_t>(g.m, (item + 1) * 16);
-        for (std::int64_t i = item * 16; i < end; ++i) {
-            T* to = static_cast<T*>(g.out) + i * g.k;
-            const char* block = static_cast<const char*>(g.packed.data) + g.ids[i] / kBlock * size;
-            for (std::int64_t k = 0; k < g.k; ++k) to[k] = value_at<T>(g.packed, block, g.n, depth, g.ids[i], k);
-            if (g.packed.format != Format::coded) continue;
-            const Patch* patch = g.packed.patches + reinterpret_cast<const Code*>(block)->first;
-            for (; patch->step < depth; ++patch)
-                if (const std::int64_t k = patch->step * 2 + patch->at % 2; patch->at / 2 == g.ids[i] % kBlock && k < g.k)
-                    to[k] = static_cast<T>(patch->word);
-        }
-    });
 }
 
 }  // namespace ORCA_ISA

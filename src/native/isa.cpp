@@ -1,5 +1,6 @@
 // All kernels in the instruction set of this translation unit, which is compiled once for each of them.
 #include "attention.hpp"
+#include "packing.hpp"
 #include "sampling.hpp"
 
 #define ORCA_NAME_(x) #x
@@ -9,6 +10,9 @@ namespace orca {
 namespace ORCA_ISA {
 
 static bool supported() {
+#if defined(__AMX_TILE__)
+    if (!have_tiles()) return false;
+#endif
 #if defined(__AVX512BF16__)
     return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
