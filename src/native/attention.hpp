@@ -194,11 +194,49 @@ public:
     }
 
     void run() {
+        begin();
+        for (int r = 0; r < rows_; ++r) factors_[r] = g_.scale * prepare(r);
+        for (int start = first_span(tile_); start < end(tile_); start += kSpan) meet(start, nullptr);
+        finish();
+    }
+
+    // Some spans only, from the one that begins at `start` on: what comes of each goes by itself into parts [count].
+    void run_apart(int start, int count, float* parts) {
+        for (int r = 0; r < rows_; ++r) factors_[r] = g_.scale * prepare(r);
+        for (int i = 0; i < count; ++i) meet(start + i * static_cast<int>(kSpan), parts + i * part_size());
+    }
+
+    // All spans, from what has come of each: merged in the same order as by `run`.
+    void join(const float* parts) {
+        begin();
+        for (int i = 0; i < spans(g_, tile_); ++i, parts += part_size())
+            for (int r = 0; r < rows_; ++r) {
+                const float* part = parts + r * (padded_ + 2);
+                merge(r, part[0], part[1], part + 2);
+            }
+        finish();
+    }
+
+    static int spans(const Attention& g, const Tile& tile) {
+        return static_cast<int>(ceil_div(end(tile) - first_span(g, tile), kSpan));
+    }
+    // Values of what comes of a span: for each row its peak, its mass and its sums.
+    std::int64_t part_size() const { return std::int64_t{rows_} * (padded_ + 2); }
+    static std::int64_t part_size(const Attention& g, const Tile& tile) {
+        return std::int64_t{tile.count} * (g.heads / g.kv_heads) * (ceil_div(g.d, 16) * 16 + 2);
+    }
+    static int first_span(const Attention& g, const Tile& tile) {
+        return g.window > 0 ? std::max(0, tile.start - g.window + 1) / static_cast<int>(kSpan) * static_cast<int>(kSpan) : 0;
+    }
+
+private:
+    void begin() {
         for (int r = 0; r < rows_; ++r) peaks_[r] = -__builtin_inff();
         std::fill(masses_, masses_ + rows_, 0.0f);
         std::fill(sums_, sums_ + rows_ * padded_, 0.0f);
-        for (int r = 0; r < rows_; ++r) factors_[r] = g_.scale * prepare(r);
-        for (int start = first_span(tile_); start < end(tile_); start += kSpan) meet(start);
+    }
+
+    void finish() {
         for (int r = 0; r < rows_; ++r) {
             T* out = static_cast<T*>(g_.out) + row_of(r) * g_.d;
             const Vec inverse = set1(1.0f / masses_[r]);
@@ -206,14 +244,11 @@ public:
         }
     }
 
-private:
     // Of one head of one group, in values of the cache.
     std::int64_t key_size() const { return key_bytes(g_.d, S::PAIR, sizeof(Cache), S::BYTES) / sizeof(Cache); }
     std::int64_t value_size() const { return group_value_bytes(g_.d, sizeof(Cache), S::BYTES) / sizeof(Cache); }
     // Positions that a tile's queries see: from the start of a span, and to the end.
-    int first_span(const Tile& tile) const {
-        return g_.window > 0 ? std::max(0, tile.start - g_.window + 1) / static_cast<int>(kSpan) * static_cast<int>(kSpan) : 0;
-    }
+    int first_span(const Tile& tile) const { return first_span(g_, tile); }
     static int end(const Tile& tile) { return tile.start + tile.count; }
     static int seen(const Tile& tile, int start) { return std::min<int>(kSpan, end(tile) - start); }
     int position(int r) const { return tile_.start + r / group_; }
@@ -238,7 +273,8 @@ private:
         return 1.0f;
     }
 
-    void meet(int start) {
+    // apart: where what comes of the span goes; null: it is merged into what came before.
+    void meet(int start, float* apart) {
         const int positions = seen(tile_, start);
         const int groups = static_cast<int>(ceil_div(positions, kGroup));
         const Cache* keys[kGroups];
@@ -247,12 +283,12 @@ private:
         Fetch fetch = behind(start);
         for (int r = 0; r < rows_; r += kRows) {
             switch (std::min(kRows, rows_ - r)) {
-                case 1: rows_meet<1>(r, start, positions, groups, keys, values, fetch); break;
-                case 2: rows_meet<2>(r, start, positions, groups, keys, values, fetch); break;
-                case 3: rows_meet<3>(r, start, positions, groups, keys, values, fetch); break;
-                case 4: rows_meet<4>(r, start, positions, groups, keys, values, fetch); break;
-                case 5: rows_meet<5>(r, start, positions, groups, keys, values, fetch); break;
-                default: rows_meet<6>(r, start, positions, groups, keys, values, fetch); break;
+                case 1: rows_meet<1>(r, start, positions, groups, keys, values, fetch, apart); break;
+                case 2: rows_meet<2>(r, start, positions, groups, keys, values, fetch, apart); break;
+                case 3: rows_meet<3>(r, start, positions, groups, keys, values, fetch, apart); break;
+                case 4: rows_meet<4>(r, start, positions, groups, keys, values, fetch, apart); break;
+                case 5: rows_meet<5>(r, start, positions, groups, keys, values, fetch, apart); break;
+                default: rows_meet<6>(r, start, positions, groups, keys, values, fetch, apart); break;
             }
         }
     }
@@ -288,7 +324,8 @@ private:
     }
 
     template <int R>
-    void rows_meet(int r0, int start, int positions, int groups, const Cache** keys, const Cache** values, Fetch& fetch) {
+    void rows_meet(int r0, int start, int positions, int groups, const Cache** keys, const Cache** values, Fetch& fetch,
+                   float* apart) {
         const Operand* queries[R];
         for (int r = 0; r < R; ++r) {
             if constexpr (COPIES) {
@@ -301,9 +338,18 @@ private:
         bool any = false;
         float peaks[R];
         for (int r = 0; r < R; ++r) any |= soften(r, r0 + r, start, groups, values, fetch, &peaks[r]);
-        if (!any) return;
-        values_of<S, R>(shares_, units_, values, positions, padded_, fetch, here_);
-        for (int r = 0; r < R; ++r) merge(r0 + r, peaks[r], mass_here_[r], here_ + r * padded_);
+        if (any) values_of<S, R>(shares_, units_, values, positions, padded_, fetch, here_);
+        for (int r = 0; r < R; ++r) {
+            const float* here = here_ + r * padded_;
+            if (apart == nullptr) {
+                merge(r0 + r, peaks[r], mass_here_[r], here);
+            } else {
+                float* part = apart + (r0 + r) * (padded_ + 2);
+                part[0] = peaks[r];
+                part[1] = mass_here_[r];
+                std::copy(here, here + padded_, part + 2);
+            }
+        }
     }
 
     // The scores of a row (the r-th of those at hand) become shares relative to the row's own greatest; false if it sees
@@ -394,16 +440,68 @@ private:
     float units_[kRows];  // what one of a row's shares means, of 8 bits
 };
 
+// Few pieces, as of one long request on many threads: their spans are shared out, and what comes of each is merged when all
+// are there. The bits are those of a piece that walks its spans itself.
+template <class T, class S>
+void attention_by_spans(Pool& pool, const Attention& g, std::size_t bytes) {
+    using Of = TileWork<T, S>;
+    struct Share {
+        Piece piece;
+        int start, count;
+        std::int64_t at;  // of its first part
+    };
+    std::int64_t all = 0;
+    for (std::int64_t i = 0; i < g.num_tiles; ++i) all += Of::spans(g, g.tiles[i]) * g.kv_heads;
+    const int most = static_cast<int>(ceil_div(all, 4 * pool.threads()));
+    std::int64_t at = 0, count = 0;
+    const auto each_share = [&](const auto& take) {
+        at = 0;
+        for (std::int64_t i = 0; i < g.num_tiles; ++i) {
+            const Tile& tile = g.tiles[i];
+            const int spans = Of::spans(g, tile);
+            for (int head = 0; head < g.kv_heads; ++head)
+                for (int first = 0; first < spans; first += most) {
+                    const int some = std::min(most, spans - first);
+                    take(Share{{&tile, head}, Of::first_span(g, tile) + first * static_cast<int>(kSpan), some, at});
+                    at += some * Of::part_size(g, tile);
+                }
+        }
+    };
+    each_share([&](const Share&) { ++count; });
+    char* shared = static_cast<char*>(pool.shared(at * sizeof(float) + count * sizeof(Share)));
+    float* parts = reinterpret_cast<float*>(shared + count * sizeof(Share));
+    Share* shares = reinterpret_cast<Share*>(shared);
+    each_share([&](const Share& share) { *shares++ = share; });
+    shares -= count;
+    pool.run(static_cast<std::uint32_t>(count), [&](std::uint32_t item, int thread) {
+        const Share& share = shares[item];
+        Of(g, share.piece, {nullptr, 0}, pool.scratch(thread, bytes)).run_apart(share.start, share.count, parts + share.at);
+    });
+    pool.run(static_cast<std::uint32_t>(g.num_tiles * g.kv_heads), [&](std::uint32_t item, int thread) {
+        const Tile& tile = g.tiles[item / g.kv_heads];
+        const int head = static_cast<int>(item % g.kv_heads);
+        std::int64_t before = 0;
+        for (const Tile* other = g.tiles; other != &tile; ++other)
+            before += Of::spans(g, *other) * Of::part_size(g, *other) * g.kv_heads;
+        before += Of::spans(g, tile) * Of::part_size(g, tile) * head;
+        Of(g, {&tile, head}, {nullptr, 0}, pool.scratch(thread, bytes)).join(parts + before);
+    });
+}
+
 template <class T, class S>
 void attention_over(Pool& pool, const Attention& g) {
-    int most = 0;
-    for (std::int64_t i = 0; i < g.num_tiles; ++i) most = std::max(most, g.tiles[i].count);
+    int most = 0, longest = 0;
+    for (std::int64_t i = 0; i < g.num_tiles; ++i) {
+        most = std::max(most, g.tiles[i].count);
+        longest = std::max(longest, TileWork<T, S>::spans(g, g.tiles[i]));
+    }
     const std::size_t bytes = TileWork<T, S>::bytes(g, most);
+    const int threads = pool.threads();
+    if (threads > 1 && longest > 1 && g.num_tiles * g.kv_heads < 2 * threads) return attention_by_spans<T, S>(pool, g, bytes);
     // Neighbouring heads of a tile go to one thread where there is work enough: each fetches what the next one reads.
-    const std::int64_t most_heads = g.num_tiles * g.kv_heads / (pool.threads() * 4);
+    const std::int64_t most_heads = g.num_tiles * g.kv_heads / (threads * 4);
     const int together = static_cast<int>(std::clamp<std::int64_t>(most_heads, 1, g.kv_heads));
     const std::int64_t parts = ceil_div(g.kv_heads, together), items = g.num_tiles * parts;
-    const int threads = pool.threads();
     pool.run(static_cast<std::uint32_t>(items), [&](std::uint32_t item, int thread) {
         const int begin = static_cast<int>(item % parts) * together, end = std::min(g.kv_heads, begin + together);
         const std::int64_t later = static_cast<std::int64_t>(item) + threads;

@@ -403,6 +403,23 @@ def test_attention(name, threads, dtype, heads, kv_heads, d, rotary_dim, norms, 
             assert torch.equal(out, alone[r]), (seed, most, r)
 
 
+@every_cache
+@both_dtypes
+@pytest.mark.parametrize("options", [{}, {"window": 200}, {"slopes": torch.tensor(alibi_slopes(8)), "softcap": 9.0}])
+def test_spans_of_few_requests_are_shared_out(name, dtype, options):
+    """With more threads than pieces of work; the bits are those of one thread that walks all spans."""
+    outs = []
+    for threads in (1, 2, 7):
+        world = World(name, 5, heads=8, kv_heads=1, d=48, lengths=[700, 129], dtype=dtype, threads=threads)
+        world.fresh()
+        world.step([(0, 0, 640), (1, 0, 100)], **options)
+        chunks = [world.step([(0, 640, 3)], **options), world.step([(0, 643, 1), (1, 100, 28)], **options)]
+        decodes = [world.step([(0, at, 1), (1, 128, 1)], **options) for at in range(644, 700)]
+        outs.append(torch.cat([out for step in (*chunks, *decodes) for out in step]))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+    assert outs[0].isfinite().all()
+
+
 @pytest.mark.parametrize("name", kernel_sets.KV_BYTES)
 @both_dtypes
 @pytest.mark.parametrize("strange", [torch.nan, torch.inf])
