@@ -338,7 +338,15 @@ def test_top_goes_on_drawing(slow: Server) -> None:
     """In a terminal: what happens after the first picture is seen, too."""
     ours, theirs = pty.openpty()
     argv = [sys.executable, "-m", "orcaserve", "top", "--url", slow.url]
-    process = subprocess.Popen(argv, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "xterm"})
+    process = subprocess.Popen(
+        argv,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+        # Whoever is started in the background by a shell ignores this signal, and so do all below it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(theirs)
     seen = ""
 
