@@ -34,7 +34,7 @@ def test_a_real_run_is_replayed_batch_for_batch(tmp_path: Path) -> None:
     text = "burst:in=40-120,out=60-90,n=10 + chat:sessions=3,rate=20,turns=2,think=0.2,system=64,in=20,out=20"
     work = spec.make(text, vocab=3072, seed=1)
     options = ("--threads", "1", "--kv-memory", "2MiB", "--max-model-len", "600")
-    batches = ("--max-batch-size", "8", "--max-batch-tokens", "48")
+    batches = ("--max-batch-size", "6", "--max-batch-tokens", "48")
     with Serving(*options, *batches, "--step-log", str(path)) as server:
         leavers = [
             threading.Thread(target=hang_up, args=(server.url, [200 + number] * 50), daemon=True) for number in range(3)

@@ -44,7 +44,10 @@ def answers(kernels: str, kv_dtype: str, cpu: str | None = None) -> dict[str, An
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize(
     ("cpu", "sets"),
-    [pytest.param("Haswell", ["avx2", "portable"], id="Haswell"), pytest.param("Nehalem", ["portable"], id="Nehalem")],
+    [
+        pytest.param("Haswell", ["avx2", "portable"], id="Haswell"),
+        pytest.param("SandyBridge", ["portable"], id="SandyBridge"),
+    ],
 )
 def test_what_is_chosen_gives_its_own_bits(cpu: str, sets: list[str], kv_dtype: str) -> None:
     if not set(sets) <= set(instruction_sets()):
