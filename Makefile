@@ -48,9 +48,9 @@ ranks: $(VENV)/.test
 	$(BIN)/python -m pytest tests/parallel/test_ranks.py --whole-grid
 
 # Processors without AVX-512, emulated; needs QEMU (apt-get install qemu-user). And the tiles of AMX, in a module that is
-# built for it; needs cmake.
+# built for it.
 emulated: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet nanobind
+	$(BIN)/python -m pip install --quiet nanobind cmake
 	$(BIN)/python -m pytest tests/e2e/test_without_avx512.py tests/ops/test_emulated_amx.py -m emulated -rs
 
 lint: $(VENV)/.test

@@ -5,7 +5,6 @@ It runs what is said of every instruction set, and what is said of tiles, in pro
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -21,8 +20,6 @@ CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).par
 
 pytestmark = [
     pytest.mark.emulated,
-    pytest.mark.skipif(CMAKE is None, reason="there is no cmake (apt-get install cmake)"),
-    pytest.mark.skipif(importlib.util.find_spec("nanobind") is None, reason="no nanobind (pip install nanobind)"),
     pytest.mark.skipif("avx512bf16" not in instruction_sets(), reason="all but the tiles is AVX512-BF16"),
 ]
 
