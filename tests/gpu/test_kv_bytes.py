@@ -138,7 +138,7 @@ def test_float16_is_refused(device: torch.device) -> None:
 def test_what_is_stored_is_what_the_cpu_stores(
     device: torch.device, dtype: torch.dtype, num_heads: int, num_kv_heads: int, d: int, rotary_dim: int, normed: bool
 ) -> None:
-    positions, slots = [0, 300, 7, 0, 41, 9, 12, 80], [17, 5, -1, 47, 0, 22, 23, 40]
+    positions, slots = [0, 300, 7, 0, 41, 9, 12, 80], [17, 5, -1, 47, 3, 22, 23, 40]
     qkv = noise(6, 8, (num_heads + 2 * num_kv_heads) * d, dtype=dtype, device=device)
     first = num_heads * d
     ties = torch.arange(d) % 40 - 20.5

@@ -87,11 +87,11 @@ def test_heads(
     normed: bool,
     plus_one: bool,
 ) -> None:
-    positions, slots = [0, 300, 7, 0, 41], [17, 5, -1, 47, 0]
+    positions, slots = [0, 300, 7, 0, 41], [17, 5, -1, 47, 48]
     rotary = Rotary(10000.0 ** -(torch.arange(rotary_dim // 2) / (rotary_dim // 2)), interleaved=interleaved)
     qkv = noise(6, 5, (num_heads + 2 * num_kv_heads) * d, dtype=dtype, device=device)
     norms = [noise(seed, d, dtype=dtype, device=device) if normed else None for seed in (7, 8)]
-    shape = (3, num_kv_heads, BLOCK_SIZE, d)
+    shape = (4, num_kv_heads, BLOCK_SIZE, d)
     k_cache, v_cache = (torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2))
 
     def run(rows: slice) -> torch.Tensor:
@@ -125,10 +125,42 @@ def test_heads(
     for cache, rows in ((k_cache, k), (v_cache, v)):
         by_slot = cache.transpose(1, 2).flatten(0, 1)
         close(by_slot[[slots[token] for token in stored]], rows[stored], dtype)
-        assert by_slot.isnan().all(dim=(1, 2)).sum() == by_slot.shape[0] - len(stored)
+        untouched = by_slot.shape[0] - len(stored) - (15 if cache is v_cache else 0)  # behind slot 48
+        assert by_slot.isnan().all(dim=(1, 2)).sum() == untouched
     before = k_cache.clone()
     assert torch.equal(run(slice(4, 5)), got[4:5])
     assert torch.equal(k_cache.nan_to_num(9.0), before.nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 11])
+def test_what_is_behind_a_request_s_last_value_in_its_block_is_zero(device: torch.device, num_kv_heads: int) -> None:
+    """What another left there may be no number, and attention reads whole blocks."""
+    d = 64
+    slots = [
+        *(18, 19, 20),  # a chunk that goes on in a block, begins none and does not end it
+        *(13, 14, 15, 32, 33),  # one that goes over into a block
+        -1,
+        48,  # alone: the first of its block
+        70,  # alone, with others before it in its block
+        *(94, 95),  # to the very end
+    ]
+    qkv = noise(9, len(slots), 3 * num_kv_heads * d, dtype=torch.bfloat16, device=device)
+    shape = (6, num_kv_heads, BLOCK_SIZE, d)
+    k_cache, v_cache = (torch.full(shape, torch.nan, dtype=torch.bfloat16, device=device) for _ in range(2))
+    heads(
+        qkv, layout_of([0] * len(slots), slots, device), k_cache, v_cache, num_heads=num_kv_heads,
+        num_kv_heads=num_kv_heads, head_dim=d, q_norm=None, k_norm=None, eps=1e-6, plus_one=False, table=None,
+        interleaved=False, rotary_dim=0,
+    )  # fmt: skip
+    values = v_cache.transpose(1, 2).flatten(0, 1).cpu()
+    zeros = [*range(21, 32), *range(34, 48), *range(49, 64)]
+    assert not values[zeros].any()
+    rest = set(range(len(values))) - {*zeros, *slots}
+    assert values[sorted(rest)].isnan().all()
+    assert torch.equal(
+        values[[s for s in slots if s >= 0]],
+        qkv.cpu().unflatten(1, (-1, d))[[i for i, s in enumerate(slots) if s >= 0], 2 * num_kv_heads :],
+    )
 
 
 def layout_of(positions: list[int], slots: list[int], device: torch.device) -> DeviceLayout:

@@ -40,7 +40,10 @@ class Request:
 
 
 class World:
-    """Requests of given lengths in one cache, where all that is nobody's is NaN."""
+    """Requests of given lengths in one cache, where all that is nobody's is NaN.
+
+    But for the values behind the last of a request in its block, where `heads` puts what is finite: here, thousands.
+    """
 
     def __init__(
         self,
@@ -79,6 +82,8 @@ class World:
                 for i, block in enumerate(blocks):
                     part = new[i * block_size : (i + 1) * block_size]
                     cache[block, :, : len(part)] = part.transpose(0, 1)
+                    if cache is self.v:
+                        cache[block, :, len(part) :] = 1000.0
             self.requests.append(Request(queries, keys, values, blocks))
         width = max(counts) + 2
         # past the end of a table anything may stand

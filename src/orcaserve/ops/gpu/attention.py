@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orcaserve.ops.gpu.layout import SPAN, DeviceLayout
 from orcaserve.ops.gpu.overlap import begin as let_next_begin
@@ -24,6 +25,7 @@ from orcaserve.ops.gpu.spans import answer, attend, empty_state, merge, read_cac
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 _FIELDS = tl.constexpr(FIELDS)
+_BLOCK = 64  # positions that a tile meets at a time
 _PER_PROCESSOR = 2  # programs that a processor of the device has room for
 
 
@@ -120,12 +122,18 @@ def attention(
     cap = None if softcap is None else softcap * LOG2_E.value
     scale = scale * LOG2_E.value if softcap is None else scale * 2 * LOG2_E.value / softcap
     overlap = overlaps(q.device)
+    wide = max(16, 1 << (d - 1).bit_length())
+    described = scales is None and d == wide and block_size % _BLOCK == 0
+
+    def source(cache: Tensor) -> Tensor | TensorDescriptor:
+        return TensorDescriptor.from_tensor(cache.view(-1, d), [_BLOCK, d]) if described else cache
+
     _attention_kernel[(layout.tiles.shape[0] * kv_heads,)](
-        q, k, v, scales, out, scratch.gathered, scratch.peaks, scratch.masses, scratch.arrived,
+        q, source(k), source(v), scales, out, scratch.gathered, scratch.peaks, scratch.masses, scratch.arrived,
         layout.tables, layout.tiles, layout.num_tiles, slopes, scale, cap, q.stride(0), layout.tables.stride(0),
         WINDOW=window, SPAN=SPAN, KV_HEADS=kv_heads, GROUP=group, D=d, BLOCK_SIZE=block_size,
-        ROWS=tuning.rows, GROUP_ROWS=1 << (group - 1).bit_length(), BLOCK_N=64,
-        BLOCK_D=max(16, 1 << (d - 1).bit_length()), OVERLAP=overlap,
+        ROWS=tuning.rows, GROUP_ROWS=1 << (group - 1).bit_length(), BLOCK_N=_BLOCK,
+        BLOCK_D=wide, DESCRIBED=described, OVERLAP=overlap,
         num_warps=max(4, tuning.rows // 16), num_stages=tuning.stages, launch_pdl=overlap, enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -177,6 +185,7 @@ def _walk(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     ONE: tl.constexpr,
 ):
     """The state of queries [ROWS, BLOCK_D], of tokens at positions [low, last], after positions [first, end].
@@ -187,8 +196,8 @@ def _walk(
     span_peak, span_mass, span_gathered = empty_state(ROWS, BLOCK_D)
     begin = first // BLOCK_N * BLOCK_N
     for start in range(begin, end + 1, BLOCK_N):
-        block_k = read_cache(k, pages, head, start, first, end, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
-        block_v = read_cache(v, pages, head, start, first, end, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE)
+        block_k = read_cache(k, pages, head, start, first, end, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE, DESCRIBED)
+        block_v = read_cache(v, pages, head, start, first, end, KV_HEADS, D, BLOCK_N, BLOCK_D, BLOCK_SIZE, DESCRIBED)
         block_k_scale = None
         block_v_scale = None
         if scales is not None:
@@ -280,6 +289,7 @@ def _attention_kernel(
     GROUP_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    DESCRIBED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """One kv head of a tile."""
@@ -318,7 +328,7 @@ def _attention_kernel(
     if shares == 1:
         _, mass, gathered = _walk(
             k, v, scales, table, queries, own, low, last, first, end, pages, head, scale, cap, slope,
-            WINDOW, SPAN, KV_HEADS, D, BLOCK_SIZE, ROWS, BLOCK_N, BLOCK_D, False,
+            WINDOW, SPAN, KV_HEADS, D, BLOCK_SIZE, ROWS, BLOCK_N, BLOCK_D, DESCRIBED, False,
         )  # fmt: skip
         goal = out + (token + row // GROUP).to(tl.int64)[:, None] * (HEADS * D)
         goal += ((head * GROUP + row % GROUP) * D)[:, None] + column
@@ -328,7 +338,7 @@ def _attention_kernel(
         for span in range(first_span, end_span):
             peak, mass, gathered = _walk(
                 k, v, scales, table, queries, own, low, last, first, end, pages, head, scale, cap, slope,
-                WINDOW, SPAN, KV_HEADS, D, BLOCK_SIZE, ROWS, BLOCK_N, BLOCK_D, True,
+                WINDOW, SPAN, KV_HEADS, D, BLOCK_SIZE, ROWS, BLOCK_N, BLOCK_D, DESCRIBED, True,
             )  # fmt: skip
             place = (states + span + tl.zeros([ROWS], tl.int64)) * HEADS + head * GROUP + row
             tl.store(peaks_at + place, peak, mask=row < GROUP)

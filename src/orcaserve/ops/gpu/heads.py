@@ -1,4 +1,8 @@
-"""A QKV product becomes heads, in one launch: queries and keys are normed and rotated, keys and values are stored."""
+"""A QKV product becomes heads, in one launch: queries and keys are normed and rotated, keys and values are stored.
+
+Attention reads whole blocks, of which it hides what no query sees; a share of zero is nothing of a finite value only.
+So whoever stores a request's last value in a block puts zeros behind it, where a block may hold what another left.
+"""
 
 from __future__ import annotations
 
@@ -90,6 +94,30 @@ def _scaled(x):
 
 
 @triton.jit
+def _clear(
+    cache,
+    block,
+    first_head,
+    first,
+    block_size,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """Zeros into places [first, block_size) of HEADS heads of a block: whatever was there, it is finite now."""
+    ROWS: tl.constexpr = 32
+    column = tl.arange(0, D_PADDED)[None, :]
+    for i in range(tl.minimum(HEADS, KV_HEADS - first_head)):
+        head = block.to(tl.int64) * KV_HEADS + first_head + i
+        for start in range(first // ROWS * ROWS, block_size, ROWS):
+            row = start + tl.arange(0, ROWS)[:, None]
+            nothing = tl.zeros((ROWS, D_PADDED), cache.dtype.element_ty)
+            inside = (row >= first) & (row < block_size) & (column < D)
+            tl.store(cache + (head * block_size + row) * D + column, nothing, mask=inside)
+
+
+@triton.jit
 def _heads_kernel(
     qkv,
     q,
@@ -146,6 +174,14 @@ def _heads_kernel(
                 value, value_scale = _scaled(value.to(tl.float32))
                 tl.store(scales + scale_at + 1, value_scale, mask=present)
             tl.store(v_cache + at, value, mask=present & (column < D))
+            if scales is None:
+                before = tl.load(slots + token - 1, mask=token > 0, other=-1)
+                behind = tl.load(slots + token + 1, mask=token + 1 < tl.num_programs(0), other=-1)
+                first = slot % block_size + 1
+                # The last of a request here; one that is alone has others before it, which have done so, or begins it.
+                if (slot >= 0) & (behind != slot + 1) & ((first == 1) | (before == slot - 1)):
+                    first_head = (part - Q_PARTS - KV_PARTS) * HEADS
+                    _clear(v_cache, slot // block_size, first_head, first, block_size, NUM_KV_HEADS, D, D_PADDED, HEADS)
         else:
             head_at = (NUM_HEADS + head) * D
             key = _placed(
@@ -176,6 +212,8 @@ def heads(
     scales: Tensor | None = None,
 ) -> Tensor:
     """qkv [M, (heads + 2 * kv heads) * d] -> queries [M, heads * d]; keys and values go to the layout's slots.
+
+    The places of a block behind the last value of its request become zeros, but in a cache of int8.
 
     k_cache, v_cache: [num_blocks, kv heads, block_size, d], in the dtype of qkv; or int8, with scales: float32
     [num_blocks, kv heads, block_size, 2], of keys and of values, both as `ops.attention.ScaledBytes` has them of what

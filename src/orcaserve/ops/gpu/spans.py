@@ -137,23 +137,30 @@ def read_cache(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
-    """[BLOCK_N, BLOCK_D] of one head at positions [start, start + BLOCK_N); zeros outside [first, last] and past D.
+    """[BLOCK_N, BLOCK_D] of one head at positions [start, start + BLOCK_N).
 
-    Zeros, since what stands there may be another's, and not finite: even a share of zero would not make it nothing.
+    DESCRIBED: cache is a descriptor, and what stands outside [first, last] comes along: another's keys, which `attend`
+    hides, and values that are finite, since `heads` sees to that. Else it is a pointer, and there are zeros outside and
+    past D: what stands there may be not finite, and even a share of zero would not make it nothing.
     """
-    seen = start + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_D)
-    visible = ((seen >= first) & (seen <= last))[:, None]
-    if D != BLOCK_D:
-        visible &= (column < D)[None, :]
-    if BLOCK_SIZE % BLOCK_N == 0:
-        block = cache + (pages.to(tl.int64) * KV_HEADS + head) * (BLOCK_SIZE * D) + start % BLOCK_SIZE * D
-        place = block + (tl.arange(0, BLOCK_N) * D)[:, None] + column[None, :]
+    if DESCRIBED:
+        block = cache.load([(pages * KV_HEADS + head) * BLOCK_SIZE + start % BLOCK_SIZE, 0])
     else:
-        blocks = (pages.to(tl.int64) * KV_HEADS + head) * (BLOCK_SIZE * D) + seen % BLOCK_SIZE * D
-        place = cache + blocks[:, None] + column[None, :]
-    return tl.load(place, mask=visible, other=0.0)
+        seen = start + tl.arange(0, BLOCK_N)
+        column = tl.arange(0, BLOCK_D)
+        visible = ((seen >= first) & (seen <= last))[:, None]
+        if D != BLOCK_D:
+            visible &= (column < D)[None, :]
+        if BLOCK_SIZE % BLOCK_N == 0:
+            at = cache + (pages.to(tl.int64) * KV_HEADS + head) * (BLOCK_SIZE * D) + start % BLOCK_SIZE * D
+            place = at + (tl.arange(0, BLOCK_N) * D)[:, None] + column[None, :]
+        else:
+            blocks = (pages.to(tl.int64) * KV_HEADS + head) * (BLOCK_SIZE * D) + seen % BLOCK_SIZE * D
+            place = cache + blocks[:, None] + column[None, :]
+        block = tl.load(place, mask=visible, other=0.0)
+    return block
 
 
 @triton.jit
