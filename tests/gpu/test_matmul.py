@@ -6,6 +6,7 @@ import torch
 from orcaserve.ops.activation import ACTIVATIONS
 from orcaserve.ops.gpu.matmul import MatmulScratch, Tile, gated, matmul, segments, tiles
 from orcaserve.ops.gpu.norm import rms_norm
+from orcaserve.worker.gpu.worker import graph_sizes, layers_sizes
 
 # Triton's interpreter multiplies the bit patterns of bfloat16 as integers; float16 stands in for it there.
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
@@ -63,6 +64,20 @@ def test_no_default_tile_splits_more_rows_than_the_scratch_has() -> None:
         for is_gated in (False, True):
             tile = tiles(m, 4096, 4096, gated=is_gated, dtype=torch.bfloat16)
             assert not tile.split or m <= 256
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k"), [(6144, 4096), (1024, 2048), (1024, 3072), (12288, 4096), (151936, 1024), (96, 64)]
+)
+def test_the_sizes_that_are_recorded_bring_in_every_tile(n: int, k: int, is_gated: bool) -> None:
+    """No request is to wait for a compiler."""
+
+    def tile(m: int) -> tuple[Tile, bool]:
+        return tiles(m, n, k, gated=is_gated, dtype=torch.bfloat16), m > 256
+
+    recorded = {tile(m) for m in (*graph_sizes(256), *layers_sizes(8192), 8192)}
+    assert {tile(m) for m in range(1, 2500)} <= recorded
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])

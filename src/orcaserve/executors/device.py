@@ -80,7 +80,8 @@ def build_rank(part: DevicePart, num_blocks: int, num_slots: int, grammars: Gram
     """
     worker = part.make_worker(num_blocks, num_slots, grammars, pipe)
     if part.kernels.device.type == "cuda":
-        for size in _powers(part.tokens):
+        sizes = {*_powers(part.tokens), *layers_sizes(part.tokens), *graph_sizes(min(part.tokens, 256))}
+        for size in sorted(sizes, reverse=True):
             worker.warm(size)
     return DeviceStage(worker, answers=grammars is not None, in_flight=IN_FLIGHT)
 
@@ -129,9 +130,9 @@ def _powers(most: int) -> Iterator[int]:
 
 def _make_ready(worker: DeviceWorker, max_batch_size: int, max_tokens: int, progress: Progress | None) -> None:
     """Has all kernels compiled and all graphs recorded before the first request comes."""
-    # The largest first: what it takes of memory the others fit into. Up to 256 tokens each power of two has its tiles,
-    # which the graphs bring in as far as they go; beyond that there are two kinds, but of experts' one for each of some
-    # doublings, which hang on how many experts there are.
+    # The largest first: what it takes of memory the others fit into. Up to 2048 tokens the graphs bring in all tiles of
+    # products, beyond that there is one kind; of experts' there is one for each of some doublings, which hang on how
+    # many experts there are.
     prompts = [size for size in _powers(max_tokens) if size == max_tokens or size > max(max_batch_size, 31)]
     layers = sorted(layers_sizes(max_tokens), reverse=True)
     graphs = sorted(graph_sizes(max_batch_size), reverse=True)

@@ -53,11 +53,12 @@ def graph_sizes(max_batch_size: int) -> list[int]:
 def layers_sizes(max_tokens: int) -> list[int]:
     """Tokens of the iterations of any kind whose layers are recorded.
 
-    From 256 on products have tiles of 128 tokens, so that padding to them costs next to nothing. Of more tokens than
-    the last of these the layers take longer than the host does to launch their kernels one by one.
+    Products have tiles of 64 tokens or more then, so that padding costs little. Of more tokens than the last of these
+    the layers take longer than the host does to launch their kernels one by one.
     """
     most = min(max_tokens, _MOST_RECORDED)
-    return [size for size in (16, *range(32, 256, 32), *range(256, most, 128)) if size < most] + [most]
+    sizes = [16, *range(32, 256, 32), *range(256, 1024, 64), *range(1024, most, 128)]
+    return [size for size in sizes if size < most] + [most]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
