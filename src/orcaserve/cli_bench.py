@@ -12,7 +12,7 @@ from orcaserve.bench.gpu import SECTIONS
 from orcaserve.bench.paper import PARTS
 from orcaserve.bench.workloads.spec import explained
 from orcaserve.cli_policy import PolicyName
-from orcaserve.core.config import ModelError
+from orcaserve.core.config import KVDtype, ModelError, Quantization
 
 
 @click.group()
@@ -152,13 +152,23 @@ def bench_serve(
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True, help="Of the weights."
 )
+@click.option("--quantization", type=click.Choice(["none", "int8", "int4"]), default="none", help="Of our weights.")
+@click.option("--kv-cache-dtype", "kv_dtype", type=click.Choice(["auto", "int8"]), default="auto", help="Of our KV.")
 @click.option("--kernels", "isa", metavar="ISA", help="An instruction set: avx2, portable, …; default: the best.")
 @click.option("--threads", type=click.IntRange(1), help="Default: all the process may use.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of each measurement.")
 @click.option("--quick", is_flag=True, help="Fewer rows, smaller copies, shorter times: to see that it works.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for kernels.md, .json and .png.")
 def kernels(
-    shape: str, dtype: str, isa: str | None, threads: int | None, rounds: int, quick: bool, out: Path | None
+    shape: str,
+    dtype: str,
+    quantization: Quantization,
+    kv_dtype: KVDtype,
+    isa: str | None,
+    threads: int | None,
+    rounds: int,
+    quick: bool,
+    out: Path | None,
 ) -> None:
     """Measure our kernels beside torch's operators, against the memory's bandwidth and the peak of products.
 
@@ -188,7 +198,10 @@ def kernels(
     isa, threads = isa or known[0], threads or machine.cores
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    benchmark = Benchmark(SHAPES[shape], getattr(torch, dtype), threads, isa, QUICK if quick else FULL)
+    effort = QUICK if quick else FULL
+    benchmark = Benchmark(
+        *(SHAPES[shape], getattr(torch, dtype), threads, isa, effort), quantization=quantization, kv_dtype=kv_dtype
+    )
     samples = benchmark.samples(rounds)
     found = kernel_report.Report(
         date=date,
@@ -203,6 +216,8 @@ def kernels(
         peak=benchmark.peak.name,
         works=benchmark.works,
         samples=kernel_report.watched(samples, benchmark.num_samples(rounds), Console(stderr=True)),
+        quantization=quantization,
+        kv_dtype=kv_dtype,
     )
     kernel_report.show(found, Console())
     if out is not None:

@@ -99,24 +99,39 @@ def test_what_should_not_be_quoted_says_so(changes: dict[str, Any], warning: str
 
 
 @kernel_sets.NEEDS_NATIVE
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_command_measures_every_kernel(dtype: str, tmp_path: Path) -> None:
-    command = ["bench", "kernels", "--shape", "tiny", "--quick", "--rounds", "1", "--threads", "1", "--dtype", dtype]
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dtype", "bfloat16"],
+        ["--dtype", "float32"],
+        ["--quantization", "int8", "--kv-cache-dtype", "int8"],
+        ["--quantization", "int4"],
+    ],
+    ids=" ".join,
+)
+def test_the_command_measures_every_kernel(options: list[str], tmp_path: Path) -> None:
+    command = ["bench", "kernels", "--shape", "tiny", "--quick", "--rounds", "1", "--threads", "1", *options]
     done = CliRunner().invoke(main, [*command, "--out", str(tmp_path)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "kernels.json").read_bytes())
     page = (tmp_path / "kernels.md").read_text()
+    assert ("weights in int" in page) == ("--quantization" in options)
+    assert ("KV in int8" in page) == ("--kv-cache-dtype" in options)
     for kernel in kernels(SHAPES["tiny"]):
         assert f"| {kernel.name} |" in page and kernel.name in done.stdout
         lines = [line for line in found["summary"] if line["work"]["kernel"] == kernel.name]
         assert [line["work"]["m"] for line in lines] == kernel.rows((1, 16, 128))
         for line in lines:
-            assert set(line["cells"]) == set(kernel.runners())
+            assert set(line["cells"]) == set(kernel.runners(is_quantised="--quantization" in options))
             for cell in line["cells"].values():
                 assert cell["seconds"] > 0
                 assert (cell["of_bandwidth"] is not None) == (kernel.streams and line["work"]["m"] < 128)
                 assert (cell["of_peak"] is not None) == (line["work"]["flops"] > 0 and line["work"]["m"] > 8)
-    assert found["threads"] == 1 and found["dtype"] == dtype and found["isa"] == kernel_sets.BEST[0]
+    assert (
+        found["threads"] == 1
+        and found["dtype"] == ("float32" if "float32" in options else "bfloat16")
+        and found["isa"] == kernel_sets.BEST[0]
+    )
     assert found["ceilings"]["bandwidth"]["best"] >= found["ceilings"]["bandwidth"]["median"] > 0
     assert "do not quote" in page and "do not quote" in done.stdout
     if (tmp_path / "kernels.png").exists():  # matplotlib is an extra

@@ -26,7 +26,10 @@ HEAD = ("kernel", "M", "µs", "GB/s", "GFLOP/s", "bw", "peak", "torch", "twin")
 
 
 class Report(msgspec.Struct, frozen=True):
-    """bandwidth, peak: how the ceilings were measured. is_quick: too short to be quoted."""
+    """bandwidth, peak: how the ceilings were measured. is_quick: too short to be quoted.
+
+    quantization, kv_dtype: of what is ours.
+    """
 
     date: str
     machine: Machine
@@ -40,6 +43,8 @@ class Report(msgspec.Struct, frozen=True):
     peak: str
     works: list[Work]
     samples: list[Sample]
+    quantization: str = "none"
+    kv_dtype: str = "auto"
     orcaserve: str = __version__
 
 
@@ -94,7 +99,9 @@ def warnings(report: Report) -> list[str]:
 def subject(report: Report) -> str:
     """What was measured, in a line."""
     threads = f"{report.threads} thread{'s' * (report.threads > 1)}"
-    return f"{report.shape.name}, {report.dtype}, {report.isa}, {threads}, torch {report.torch}"
+    fewer = "" if report.quantization == "none" else f", weights in {report.quantization}"
+    fewer += "" if report.kv_dtype == "auto" else f", KV in {report.kv_dtype}"
+    return f"{report.shape.name}, {report.dtype}{fewer}, {report.isa}, {threads}, torch {report.torch}"
 
 
 def table(report: Report) -> Table:

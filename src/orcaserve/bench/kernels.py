@@ -13,6 +13,7 @@ import msgspec
 
 Kind = Literal["linear", "output", "gated", "decode", "prefill", "heads", "rms_norm", "peaks"]
 
+PRODUCTS: tuple[Kind, ...] = ("linear", "output", "gated")
 RUNNERS = ("ours", "torch", "twin")
 OURS = RUNNERS[0]
 FEW, MANY = 8, 128  # up to FEW rows only memory is a limit worth naming, from MANY on only the arithmetic
@@ -59,9 +60,10 @@ class Kernel(msgspec.Struct, frozen=True):
     most: int = 512
     streams: bool = True
 
-    def runners(self) -> tuple[str, ...]:
-        """torch has no operator that norms, rotates and stores at once."""
-        return tuple(runner for runner in RUNNERS if (self.kind, runner) != ("heads", "torch"))
+    def runners(self, *, is_quantised: bool = False) -> tuple[str, ...]:
+        """torch has no operator that norms, rotates and stores at once, and the twin has no quantised weights."""
+        lacks = {("heads", "torch"), *((kind, "twin") for kind in PRODUCTS if is_quantised)}
+        return tuple(runner for runner in RUNNERS if (self.kind, runner) not in lacks)
 
     def rows(self, wanted: Sequence[int]) -> list[int]:
         return [m for m in wanted if self.least <= m <= self.most]

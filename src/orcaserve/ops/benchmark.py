@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from orcaserve.bench.kernels import FEW, MANY, OURS, Kernel, Sample, Shape, Work, kernels, work
+from orcaserve.core.config import KVDtype, Quantization
 from orcaserve.ops.kernels import Kernels
 from orcaserve.ops.layout import Layout
 from orcaserve.ops.native_kernels import NativeKernels
@@ -60,12 +61,24 @@ class Benchmark:
     """Owns the kernels, and the buffers that the ceilings are measured with. `works` says what will be measured.
 
     bandwidth, peak: of several ways to find each ceiling, the one that was fastest here.
-    isa: one of `instruction_sets()`; None: the best. Raises ValueError if there are no native kernels.
+    isa: one of `instruction_sets()`; None: the best. quantization: of our weights; torch keeps them whole. kv_dtype:
+    of our cache and the twin's. Raises ValueError if there are no native kernels.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, threads: int, isa: str | None, effort: Effort) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        threads: int,
+        isa: str | None,
+        effort: Effort,
+        *,
+        quantization: Quantization = "none",
+        kv_dtype: KVDtype = "auto",
+    ) -> None:
         self.shape, self.dtype, self.threads, self.effort = shape, dtype, threads, effort
-        self.ours, self.twin = NativeKernels(threads, isa), TorchKernels()
+        self.ours = NativeKernels(threads, isa, quantization=quantization, kv_dtype=kv_dtype)
+        self.twin = TorchKernels(kv_dtype=kv_dtype)
         self.works: list[Work] = []
         self._plan: list[tuple[Kernel, list[Work]]] = []
         for kernel in kernels(shape):
@@ -76,7 +89,7 @@ class Benchmark:
         self.peak = self._best(self._products())
 
     def num_samples(self, rounds: int) -> int:
-        return rounds * sum(len(works) * len(kernel.runners()) for kernel, works in self._plan)
+        return rounds * sum(len(works) * len(self._runners(kernel)) for kernel, works in self._plan)
 
     @torch.inference_mode()
     def samples(self, rounds: int) -> Iterator[Sample]:
@@ -94,7 +107,7 @@ class Benchmark:
         before = self.ours.matrix_bytes
         calls_of = _MAKERS[kernel.kind](self, kernel)
         packed = self.ours.matrix_bytes - before
-        runners = kernel.runners()
+        runners = self._runners(kernel)
         first = round % len(runners)
         for one in works:
             calls = calls_of(one.m)
@@ -106,7 +119,18 @@ class Benchmark:
                 moved = one.bytes
                 if runner == OURS and one.weights:
                     moved += packed // len(calls[runner]) - one.weights
+                if runner != "torch" and kernel.kind == "decode":
+                    moved -= one.m * kernel.size[0] * self._spared()
                 yield Sample(round, kernel.name, one.m, runner, seconds, moved, bandwidth, peak)
+
+    def _runners(self, kernel: Kernel) -> tuple[str, ...]:
+        return kernel.runners(is_quantised=self.ours.is_quantised)
+
+    def _spared(self) -> int:
+        """Bytes of a token's keys and values that are not read since the cache keeps them in fewer."""
+        shape = self.shape
+        whole = 2 * shape.kv_heads * shape.head_dim * self.dtype.itemsize
+        return whole - self.ours.kv_bytes_per_token(shape.kv_heads, shape.head_dim, self.dtype)
 
     def draw(self, *size: int) -> Tensor:
         return torch.randn(size, dtype=torch.float32).to(self.dtype)

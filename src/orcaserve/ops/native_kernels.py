@@ -35,6 +35,8 @@ _CUT = 8  # segments of K where tensor parallelism may cut it
 _SHORTEST = 256  # values of a row that share a scale, where activations are brought to 8 bits
 _QUERIES = 48  # query rows of a kv head that a tile of attention should have
 _LARGEST_HEAD = 1024
+_WIDE_ROWS = 16  # that room is made for at a time, in float32
+_ALIGNED = 64  # bytes
 _ACTIVATIONS = {
     None: 0, "silu": 1, "swish": 1, "gelu": 2, "gelu_new": 3, "gelu_fast": 3, "gelu_pytorch_tanh": 3, "quick_gelu": 4,
     "relu": 5, "relu2": 6, "tanh": 7, "sigmoid": 8,
@@ -145,12 +147,13 @@ class NativeLinear:
     def __init__(self, engine: Any, weights: _Weights, activation: str | None, wide: bool) -> None:
         self._engine = engine
         self._weights = weights  # keeps the bias alive
+        self._is_wide = wide
         self.n, self.out_dtype = weights.n, torch.float32 if wide else weights.dtype
         self.native = _native.Linear(weights.matrix, weights.bias_address, _ACTIVATIONS[activation], wide)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         m = x.shape[0]
-        out = torch.empty((m, self.n), dtype=self.out_dtype)
+        out = _wide(m, self.n) if self._is_wide else torch.empty((m, self.n), dtype=self.out_dtype)
         self._engine.linear(self.native, x.data_ptr(), m, _address(residual), out.data_ptr())
         return out
 
@@ -288,6 +291,18 @@ def _make_rows(layout: Layout, positions: int) -> _Rows:
         tiles=array.ctypes.data, num_tiles=len(tiles), tables=tables.ctypes.data, block_size=layout.block_size,
     )  # fmt: skip
     return _Rows(native, layout, array, tables)
+
+
+def _wide(m: int, n: int) -> Tensor:
+    """float32 [m, n], on a boundary of 64 bytes.
+
+    Logits are as large as all else together. torch takes its memory on such boundaries, and glibc looks for more than
+    that then: the place that the last logits left is never enough, and wherever something small has come to lie behind
+    it the heap grows. What numpy takes fits there, as long as it is of one size whatever the rows.
+    """
+    raw = np.empty(-(-m // _WIDE_ROWS) * _WIDE_ROWS * n + _ALIGNED // 4, np.float32)
+    first = -raw.ctypes.data % _ALIGNED // 4
+    return torch.from_numpy(raw[first : first + m * n]).view(m, n)
 
 
 def _address(tensor: Tensor | None) -> int:

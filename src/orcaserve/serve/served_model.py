@@ -12,6 +12,7 @@ from orcaserve.model.config import Generation, read_generation
 from orcaserve.serve.chat_template import ChatTemplate
 from orcaserve.serve.structured import Structures
 from orcaserve.serve.tokenizer import Tokenizer
+from orcaserve.worker.process import give_back_freed_memory
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +50,7 @@ class ServedModel:
         self.defaults = _defaults(generation)
         ends = {*generation.eos_token_ids, self.tokenizer.eos_token_id}
         self.end_token_ids = tuple(sorted(id for id in ends if id is not None))
+        give_back_freed_memory()
 
 
 def _pooling(folder: Path) -> Pooling:

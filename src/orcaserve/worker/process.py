@@ -28,16 +28,23 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
+def give_back_freed_memory() -> None:
+    """Asks glibc to give back to the kernel what reading files left behind: of a tokenizer's, as much as it keeps."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Asks glibc to hand out again what an iteration frees, instead of giving it back to the kernel.
 
     Every iteration takes and frees the same few arrays. As fresh pages from the kernel, the logits of sixteen rows
     alone cost milliseconds of page faults. What loading the model left behind goes back first.
     """
+    give_back_freed_memory()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        libc.malloc_trim(0)
         libc.mallopt(mmap_threshold, KEPT_BYTES)
         libc.mallopt(trim_threshold, 2 * KEPT_BYTES)
 
