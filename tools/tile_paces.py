@@ -3,8 +3,8 @@
     python tools/tile_paces.py TIMINGS.JSON
 
 Times eight matrices of two models with 72 to 2064 tokens, checks that all tiles give equal bits, and writes the timings
-down; if the file is there already, nothing is measured. Then it prints, for each tile in `_PACES` of
-`ops/gpu/matmul.py`, what its paces would be by these timings and how well those in the table foretell them, and what
+down; if the file is there already, nothing is measured. Then it prints, for each tile in `PACES` of
+`ops/gpu/tiles.py`, what its paces would be by these timings and how well those in the table foretell them, and what
 choosing by the table costs beside the best tile for each product.
 """
 
@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from orcaserve.ops.gpu import matmul as products
-from orcaserve.ops.gpu.matmul import MatmulScratch, Tile
+from orcaserve.ops.gpu.matmul import MatmulScratch
 from orcaserve.ops.gpu.stopwatch import stopwatch
+from orcaserve.ops.gpu.tiles import PACES, PROCESSORS, Tile, tiles
 
 TOKENS = (72, 96, 128, 160, 192, 224, 256, 272, 320, 384, 464, 528, 640, 784, 1040, 1296, 1552, 2064)
 CHECKED = (96, 272, 1040)
@@ -55,7 +56,7 @@ MATRICES = (
 
 
 def tried(gated: bool) -> list[Tile]:
-    return [pace.tile for pace in products._PACES[gated]]
+    return [pace.tile for pace in PACES[gated]]
 
 
 def product(matrix: Matrix, x: Tensor, weights: Sequence[Tensor], scratch: MatmulScratch, tile: Tile | None) -> Tensor:
@@ -103,11 +104,11 @@ def measure() -> list[Timing]:
 def features(of: Timing, room: int) -> list[float]:
     """What a timing is the sum of: waves by how many programs share a processor, times K in thousands; and 1."""
     programs = -(-of.matrix.n // of.tile[0]) * -(-of.m // of.tile[1])
-    full, rest = divmod(programs, room * products._PROCESSORS)
+    full, rest = divmod(programs, room * PROCESSORS)
     waves = [0.0] * room
     waves[-1] += full
     if rest:
-        waves[-(-rest // products._PROCESSORS) - 1] += 1
+        waves[-(-rest // PROCESSORS) - 1] += 1
     return [*(wave * of.matrix.k / 1000 for wave in waves), 1.0]
 
 
@@ -118,7 +119,7 @@ def report(timings: list[Timing]) -> None:
         by_product[one.matrix, one.m][one.tile] = one.seconds
         if one.m >= one.tile[1]:
             by_tile[one.matrix.gated, one.tile].append(one)
-    for gated, paces in products._PACES.items():
+    for gated, paces in PACES.items():
         for pace in paces:
             tile, room = pace.tile, len(pace.shared)
             some = by_tile[gated, (tile.block_n, tile.block_m, tile.block_k, tile.warps, tile.stages)]
@@ -133,7 +134,7 @@ def report(timings: list[Timing]) -> None:
             )
     costs = []
     for (matrix, m), took in by_product.items():
-        tile = products.tiles(m, matrix.n, matrix.k, gated=matrix.gated, dtype=torch.bfloat16)
+        tile = tiles(m, matrix.n, matrix.k, gated=matrix.gated, dtype=torch.bfloat16)
         chosen = took.get((tile.block_n, tile.block_m, tile.block_k, tile.warps, tile.stages))
         if chosen is not None:
             costs.append(chosen / min(took.values()))

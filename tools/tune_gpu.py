@@ -33,8 +33,9 @@ from triton.runtime.errors import OutOfResources
 from orcaserve.ops.gpu import matmul as products
 from orcaserve.ops.gpu.heads import heads
 from orcaserve.ops.gpu.layout import DeviceLayout
-from orcaserve.ops.gpu.matmul import MatmulScratch, Tile
+from orcaserve.ops.gpu.matmul import MatmulScratch
 from orcaserve.ops.gpu.norm import rms_norm
+from orcaserve.ops.gpu.tiles import Tile
 
 TOKENS = (1, 16, 32, 64, 128, 256)
 CHECKED = (1, 7, 64, 65, 130, 1024)

@@ -19,8 +19,9 @@ from orcaserve.executors.local import LocalExecutor
 from orcaserve.model.config import read_config
 from orcaserve.model.decoder import Decoder
 from orcaserve.ops.gpu.kernels import TritonKernels
-from orcaserve.ops.gpu.matmul import MatmulScratch, Tile, coded_tiles, gated, matmul
+from orcaserve.ops.gpu.matmul import MatmulScratch, gated, matmul
 from orcaserve.ops.gpu.quantised import GROUP, UNIT, Coded, coded
+from orcaserve.ops.gpu.tiles import Tile, coded_tiles
 from orcaserve.ops.torch_kernels import TorchKernels, TorchLinear
 from orcaserve.worker.worker import Worker
 

@@ -6,8 +6,8 @@ import torch
 from orcaserve.model.layers import Experts
 from orcaserve.ops.gpu.experts import DeviceExperts, grouped, mix, tiles
 from orcaserve.ops.gpu.kernels import TritonKernels
-from orcaserve.ops.gpu.matmul import Tile
 from orcaserve.ops.gpu.routing import group, most_tiles, route
+from orcaserve.ops.gpu.tiles import Tile
 from orcaserve.ops.torch_kernels import TorchKernels
 from orcaserve.parallel.group import Alone
 

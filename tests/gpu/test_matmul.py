@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from orcaserve.ops.activation import ACTIVATIONS
-from orcaserve.ops.gpu.matmul import MatmulScratch, Tile, gated, matmul, segments, tiles
+from orcaserve.ops.gpu.matmul import MatmulScratch, gated, matmul
 from orcaserve.ops.gpu.norm import rms_norm
+from orcaserve.ops.gpu.tiles import Tile, segments, tiles
 from orcaserve.worker.gpu.worker import graph_sizes, layers_sizes
 
 # Triton's interpreter multiplies the bit patterns of bfloat16 as integers; float16 stands in for it there.

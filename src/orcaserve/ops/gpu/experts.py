@@ -17,9 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from orcaserve.ops.gpu.activation import KINDS, activate
 from orcaserve.ops.gpu.launch import kinds, launcher
-from orcaserve.ops.gpu.matmul import Tile
 from orcaserve.ops.gpu.overlap import begin, overlaps, wait
 from orcaserve.ops.gpu.routing import Groups, group, route
+from orcaserve.ops.gpu.tiles import Tile
 from orcaserve.ops.kernels import Linear, Part
 
 _BAND = 8  # tiles of pairs that are computed side by side

@@ -9,10 +9,6 @@ walks through them all. A `Coded` weight is brought to the activations' dtype in
 
 from __future__ import annotations
 
-import functools
-import math
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -23,12 +19,8 @@ from orcaserve.ops.gpu.activation import KINDS, activate
 from orcaserve.ops.gpu.launch import kinds, launcher
 from orcaserve.ops.gpu.overlap import begin, overlaps, prefetch, wait
 from orcaserve.ops.gpu.quantised import GROUP, UNIT, Coded, numbers_of
+from orcaserve.ops.gpu.tiles import PROGRAMS, Tile, cdiv, coded_tiles, segment_length, segments, tiles
 
-_UNIT = 256  # a segment's length is a multiple of it, so that any BLOCK_K up to it meets the same boundaries
-_LONG = 512  # a segment is at least so long, but for the last
-_PROCESSORS = 132  # of the cards it was measured on
-_PROGRAMS = 128  # what N's tiles of 64 times the segments should come to: about one for each of the 132 processors
-_MOST = 8
 _SPLIT_ROWS = 256  # tokens up to which segments may be summed by different programs
 _AHEAD = 8 << 20  # bytes of weights, of all programs together, that are asked for before the kernel before has ended
 _AHEAD_ROWS = 256  # tokens up to which weights bound the time
@@ -40,148 +32,6 @@ _LATE_ROWS = 32
 _FEW_STEPS = 4  # with so few, the next kernel's coming would take as long as they do: it may come two steps earlier
 
 
-def _cdiv(x: int, y: int) -> int:
-    # triton's own is for its compiler: of a call of it the host would feel the time
-    return -(-x // y)
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """What one program computes: block_n outputs of block_m tokens, K in steps of block_k, `stages` of them in flight.
-
-    split: the segments of K belong to different programs.
-    """
-
-    block_n: int
-    block_m: int
-    block_k: int
-    warps: int
-    stages: int
-    split: bool = False
-
-
-@functools.cache
-def segments(n: int, k: int) -> int:
-    """Into how many pieces of equal length (the last may be shorter) the sum over K is cut, for N outputs."""
-    count = 1
-    while _cdiv(n, 64) * count < _PROGRAMS and count < _MOST and 2 * count * _LONG <= k:
-        count *= 2
-    return _cdiv(k, _segment_length(k, count))
-
-
-def tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype) -> Tile:
-    """The tile for M tokens. Any would give the same bits; `gated` computes two times block_n outputs at once.
-
-    Up to 64 tokens what was quickest of those that `tools/tune_gpu.py` tries on an H200; it prints them all.
-    """
-    if dtype == torch.float32:
-        return Tile(32, 32, 32, 4, 2)
-    if m > 64:
-        return _quickest(m, n, k, gated)
-    count = segments(n, k)
-    # Sums that meet in memory cost their bytes; where few programs would read the weights, that is less than it gains.
-    split = count > 1 and n <= 64 * 64 and k >= 2048 and 16 * count * m <= k
-    # So few outputs that programs of few tokens each, which all read the same weights, are quicker than few programs.
-    few = n <= 64 * 16 and not gated
-    many = n >= 128 * 2 * _PROCESSORS and not gated  # programs come and go all the time
-    if m <= 16:
-        if gated:
-            return Tile(64, 16, 64, 4, 4) if k >= 2048 else Tile(32, 16, 256, 4, 3)
-        return Tile(128, 16, 128, 4, 3) if many else Tile(64, 16, 256, 4, 3, split)
-    if few:
-        return Tile(64, 16, 256, 4, 3 if m <= 32 else 4, split)
-    if m <= 32:
-        return Tile(64, 32, 128, 4, 3) if gated else Tile(64, 32, 128, 4, 4 if many else 5, split)
-    if gated:
-        return Tile(64, 64, 64, 4, 4) if k >= 2048 else Tile(64, 64, 128, 4, 4)
-    # a program that has a processor to itself must keep more bytes on their way
-    alone = _cdiv(n, 64) * (count if split else 1) <= _PROCESSORS
-    return Tile(64, 64, 128, 4, 5 if alone else 3, split)
-
-
-def _quickest(m: int, n: int, k: int, gated: bool) -> Tile:
-    """The tile for more than 64 tokens: programs come in waves, and the last wave takes as long as a full one.
-
-    Chosen for m rounded up, so that a few sizes bring in all tiles when a worker has them compiled.
-    """
-    if m > 2048:
-        return Tile(128, 128, 64, 8, 4) if gated else Tile(128, 256, 64, 8, 4)
-    step = 32 if m <= 256 else 64 if m <= 1024 else 128
-    least_m, m = m, _cdiv(m, step) * step
-    best, least = _PACES[gated][0].tile, math.inf
-    for pace in _PACES[gated]:
-        if pace.tile.block_m > least_m and not gated:
-            continue  # a box that reaches past the last row is brought slowly
-        room = len(pace.shared)
-        programs = _cdiv(n, pace.tile.block_n) * _cdiv(m, pace.tile.block_m)
-        full, rest = divmod(programs, room * _PROCESSORS)
-        waves = full * pace.shared[-1] + (pace.shared[_cdiv(rest, _PROCESSORS) - 1] if rest else 0.0)
-        took = pace.begin + waves * k / 1000
-        if took < least:
-            best, least = pace.tile, took
-    return best
-
-
-def coded_tiles(m: int, n: int, k: int, *, gated: bool, dtype: torch.dtype, packed: bool) -> Tile:
-    """The same for a weight in 8 bits, or packed in 4. Reasoned, not measured.
-
-    Few tokens wait for memory: it counts how many bytes of weights a processor has on their way, and a weight takes
-    a half or a quarter of the room, so that two or three programs share a processor where one of `tiles` fills it. All
-    tiles are of 64 outputs at least: those that take their weights from registers use one instruction for all tokens.
-    """
-    if dtype == torch.float32:
-        return Tile(32, 32, UNIT if packed else 32, 4, 2)
-    count = segments(n, k)
-    # twice as many outputs as in `tiles` are split: a processor has room for two programs, and needs them
-    split = not gated and count > 1 and n <= 64 * 128 and k >= 2048 and 16 * count * m <= k
-    large = _cdiv(n, 128) * _cdiv(m, 128)
-    if m <= 32:
-        # programs of 50 to 75 KiB, each with four or five times 8 KiB of weights on their way, or 4 where packed
-        return Tile(64, 16 if m <= 16 else 32, UNIT, 4, 4 if gated else 6 if packed else 5, split)
-    if m <= 64:
-        return Tile(64, 64, UNIT, 4, 4, split)
-    if m <= 256 and large < 96:
-        return Tile(64, 64 if gated else 128, UNIT, 4, 3)
-    # twice as many tokens would not fit into registers beside weights, but for one sum of weights in 8 bits
-    if packed or gated or count > 1 or large < 264:
-        return Tile(128, 128, UNIT if packed else 64, 8, 3 if packed else 4)
-    return Tile(128, 256, 64, 8, 3)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pace:
-    """How long programs with such a tile take, in microseconds on an H200.
-
-    shared: a thousand of K, by how many of them share a processor, up to as many as there is room for. begin: besides.
-    """
-
-    tile: Tile
-    shared: tuple[float, ...]
-    begin: float
-
-
-# By whether they are gated. Fitted by `tools/tile_paces.py` to timings of eight matrices and 72 to 2064 tokens on an
-# H200: nine in ten are foretold within 17 %, and the tile that is chosen is within 3 % of the best as often.
-_PACES = {
-    False: (
-        _Pace(Tile(64, 32, 256, 4, 4), (1.84,), 1.2),
-        _Pace(Tile(64, 64, 64, 4, 5), (3.82, 4.99), 1.6),
-        _Pace(Tile(64, 64, 128, 4, 5), (2.71,), 1.4),
-        _Pace(Tile(64, 128, 128, 4, 4), (3.82,), 1.0),
-        _Pace(Tile(128, 64, 64, 8, 4), (5.22, 7.58), 1.8),
-        _Pace(Tile(128, 128, 64, 8, 5), (5.71,), 2.4),
-        _Pace(Tile(128, 256, 64, 8, 4), (9.82,), 5.2),
-    ),
-    True: (
-        _Pace(Tile(64, 64, 64, 4, 4), (7.52, 8.55), 1.3),
-        _Pace(Tile(64, 64, 128, 4, 3), (4.99,), 3.1),
-        _Pace(Tile(64, 128, 64, 4, 4), (6.89,), 3.3),
-        _Pace(Tile(128, 64, 64, 8, 4), (7.68,), 2.3),
-        _Pace(Tile(128, 128, 64, 8, 4), (11.53,), 3.4),
-    ),
-}
-
-
 class MatmulScratch:
     """Memory in which programs that share a tile meet. Products of one stream share it; each leaves it clean."""
 
@@ -189,10 +39,10 @@ class MatmulScratch:
 
     def __init__(self, device: torch.device) -> None:
         self.overlap = overlaps(device)
-        # segments() stops as soon as tiles times segments reach _PROGRAMS, so they stay below twice that
-        widest = 64 * 2 * _PROGRAMS
+        # segments() stops as soon as tiles times segments reach PROGRAMS, so they stay below twice that
+        widest = 64 * 2 * PROGRAMS
         self.partials = torch.empty(_SPLIT_ROWS * widest, dtype=torch.float32, device=device)
-        self.counters = torch.zeros(_PROGRAMS * _SPLIT_ROWS // 16, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(PROGRAMS * _SPLIT_ROWS // 16, dtype=torch.int32, device=device)
 
 
 @triton.jit
@@ -411,10 +261,6 @@ def gated(
     return _launch(x, gate, up, gate_bias, up_bias, None, scratch, activation, False, tile)
 
 
-def _segment_length(k: int, count: int) -> int:
-    return _cdiv(_cdiv(k, count), _UNIT) * _UNIT
-
-
 def _parts(weight: Tensor | Coded, full: bool) -> tuple[Tensor, Tensor | None, bool]:
     """What a kernel reads of a weight: its values, its scales, and whether they are packed in 4 bits."""
     if not isinstance(weight, Coded):
@@ -456,8 +302,8 @@ def _launch(
     split = tile.split and count > 1
     if split and m > _SPLIT_ROWS:
         raise ValueError(f"segments meet in memory for {_SPLIT_ROWS} rows, not for {m}")
-    steps = _cdiv(_segment_length(k, count), tile.block_k)
-    tiles_n = _cdiv(n, tile.block_n)
+    steps = cdiv(segment_length(k, count), tile.block_k)
+    tiles_n = cdiv(n, tile.block_n)
     programs = count if split else 1
     columns = UNIT // 2 if packed else tile.block_k  # of a block of either: half a unit is as many bytes as values
     pieces = ahead = 0
@@ -515,5 +361,5 @@ def _launch(
         "enable_fp_fusion": False,
         "launch_pdl": scratch.overlap,
     }
-    launcher(_matmul_kernel, x.device)(key, (_cdiv(m, tile.block_m) * tiles_n, programs, 1), args, options)
+    launcher(_matmul_kernel, x.device)(key, (cdiv(m, tile.block_m) * tiles_n, programs, 1), args, options)
     return out
