@@ -385,7 +385,7 @@ def bench_parallel(model: str | None, requests: int, batch: int, rounds: int, se
                 found = parallel.run(plan, status.update)
     except (ModelError, BenchError, WorkerLost, OSError) as error:
         raise click.ClickException(str(error)) from None
-    parallel.show(found, Console())
+    parallel.show(found, Console(width=None if Console().is_terminal else 120))
     if out is not None:
         parallel.save(found, out)
 

@@ -17,7 +17,7 @@ from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.engine.step_log import Arrived, Header, Log, Returned, Submitted
 from orcaserve.sim.cost import CostModel, Residuals, Size, StageCost, mixed, size, size_of
 from orcaserve.sim.executor import SimExecutor, VirtualClock
-from orcaserve.sim.fit import fit, fit_stage, nnls, turns_of
+from orcaserve.sim.fit import fit, fit_stage, fit_stages, nnls, turns_of
 from orcaserve.sim.hardware import HARDWARE, Parallel, derive, equal_layers, hardware, kv_tokens
 from orcaserve.sim.run import Arrival, simulate
 from orcaserve.sim.shape import SHAPES
@@ -153,6 +153,28 @@ def test_noise_is_drawn_from_the_residuals() -> None:
     assert set(drawn) == {0.5, 1.0, 3.0}
     assert statistics.mean(drawn) == pytest.approx(1.5, rel=0.05)
     assert drawn != [cost.noisy(8)(batch_of([(0, 1, True)], step))[0] for step in range(3000)]
+
+
+def test_stages_vary_one_by_one() -> None:
+    bands = (Residuals(0.0, (1.0, 3.0)), Residuals(1.5, (1.25, 1.5)))
+    cost = CostModel(stages=(StageCost(fixed=1.0), StageCost(fixed=2.0), StageCost(fixed=1.0)), residuals=bands).noisy(
+        7
+    )
+    drawn = [cost(batch_of([(0, 1, True)], step)) for step in range(3000)]
+    assert {(first, last) for first, _, last in drawn} == {(1.0, 1.0), (1.0, 3.0), (3.0, 1.0), (3.0, 3.0)}
+    assert {middle for _, middle, _ in drawn} == {2.5, 3.0}, "a stage's own time chooses the band"
+    alone = CostModel(stages=(StageCost(fixed=1.0),), residuals=bands).noisy(7)
+    assert [first for first, *_ in drawn] == [alone(batch_of([(0, 1, True)], step))[0] for step in range(3000)]
+
+
+def test_stages_are_fitted_one_by_one() -> None:
+    first, last = StageCost(fixed=2e-3, per_token=1e-3), StageCost(fixed=1e-3, per_token=5e-4, per_sample=1e-4)
+    samples = [observed(stage, 0.05, 0.0, seed) for seed, stage in enumerate((first, last))]
+    found = fit_stages(samples)
+    for stage, truth in zip(found.stages, (first, last), strict=True):
+        for of, _ in samples[0][:100]:
+            assert stage(of) == pytest.approx(truth(of), rel=0.03)
+    assert statistics.pstdev(found.residuals[0].factors) == pytest.approx(0.05, rel=0.2)
 
 
 @given(st.lists(st.lists(st.floats(0, 10), min_size=3, max_size=3), min_size=3, max_size=20), st.randoms())

@@ -24,12 +24,14 @@ from orcaserve.bench.workloads.spec import make
 from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.policy import DEFAULT, STATIC
 from orcaserve.engine.executor import Pending
-from orcaserve.sim.cost import CostModel, Size, StageCost, size
-from orcaserve.sim.fit import fit_stage
+from orcaserve.sim.cost import CostModel, Size, size
+from orcaserve.sim.fit import Sample, fit_stages
 from orcaserve.sim.run import simulate
 from orcaserve.sim.stages import share_layers, split_layers
 
 SETTLE = 0.5  # seconds until every rank has said how busy it was
+WARMING = 2  # batches after which a rank is warm
+DRAWS = 5  # of residuals, in what is foretold
 MICROBATCHED = msgspec.structs.replace(STATIC, name="microbatched", deal=True)
 _POLICIES = {policy.name: policy for policy in (DEFAULT, STATIC, MICROBATCHED)}
 
@@ -39,7 +41,9 @@ STAGES: Layout = (1, 2, 2, "separate")
 SHARED: Layout = (2, 1, 2, "separate")
 MIXED: Layout = (1, 2, 2, "mixed")
 
-Running = tuple[Engine, Callable[[], tuple[float, ...]]]  # and the busy seconds of its ranks so far
+# An engine; the busy seconds of its ranks so far; those of each rank at each batch since they were asked for.
+Seconds = Callable[[], list[list[float]]]
+Running = tuple[Engine, Callable[[], tuple[float, ...]], Seconds]
 Ranks = Callable[[int, int, int, str], AbstractContextManager[Running]]
 Layouts = Mapping[Layout, Running]
 
@@ -48,7 +52,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """One way to run the trace. rate: (prompt + generated) tokens/s; busy: share of the time of each rank.
 
     predicted: the rate that the simulator foretells from what one rank's iterations took, and what an exchange takes.
-    learned: the same from what iterations took that went through these ranks one at a time.
+    learned: the same from what iterations of another work took on these ranks.
     """
 
     name: str
@@ -120,7 +124,10 @@ def run(plan: Plan, say: Callable[[str], None]) -> Found:
             layout: stack.enter_context(plan.ranks(*layout))
             for layout in (ONE, STAGES, SHARED, MIXED)  # all there at once: who has no batch waits for one
         }
-        learners = {layout: _Learner(layouts[layout][0]) for layout in (ONE, STAGES, SHARED)}
+        learners = {at: _Learner(at, layouts[at][0], layouts[at][2]) for at in (ONE, STAGES, SHARED)}
+        say("warming up")  # memory that nobody has touched yet is slow
+        for learner in learners.values():
+            learner.warm(plan)
         runs = _trace(plan, layouts, learners, work, say)
         costs = {layout: learner.cost for layout, learner in learners.items()}
         runs = [_foretold(plan, work, costs, joins, one) for one in runs]
@@ -128,68 +135,113 @@ def run(plan: Plan, say: Callable[[str], None]) -> Found:
 
 
 class _Learner:
-    """What iterations cost an engine, one in flight; the device of its own runs, whose batches it notes."""
+    """What iterations cost the stages of an engine while all of them are at work; the device of its own runs."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, layout: Layout, engine: Engine, take_seconds: Seconds) -> None:
+        self._tensor, self._depth, *_ = layout
         self._engine = msgspec.structs.replace(engine, device=self)
         self._device = engine.device
-        self._samples: list[tuple[Size, float]] = []
+        self._take_seconds = take_seconds
+        self._samples: list[list[Sample]] = [[] for _ in range(self._depth)]
+        self._turns: list[float] = []
+        self._hops: list[float] = []
+        # Of the latest run: what batches held, their seconds, those of the host before each, and when one ended.
+        self._sizes: list[Size] = []
+        self._trips: list[float] = []
         self._between: list[float] = []
         self._ended: float | None = None
 
     @property
-    def cost(self) -> tuple[StageCost, float]:
-        """Of all its ranks as if they were one; and a turn of the host, in seconds."""
-        return fit_stage(self._samples), statistics.median(self._between)
+    def cost(self) -> CostModel:
+        """Its turn is the host's, and the way of a batch to the ranks, through them and back."""
+        turn = statistics.median(self._turns) + statistics.median(self._hops)
+        return msgspec.structs.replace(fit_stages(self._samples), turn=turn)
+
+    def warm(self, plan: Plan, number: int = 0) -> None:
+        longest = plan.inside.max_model_len
+        text = f"burst:in=16-{min(600, longest * 4 // 5)},out=1-{min(60, longest // 5)},n={plan.requests}"
+        self._run(plan, text, self._depth, plan.seed + number)
 
     def learn(self, plan: Plan, number: int) -> None:
-        """From another work than the one that is foretold."""
-        longest = plan.inside.max_model_len
-        text = f"burst:in=16-{min(600, longest * 4 // 5)},out=1-{min(60, longest // 5)},n={max(16, plan.requests // 4)}"
-        self._ended = None
-        known = len(self._samples)
-        setup = Setup(name="learn", policy=DEFAULT, max_batch_size=plan.batch)
-        drive(self._engine, make(text, vocab=self._engine.vocab_size, seed=plan.seed + number), setup)
-        del self._samples[known : known + 2]  # they warm up
+        """From other works than the one that is foretold: what stages take from one that keeps them at work.
+
+        What the ways take comes from single batches, whose stages wait for nothing else.
+        """
+        self.warm(plan, number)
+        self._turns += self._between
+        stages = self._took()
+        for known, own in zip(self._samples, stages, strict=True):
+            known += [(size, took) for size, took in zip(self._sizes, own, strict=True) if took > 0][WARMING:]
+        self._run(plan, "burst:in=16,out=12,n=4", 1, plan.seed)
+        alone = zip(self._trips, *self._took(), strict=True)
+        self._hops += [trip - sum(took) for trip, *took in alone][WARMING:]
+
+    def _run(self, plan: Plan, text: str, depth: int, seed: int) -> None:
+        self._device.forget_all()
+        time.sleep(SETTLE)
+        self._take_seconds()
+        self._sizes, self._trips, self._between, self._ended = [], [], [], None
+        setup = Setup(name="learn", policy=DEFAULT, max_batch_size=plan.batch, depth=depth)
+        drive(self._engine, make(text, vocab=self._engine.vocab_size, seed=seed), setup)
+
+    def _took(self) -> list[list[float]]:
+        """Of each stage, at each batch of the latest run."""
+        time.sleep(SETTLE)
+        ranks = self._take_seconds()
+        return [own[-len(self._sizes) :] for own in ranks[:: self._tensor]]
 
     def submit(self, batch: Batch) -> Pending:
         now = time.perf_counter()
         if self._ended is not None:
             self._between.append(now - self._ended)
-        self._batch, self._began, self._pending = batch, now, self._device.submit(batch)
-        return self
+            self._ended = None
+        self._sizes.append(size(batch))
+        return _Trip(self, now, self._device.submit(batch))
 
-    def result(self) -> StepResult:
-        result = self._pending.result()
+    def ended(self, began: float) -> None:
         self._ended = time.perf_counter()
-        self._samples.append((size(self._batch), self._ended - self._began))
-        return result
+        self._trips.append(self._ended - began)
 
     def forget_all(self) -> None:
         self._device.forget_all()
 
 
-def _foretold(
-    plan: Plan, work: Work, costs: Mapping[Layout, tuple[StageCost, float]], joins: Sequence[Joined], one: Run
-) -> Run:
-    """With the simulator's rates. Costs are cut at the layers at which the engine cuts them."""
+class _Trip:
+    """A batch under way."""
+
+    def __init__(self, learner: _Learner, began: float, pending: Pending) -> None:
+        self._learner, self._began, self._pending = learner, began, pending
+
+    def result(self) -> StepResult:
+        result = self._pending.result()
+        self._learner.ended(self._began)
+        return result
+
+
+def _foretold(plan: Plan, work: Work, costs: Mapping[Layout, CostModel], joins: Sequence[Joined], one: Run) -> Run:
+    """With the simulator's rates. One rank's costs are cut at the layers at which the engine cuts them."""
     tensor = len(one.busy) // one.stages
     layers = plan.layers(one.stages)
     setup = Setup(name="", policy=_POLICIES[one.policy], max_batch_size=plan.batch, depth=len(layers))
     tokens = sum(len(item.prompt_ids) + item.max_tokens for item in work.items)
 
-    def rate(stage: StageCost, turn: float) -> float:
-        model = CostModel(stages=split_layers(stage, layers), turn=turn)
-        records, _ = simulate(arrivals_of(work), setup.config(plan.inside), model, model.host)
-        return tokens / max(record.token_times[-1] for record in records)
+    def rate(model: CostModel) -> float:
+        """In the mean of some draws of what iterations vary by."""
+        ends = []
+        for draw in range(DRAWS):
+            records, _ = simulate(arrivals_of(work), setup.config(plan.inside), model.noisy(draw), model.host)
+            ends.append(max(record.token_times[-1] for record in records))
+        return tokens / statistics.mean(ends)
 
-    alone, turn = costs[ONE]
+    alone = costs[ONE]
+    [whole] = alone.stages
     if tensor > 1:
         few, many = joins[0], joins[-1]
         per_row = max(0.0, (many.fixed - few.fixed) / (many.rows - few.rows))
-        alone = share_layers(alone, sum(layers), tensor, few.fixed, per_row)
-    learned = rate(*costs[tensor, one.stages, one.threads, "separate"])
-    return msgspec.structs.replace(one, predicted=rate(alone, turn), learned=learned)
+        whole = share_layers(whole, sum(layers), tensor, few.fixed, per_row)
+    cut = msgspec.structs.replace(alone, stages=split_layers(whole, layers))
+    learned = costs[tensor, one.stages, one.threads, "separate"]
+    return msgspec.structs.replace(one, predicted=rate(cut), learned=rate(learned))
 
 
 def _trace(
@@ -214,7 +266,7 @@ def _trace(
         for name, layout, policy in ways:
             say(f"round {number + 1} of {plan.rounds}: {name}")
             tensor, pipeline, threads, _ = layout
-            engine, busy = layouts[layout]
+            engine, busy, _ = layouts[layout]
             setup = Setup(name=name, policy=policy, max_batch_size=plan.batch, depth=pipeline)
             drive(engine, make("burst:in=40,out=8,n=4", vocab=engine.vocab_size, seed=1), setup)
             time.sleep(SETTLE)

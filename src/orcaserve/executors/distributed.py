@@ -11,6 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -50,6 +51,7 @@ from orcaserve.sim.hardware import hardware
 
 OnProgress = Callable[[str, int, int], None]
 OnLost = Callable[[str], None]
+UNTOLD = 4096  # batches of each rank whose seconds are kept until somebody asks
 
 
 class DistributedExecutor:
@@ -63,12 +65,14 @@ class DistributedExecutor:
         hosts: Sequence[Host],
         arrived: queue.SimpleQueue[StepResult | WorkerLost],
         busy: list[float],
+        took: Sequence[deque[float]],
         grammars: _RemoteGrammars,
     ) -> None:
         self._hosts = tuple(hosts)
         self.grammars = grammars
         self._arrived = arrived
         self._busy = busy
+        self._took = took
         self._known: dict[int, None] = {}  # requests that the workers have been told of
         self.pids = hosts[0].pids
 
@@ -89,6 +93,10 @@ class DistributedExecutor:
     def busy_seconds(self) -> tuple[float, ...]:
         """Of each rank, as it said last: a quarter of a second ago at most."""
         return tuple(self._busy)
+
+    def take_seconds(self) -> list[list[float]]:
+        """Seconds that each rank worked at each of the latest batches, since somebody last asked; as `busy_seconds`."""
+        return [[took.popleft() for _ in range(len(took))] for took in self._took]
 
     def close(self) -> None:
         """Ends the workers. They end with this process, too."""
@@ -140,6 +148,7 @@ def start_workers(
     heard: queue.SimpleQueue[tuple[int, FromWorker] | WorkerLost] = queue.SimpleQueue()
     arrived: queue.SimpleQueue[StepResult | WorkerLost] = queue.SimpleQueue()
     busy = [0.0] * len(places)
+    took: list[deque[float]] = [deque(maxlen=UNTOLD) for _ in places]
     prepared: dict[int, Callable[[], None]] = {}
     serving = threading.Event()
 
@@ -149,6 +158,7 @@ def start_workers(
             arrived.put(frame.result)
         elif isinstance(frame, Alive):
             busy[rank] = frame.busy_seconds
+            took[rank].extend(frame.took)
         elif isinstance(frame, Prepared):
             if (ready := prepared.get(frame.id)) is not None:
                 ready()
@@ -174,7 +184,9 @@ def start_workers(
         _each(Serving, len(places), heard, None)
         last = next(place for place in places if place.stage == places[-1].stage)  # the rank that answers
         [host] = [host for host in hosts if last in host.places]
-        executor = DistributedExecutor(hosts, arrived, busy, _RemoteGrammars(partial(host.tell, last.rank), prepared))
+        executor = DistributedExecutor(
+            hosts, arrived, busy, took, _RemoteGrammars(partial(host.tell, last.rank), prepared)
+        )
         swap = measure(
             executor,
             num_slots=num_slots,

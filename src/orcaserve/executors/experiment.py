@@ -47,8 +47,10 @@ def engine_for(
 @contextmanager
 def engine_of_ranks(
     name: str, folder: Path, *, tensor: int, pipeline: int, threads: int, control: ControlPlane = "separate"
-) -> Iterator[tuple[Engine, Callable[[], tuple[float, ...]]]]:
-    """A model on worker processes, one even for a single rank, and what tells their busy seconds so far.
+) -> Iterator[tuple[Engine, Callable[[], tuple[float, ...]], Callable[[], list[list[float]]]]]:
+    """A model on worker processes, one even for a single rank.
+
+    Beside it what tells their busy seconds so far, and what they took at each batch since they were asked.
 
     threads: of all of them. Raises ModelError, in one line, if it cannot be served here.
     """
@@ -57,7 +59,7 @@ def engine_of_ranks(
     )
     executor, info = start_workers(options, None, None)
     try:
-        yield engine_of(name, executor, info), lambda: executor.busy_seconds
+        yield engine_of(name, executor, info), lambda: executor.busy_seconds, executor.take_seconds
     finally:
         executor.close()
 

@@ -94,9 +94,10 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Alive(msgspec.Struct, frozen=True, tag=True):
-    """busy_seconds: that this rank has worked so far."""
+    """busy_seconds: that this rank has worked so far. took: of these, the part of each batch since it last said so."""
 
     busy_seconds: float = 0.0
+    took: tuple[float, ...] = ()
 
 
 class Result(msgspec.Struct, frozen=True, tag=True):

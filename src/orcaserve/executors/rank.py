@@ -21,6 +21,7 @@ from orcaserve.core.batch import Batch
 from orcaserve.core.config import EngineOptions, ModelError
 from orcaserve.executors.loading import Part, load_part
 from orcaserve.executors.messages import (
+    Alive,
     Begin,
     FromWorker,
     Loaded,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
 EXIT_ITERATION = 70
 
 Put = Callable[[FromWorker], None]
-OnServing = Callable[[Callable[[], float]], None]
+OnServing = Callable[[Callable[[], Alive], Callable[[Batch], None]], None]
 
 
 def serve(
@@ -59,8 +60,8 @@ def serve(
 ) -> int:
     """Returns the exit code, if an iteration fails; raises ModelError if the model cannot be served.
 
-    commands: brings MakeCache first. put: what the engine is to hear. on_serving: is given, once, what tells how many
-    seconds this rank has computed.
+    commands: brings MakeCache first. put: what the engine is to hear. on_serving: is given, once, what tells how
+    busy this rank is, and who is to be told of each batch before it can be taken.
     """
     options, place, device = begin.options, begin.place, _device_of(begin)
     world = World(_meet(begin), place.rank, place.tensor, len(place.stages), device)
@@ -85,7 +86,12 @@ def serve(
     worker = _make_worker(part, options, size, grammars, hidden)
     if grammars is not None:
         threading.Thread(target=_prepare, args=(commands, grammars, put), name="prepare", daemon=True).start()
-    on_serving(lambda: worker.busy_seconds)
+
+    def expect(batch: Batch) -> None:
+        if batch.rows and not hidden.is_first and device.type == "cpu":  # GPUs ask in the order of their streams
+            hidden.expect(batch.num_tokens)
+
+    on_serving(lambda: Alive(worker.busy_seconds, worker.take_seconds()), expect)
     keep_freed_memory()
     put(Serving())
     take = batches.get if options.control_plane == "separate" else _Mixed(world, place, batches).take

@@ -66,7 +66,7 @@ def main(report_fd: int, inbox_fd: int, out_fds: Sequence[int]) -> int:
     report = Report(sock)
     begin: queue.SimpleQueue[Begin] = queue.SimpleQueue()
     commands: queue.SimpleQueue[MakeCache | WhileServing] = queue.SimpleQueue()
-    batches: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+    arrivals = _Arrivals()
 
     def on_command(frame: ToWorker) -> None:
         begin.put(frame) if isinstance(frame, Begin) else commands.put(frame)
@@ -77,32 +77,46 @@ def main(report_fd: int, inbox_fd: int, out_fds: Sequence[int]) -> int:
         first = begin.get()
         outs = [socket.socket(fileno=fd) for fd in out_fds] if first.options.control_plane == "separate" else []
         # A neighbour that is gone is the engine's business, which ends everybody.
-        _read_in_background(socket.socket(fileno=inbox_fd), Batch, batches.put, outs, lambda: None)
+        _read_in_background(socket.socket(fileno=inbox_fd), Batch, arrivals.put, outs, lambda: None)
         with uncollected():
             from orcaserve.executors.rank import serve  # torch comes with it: late, so that beats tell that we live
 
-        return serve(first, commands, batches, report.put, pulse.watch)
+        def on_serving(alive: Callable[[], Alive], expect: Callable[[Batch], None]) -> None:
+            pulse.tell, arrivals.expect = alive, expect
+
+        return serve(first, commands, arrivals.batches, report.put, on_serving)
     except ModelError as error:
         report.put(Refused(str(error)))
         return EXIT_MODEL
 
 
+class _Arrivals:
+    """Batches that have come, until the main thread takes them. expect: is told of each before that."""
+
+    def __init__(self) -> None:
+        self.batches: queue.SimpleQueue[Batch] = queue.SimpleQueue()
+        self.expect: Callable[[Batch], None] = lambda batch: None
+
+    def put(self, batch: Batch) -> None:
+        self.expect(batch)
+        self.batches.put(batch)
+
+
 class _Pulse:
-    """The heart beat, from the start on: it goes on while the main thread loads torch, or is inside a kernel."""
+    """The heart beat, from the start on: it goes on while the main thread loads torch, or is inside a kernel.
+
+    tell: what it tells.
+    """
 
     def __init__(self, report: Report) -> None:
         self._report = report
-        self._busy_seconds: Callable[[], float] = lambda: 0.0
+        self.tell: Callable[[], Alive] = Alive
         threading.Thread(target=self._beat, name="beat", daemon=True).start()
-
-    def watch(self, busy_seconds: Callable[[], float]) -> None:
-        """Reports these seconds from now on."""
-        self._busy_seconds = busy_seconds
 
     def _beat(self) -> None:
         with contextlib.suppress(OSError):  # the engine is gone
             while True:
-                self._report.put(Alive(self._busy_seconds()))
+                self._report.put(self.tell())
                 time.sleep(BEAT_SECONDS)
 
 

@@ -8,6 +8,7 @@ same one of the next. (Where a switch mixes the planes, batches travel here as w
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -55,9 +56,19 @@ class World:
 
     def receive_bytes(self, num_bytes: int) -> Tensor:
         """uint8 [num_bytes] from the stage before."""
+        return self.expect_bytes(num_bytes)()
+
+    def expect_bytes(self, num_bytes: int) -> Callable[[], Tensor]:
+        """Makes room for the next of the stage before, which come meanwhile; returns what waits for them."""
         data = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
-        dist.recv(data, self._rank - self._tensor)
-        return data
+        work = dist.irecv(data, self._rank - self._tensor)
+
+        def arrived() -> Tensor:
+            if work is not None:
+                work.wait()
+            return data
+
+        return arrived
 
     def send_bytes(self, data: Tensor) -> None:
         """Gives uint8 values to the stage behind, without waiting for it."""
@@ -74,10 +85,16 @@ class World:
 
 
 class Hidden:
-    """Hidden values [ΣL, size] of a dtype, from stage to stage."""
+    """Hidden values [ΣL, size] of a dtype, from stage to stage.
+
+    Those that are expected when they are sent come while this rank and the one before compute: Gloo sends nothing until
+    its peer has asked for it, and then by a thread which, on a core that computes, waits for its turn. One thread may
+    expect while another receives.
+    """
 
     def __init__(self, world: World, size: int, dtype: torch.dtype) -> None:
         self._world, self._size, self._dtype = world, size, dtype
+        self._expected: deque[Callable[[], Tensor]] = deque()
 
     @property
     def is_first(self) -> bool:
@@ -87,9 +104,23 @@ class Hidden:
     def is_last(self) -> bool:
         return self._world.is_last
 
+    def expect(self, num_tokens: int) -> None:
+        """The next values from the stage before, which have not been received and are not expected yet."""
+        self._expected.append(self._world.expect_bytes(self._num_bytes(num_tokens)))
+
     def receive(self, num_tokens: int) -> Tensor:
-        data = self._world.receive_bytes(num_tokens * self._size * self._dtype.itemsize)
+        if not self._expected:
+            self.expect(num_tokens)
+        data = self._expected.popleft()()
         return data.view(self._dtype).view(num_tokens, self._size)
 
-    def send(self, hidden: Tensor) -> None:
+    def send(self, hidden: Tensor | None, num_tokens: int) -> None:
+        if hidden is None or hidden.shape[0] < num_tokens:
+            padded = torch.zeros(num_tokens, self._size, dtype=self._dtype)
+            if hidden is not None:
+                padded[: hidden.shape[0]] = hidden
+            hidden = padded
         self._world.send_bytes(hidden.contiguous().view(-1).view(torch.uint8))
+
+    def _num_bytes(self, num_tokens: int) -> int:
+        return num_tokens * self._size * self._dtype.itemsize

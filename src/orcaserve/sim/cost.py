@@ -102,7 +102,7 @@ class Door(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Residuals(msgspec.Struct, frozen=True):
-    """Observed over predicted time, sorted, of iterations that were predicted to take `above` seconds or more.
+    """Observed over predicted time, sorted, of iterations that were predicted to take a stage `above` seconds or more.
 
     What disturbs an iteration (another process, a page fault) does so for a while, whatever the iteration's length, so
     that short ones vary more.
@@ -143,17 +143,17 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return self.turn + self.turn_per_row * len(batch.rows)
 
     def noisy(self, seed: int) -> Callable[[Batch], Seconds]:
-        """The same with a residual for every iteration, drawn by a hash of the seed and the iteration's number."""
+        """The same with a residual for an iteration in every stage, drawn by a hash of the seed and their numbers."""
         if not self.residuals:
             return self
         bands = [(band.above, band.factors) for band in reversed(self.residuals)]
 
         def cost(batch: Batch) -> Seconds:
-            seconds = self(batch)
-            whole = sum(seconds)
-            factors = next((factors for above, factors in bands if whole >= above), bands[-1][1])
-            factor = factors[mixed(seed, batch.step) % len(factors)]
-            return tuple(factor * one for one in seconds)
+            return tuple(one * factor(one, stage, batch.step) for stage, one in enumerate(self(batch)))
+
+        def factor(seconds: float, stage: int, step: int) -> float:
+            factors = next((factors for above, factors in bands if seconds >= above), bands[-1][1])
+            return factors[mixed(mixed(seed, -stage) if stage else seed, step) % len(factors)]
 
         return cost
 

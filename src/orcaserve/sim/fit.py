@@ -8,6 +8,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+import msgspec
+
 from orcaserve.engine.step_log import Arrived, Left, Log, Returned, Submitted
 from orcaserve.sim.cost import CostModel, Residuals, Size, StageCost, size_of
 
@@ -70,21 +72,21 @@ def fit(logs: Sequence[Log], made_from: str = "") -> CostModel:
     samples = [sample for log in logs for sample in samples_of(log) if sample[1] > 0]
     if len(samples) < FEWEST:
         raise ValueError(f"{len(samples)} iterations are too few to fit a cost model: record at least {FEWEST}")
-    stage = fit_stage(samples)
     turns = [turn for log in logs for turn in turns_of(log)]
     turn, turn_per_row = _host(turns)
-    return CostModel(
-        stages=(stage,),
-        turn=turn,
-        turn_per_row=turn_per_row,
-        residuals=_residuals(stage, samples),
-        made_from=made_from,
-    )
+    return msgspec.structs.replace(fit_stages([samples]), turn=turn, turn_per_row=turn_per_row, made_from=made_from)
 
 
-def _residuals(stage: StageCost, samples: Sequence[Sample]) -> tuple[Residuals, ...]:
-    """What the stage does not explain, in bands of equally many iterations."""
-    pairs = sorted((stage(of), seconds) for of, seconds in samples)
+def fit_stages(samples: Sequence[Sequence[Sample]]) -> CostModel:
+    """The cost model of the stages that took so long, without the host's time; ValueError if one tells nothing."""
+    stages = tuple(fit_stage(own) for own in samples)
+    pairs = [(stage(of), seconds) for stage, own in zip(stages, samples, strict=True) for of, seconds in own]
+    return CostModel(stages=stages, residuals=_residuals(pairs))
+
+
+def _residuals(pairs: list[tuple[float, float]]) -> tuple[Residuals, ...]:
+    """What predictions do not explain of seconds, in bands of equally many iterations."""
+    pairs = sorted(pair for pair in pairs if pair[0] > 0)
     count = max(1, min(BANDS, len(pairs) // FEWEST))
     bands = []
     for number in range(count):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -16,9 +17,11 @@ from orcaserve.worker.requests import Requests, under_grammar
 from orcaserve.worker.swap import Swapper
 from orcaserve.worker.worker import in_order, make_caches, token_ids
 
+UNTOLD = 4096  # batches whose seconds are kept until somebody asks
+
 
 class Pipe(Protocol):
-    """The data plane between stages: hidden values [ΣL, H], in the order of the batches.
+    """The data plane between stages: hidden values [tokens of a batch, H], in the order of the batches.
 
     is_first, is_last: whether there is no stage before, and none behind.
     """
@@ -32,8 +35,8 @@ class Pipe(Protocol):
         """Waits for those of the stage before."""
         ...
 
-    def send(self, hidden: Tensor) -> None:
-        """Gives them to the stage behind, without waiting for it."""
+    def send(self, hidden: Tensor | None, num_tokens: int) -> None:
+        """Gives so many to the stage behind, without waiting for it; zeros where there are none."""
         ...
 
 
@@ -45,7 +48,7 @@ class NoPipe:
     def receive(self, num_tokens: int) -> Tensor:
         raise ValueError("there is no stage before")
 
-    def send(self, hidden: Tensor) -> None:
+    def send(self, hidden: Tensor | None, num_tokens: int) -> None:
         raise ValueError("there is no stage behind")
 
 
@@ -77,34 +80,41 @@ class StageWorker:
         self._swapper = Swapper(self._kv, num_slots, swap_dir) if num_slots else None
         self._clock = clock
         self.busy_seconds = 0.0
+        self._took: deque[float] = deque(maxlen=UNTOLD)
+
+    def take_seconds(self) -> tuple[float, ...]:
+        """Of `busy_seconds` the part of each of the latest batches, since somebody last asked. For any one thread."""
+        return tuple(self._took.popleft() for _ in range(len(self._took)))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult | None:
         """One iteration; its results in the last stage, None in others.
 
-        Rows that make no sense do so on every rank, and fail alone. What raises here raises: the ranks of an iteration
-        cannot agree to try its rows one by one, which is left to whoever starts them again.
+        Rows that make no sense do so on every rank, and fail alone; their tokens travel as zeros behind the others',
+        since the stage behind has made room for them before it knew. What raises here raises: the ranks of an
+        iteration cannot agree to try its rows one by one, which is left to whoever starts them again.
         """
         began = self._clock()
         if self._swapper is not None:
             self._swapper.run(batch.swaps)
         jobs = self._requests.take(batch)
-        if not jobs:
-            return in_order(batch, {}) if self._pipe.is_last else None
         if self._grammars is not None:
             self._grammars.look(under_grammar(jobs))
-        layout = self._requests.layout(jobs)
-        if self._pipe.is_first:
-            x = token_ids(jobs)
-        else:
+        received = hidden = None
+        if not self._pipe.is_first and batch.rows:
             waits = self._clock()
-            x = self._pipe.receive(layout.num_tokens)
+            received = self._pipe.receive(batch.num_tokens)
             began += self._clock() - waits
-        hidden = self._model.forward(x, layout, self._kv)
-        result = None
-        if self._pipe.is_last:
-            result = in_order(batch, {row.id: row for row in answer(self._model, hidden, layout, jobs)})
-        else:
-            self._pipe.send(hidden)
-        self.busy_seconds += self._clock() - began
+        result = in_order(batch, {}) if self._pipe.is_last else None
+        if jobs:
+            layout = self._requests.layout(jobs)
+            x = token_ids(jobs) if received is None else received[: layout.num_tokens]
+            hidden = self._model.forward(x, layout, self._kv)
+            if self._pipe.is_last:
+                result = in_order(batch, {row.id: row for row in answer(self._model, hidden, layout, jobs)})
+        if not self._pipe.is_last and batch.rows:
+            self._pipe.send(hidden, batch.num_tokens)
+        seconds = self._clock() - began
+        self.busy_seconds += seconds
+        self._took.append(seconds)
         return result

@@ -26,6 +26,10 @@ class DeviceStage:
         """Of the device, waiting for the stage before included."""
         return self._worker.busy_seconds
 
+    def take_seconds(self) -> tuple[float, ...]:
+        """None: a GPU's iterations overlap."""
+        return ()
+
     def run(self, batch: Batch) -> StepResult | None:
         """One iteration; its results, if they are asked for."""
         pending = self._worker.submit(batch)

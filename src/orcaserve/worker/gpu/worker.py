@@ -321,7 +321,7 @@ class DeviceWorker:
         x = token_ids if self._pipe.is_first else self._pipe.receive(num_tokens)
         hidden = self._model.forward(x, layout, self._kv)
         if not self._pipe.is_last:
-            self._pipe.send(hidden)
+            self._pipe.send(hidden, num_tokens)
         return hidden
 
     def _draw(self, told: Sections, hidden: Tensor, tokens: Tensor) -> None:
