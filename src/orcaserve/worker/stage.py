@@ -84,7 +84,7 @@ class StageWorker:
 
     def take_seconds(self) -> tuple[float, ...]:
         """Of `busy_seconds` the part of each of the latest batches, since somebody last asked. For any one thread."""
-        return tuple(self._took.popleft() for _ in range(len(self._took)))
+        return tuple([self._took.popleft() for _ in range(len(self._took))])
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult | None:
