@@ -30,6 +30,7 @@ from orcaserve.sim.run import simulate
 from orcaserve.sim.stages import share_layers, split_layers
 
 SETTLE = 0.5  # seconds until every rank has said how busy it was
+MOST_LEARNED = 200  # requests of a run: ranks tell of its batches at its end, and keep the last few thousand
 WARMING = 2  # batches after which a rank is warm
 DRAWS = 5  # of residuals, in what is foretold
 MICROBATCHED = msgspec.structs.replace(STATIC, name="microbatched", deal=True)
@@ -127,7 +128,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> Found:
         learners = {at: _Learner(at, layouts[at][0], layouts[at][2]) for at in (ONE, STAGES, SHARED)}
         say("warming up")  # memory that nobody has touched yet is slow
         for learner in learners.values():
-            learner.warm(plan)
+            learner.keep_busy(plan)
         runs = _trace(plan, layouts, learners, work, say)
         costs = {layout: learner.cost for layout, learner in learners.items()}
         runs = [_foretold(plan, work, costs, joins, one) for one in runs]
@@ -157,9 +158,10 @@ class _Learner:
         turn = statistics.median(self._turns) + statistics.median(self._hops)
         return msgspec.structs.replace(fit_stages(self._samples), turn=turn)
 
-    def warm(self, plan: Plan, number: int = 0) -> None:
-        longest = plan.inside.max_model_len
-        text = f"burst:in=16-{min(600, longest * 4 // 5)},out=1-{min(60, longest // 5)},n={plan.requests}"
+    def keep_busy(self, plan: Plan, number: int = 0) -> None:
+        """With prompts and decodes, not those that are foretold."""
+        longest, count = plan.inside.max_model_len, min(plan.requests, MOST_LEARNED)
+        text = f"burst:in=16-{min(600, longest * 4 // 5)},out=1-{min(60, longest // 5)},n={count}"
         self._run(plan, text, self._depth, plan.seed + number)
 
     def learn(self, plan: Plan, number: int) -> None:
@@ -167,7 +169,7 @@ class _Learner:
 
         What the ways take comes from single batches, whose stages wait for nothing else.
         """
-        self.warm(plan, number)
+        self.keep_busy(plan, number)
         self._turns += self._between
         stages = self._took()
         for known, own in zip(self._samples, stages, strict=True):

@@ -86,12 +86,7 @@ def serve(
     worker = _make_worker(part, options, size, grammars, hidden)
     if grammars is not None:
         threading.Thread(target=_prepare, args=(commands, grammars, put), name="prepare", daemon=True).start()
-
-    def expect(batch: Batch) -> None:
-        if batch.rows and not hidden.is_first and device.type == "cpu":  # GPUs ask in the order of their streams
-            hidden.expect(batch.num_tokens)
-
-    on_serving(lambda: Alive(worker.busy_seconds, worker.take_seconds()), expect)
+    on_serving(lambda: Alive(worker.busy_seconds, worker.take_seconds()), worker.expect)
     keep_freed_memory()
     put(Serving())
     take = batches.get if options.control_plane == "separate" else _Mixed(world, place, batches).take

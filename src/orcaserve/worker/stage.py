@@ -31,6 +31,10 @@ class Pipe(Protocol):
     @property
     def is_last(self) -> bool: ...
 
+    def expect(self, num_tokens: int) -> None:
+        """Makes room for the next of the stage before, which come when they are there. Any one thread may say so."""
+        ...
+
     def receive(self, num_tokens: int) -> Tensor:
         """Waits for those of the stage before."""
         ...
@@ -44,6 +48,9 @@ class NoPipe:
     """Of a model that is one stage."""
 
     is_first = is_last = True
+
+    def expect(self, num_tokens: int) -> None:
+        raise ValueError("there is no stage before")
 
     def receive(self, num_tokens: int) -> Tensor:
         raise ValueError("there is no stage before")
@@ -85,6 +92,11 @@ class StageWorker:
     def take_seconds(self) -> tuple[float, ...]:
         """Of `busy_seconds` the part of each of the latest batches, since somebody last asked. For any one thread."""
         return tuple([self._took.popleft() for _ in range(len(self._took))])
+
+    def expect(self, batch: Batch) -> None:
+        """This one will be run, after those that are expected already. Another thread than that of `run` may say so."""
+        if batch.rows and not self._pipe.is_first:
+            self._pipe.expect(batch.num_tokens)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> StepResult | None:

@@ -30,6 +30,9 @@ class DeviceStage:
         """None: a GPU's iterations overlap."""
         return ()
 
+    def expect(self, batch: Batch) -> None:
+        """Nothing: what a GPU receives, it asks for in the order of its stream."""
+
     def run(self, batch: Batch) -> StepResult | None:
         """One iteration; its results, if they are asked for."""
         pending = self._worker.submit(batch)
