@@ -8,20 +8,15 @@ from pathlib import Path
 
 import kernel_sets
 import pytest
-from checkpoints import make_model
 
 from orcaserve.core.batch import Batch, ScheduledRequest
 from orcaserve.core.config import EngineOptions
 from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.executors.build import build
 from orcaserve.executors.distributed import DistributedExecutor
+from orcaserve.model.random_checkpoint import Shape, write_random
 
-VOCAB = 97
-SIZES = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
-    "num_key_value_heads": 4, "max_position_embeddings": 256, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2,
-    "pad_token_id": 0,
-}  # fmt: skip
+SHAPE = Shape(layers=4, hidden=64, mlp=96, heads=8, kv_heads=4, vocab=97, max_positions=256)
 
 # More values than a socket holds: without a peer that has made room, they do not leave.
 EXPECTED = """
@@ -60,7 +55,7 @@ def test_what_is_expected_comes_before_it_is_asked_for(tmp_path: Path) -> None:
 @kernel_sets.NEEDS_NATIVE
 @pytest.mark.parametrize("control_plane", ["separate", "mixed"])
 def test_rows_that_make_no_sense_fail_alone_in_every_stage(tmp_path: Path, control_plane: str) -> None:
-    make_model("LlamaConfig", SIZES, seed=5).save_pretrained(tmp_path)
+    write_random(tmp_path, SHAPE)
 
     def sound(id: int) -> tuple[ScheduledRequest, NewRequest]:
         ids = tuple(range(3, 11))

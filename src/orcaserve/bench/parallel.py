@@ -43,8 +43,7 @@ SHARED: Layout = (2, 1, 2, "separate")
 MIXED: Layout = (1, 2, 2, "mixed")
 
 # An engine; the busy seconds of its ranks so far; those of each rank at each batch since they were asked for.
-Seconds = Callable[[], list[list[float]]]
-Running = tuple[Engine, Callable[[], tuple[float, ...]], Seconds]
+Running = tuple[Engine, Callable[[], tuple[float, ...]], Callable[[], list[list[float]]]]
 Ranks = Callable[[int, int, int, str], AbstractContextManager[Running]]
 Layouts = Mapping[Layout, Running]
 
@@ -125,7 +124,7 @@ def run(plan: Plan, say: Callable[[str], None]) -> Found:
             layout: stack.enter_context(plan.ranks(*layout))
             for layout in (ONE, STAGES, SHARED, MIXED)  # all there at once: who has no batch waits for one
         }
-        learners = {at: _Learner(at, layouts[at][0], layouts[at][2]) for at in (ONE, STAGES, SHARED)}
+        learners = {at: _Learner(at, layouts[at]) for at in (ONE, STAGES, SHARED)}
         say("warming up")  # memory that nobody has touched yet is slow
         for learner in learners.values():
             learner.keep_busy(plan)
@@ -138,11 +137,11 @@ def run(plan: Plan, say: Callable[[str], None]) -> Found:
 class _Learner:
     """What iterations cost the stages of an engine while all of them are at work; the device of its own runs."""
 
-    def __init__(self, layout: Layout, engine: Engine, take_seconds: Seconds) -> None:
+    def __init__(self, layout: Layout, running: Running) -> None:
         self._tensor, self._depth, *_ = layout
+        engine, _, self._take_seconds = running
         self._engine = msgspec.structs.replace(engine, device=self)
         self._device = engine.device
-        self._take_seconds = take_seconds
         self._samples: list[list[Sample]] = [[] for _ in range(self._depth)]
         self._turns: list[float] = []
         self._hops: list[float] = []

@@ -17,8 +17,6 @@ from orcaserve.worker.requests import Requests, under_grammar
 from orcaserve.worker.swap import Swapper
 from orcaserve.worker.worker import in_order, make_caches, token_ids
 
-UNTOLD = 4096  # batches whose seconds are kept until somebody asks
-
 
 class Pipe(Protocol):
     """The data plane between stages: hidden values [tokens of a batch, H], in the order of the batches.
@@ -87,10 +85,10 @@ class StageWorker:
         self._swapper = Swapper(self._kv, num_slots, swap_dir) if num_slots else None
         self._clock = clock
         self.busy_seconds = 0.0
-        self._took: deque[float] = deque(maxlen=UNTOLD)
+        self._took: deque[float] = deque()
 
     def take_seconds(self) -> tuple[float, ...]:
-        """Of `busy_seconds` the part of each of the latest batches, since somebody last asked. For any one thread."""
+        """Of `busy_seconds` the part of each batch since somebody last asked, as one has to. For any one thread."""
         return tuple([self._took.popleft() for _ in range(len(self._took))])
 
     def expect(self, batch: Batch) -> None:
