@@ -243,16 +243,17 @@ def test_tokens_have_a_rate_too(model_dir: Path) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_deadline_that_cannot_be_met_is_refused_at_the_door(model_dir: Path, stream: bool) -> None:
-    server = Server(model_dir, *SLOW).ready()
+    # A place should become free after 0.7 s: long enough that nobody is late before the server has read so far.
+    server = Server(model_dir, "--step-seconds", "0.1", "--blocks", "2048").ready()
     sdk = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     with server, server.client() as client, sdk, crowded(client):
         wishes = {"model": "tiny", "prompt": "x", "max_tokens": 1, "stream": stream}
         with pytest.raises(openai.RateLimitError) as full:
-            sdk.completions.create(**wishes, extra_headers={"x-slo-ttft-ms": "20"})
+            sdk.completions.create(**wishes, extra_headers={"x-slo-ttft-ms": "150"})
         assert full.value.code == "deadline_unreachable"
         assert int(full.value.response.headers["retry-after"]) >= 1
         with pytest.raises(openai.RateLimitError):
-            sdk.completions.create(**wishes, extra_body={"timeout": 0.02})
+            sdk.completions.create(**wishes, extra_body={"timeout": 0.15})
         assert metric(client, "admission_rejections_total", "deadline_unreachable") == 2
 
 

@@ -53,8 +53,10 @@ def test_a_loop_that_is_recorded() -> None:
             loop.step()
         world.outputs.clear()
 
-    assert growth(live) < ENOUGH
-    recorder.close()
+    try:
+        assert growth(live) < ENOUGH
+    finally:
+        recorder.close()
 
 
 def test_results_of_a_batch() -> None:

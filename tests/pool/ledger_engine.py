@@ -1,7 +1,8 @@
 """An engine process of the tests: the real one in everything but the model, which is the ledger.
 
 Options stand before the two file descriptors. What a batch that brings the token TOKEN does: `--crash-on TOKEN` ends
-the process, `--raise-on TOKEN` raises, `--hang-on TOKEN` never returns, `--seize-on TOKEN` keeps Python's lock too.
+the process, `--raise-on TOKEN` raises, `--hang-on TOKEN` never returns, `--seize-on TOKEN` keeps Python's lock too,
+`--wait-on TOKEN` waits for a worker that hangs.
 `--stall-while FILE` makes iterations wait while it exists, and FILE.stalled tells that one does; `--step-seconds S`
 makes them last. `--fail MESSAGE` and `--die-loading` end the start, and `--die-while FILE` does while it exists;
 `--lose-while FILE` loses a worker of the start that finds it, and removes it; `--load-while FILE` makes it wait.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -43,6 +45,8 @@ class Misbehaving:
         if self.options.seize_on in tokens:
             print("seized", flush=True)
             sum(range(10**15))  # one call, in which no other thread of Python's runs
+        if self.options.wait_on in tokens:
+            subprocess.run([sys.executable, Path(__file__).with_name("hanging_worker.py")], check=True)
         if self.options.raise_on in tokens:
             raise ValueError("an executor's bug\nin two lines")
         stall = self.options.stall_while
@@ -94,6 +98,7 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--crash-on", type=int)
 parser.add_argument("--hang-on", type=int)
 parser.add_argument("--seize-on", type=int)
+parser.add_argument("--wait-on", type=int)
 parser.add_argument("--raise-on", type=int)
 parser.add_argument("--stall-while", type=Path)
 parser.add_argument("--fail")

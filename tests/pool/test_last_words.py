@@ -56,6 +56,24 @@ def test_the_stacks_of_a_hanging_engine_are_written_down(
     assert len(re.findall(r'ledger_engine.py", line \d+ in submit', said)) == 2, "it was tried twice"
 
 
+def test_the_stacks_of_a_hanging_worker_are_written_down(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its engine waits for it, and is what is noticed to be stuck."""
+    monkeypatch.setattr("orcaserve.serve.supervisor.STUCK_SECONDS", 0.3)
+
+    async def main() -> None:
+        async with pool_of("--wait-on", str(POISON)) as pool:
+            _, reason, update = await gather(submit(pool, Wish((POISON,), 1, 9)))
+            assert (reason, update.error) == ("error", "this request makes the engine crash")
+
+    run(main())
+    said = capfd.readouterr().err
+    assert said.count("computes for ever") == 2, "it was tried twice"
+    assert len(re.findall(r'hanging_worker.py", line \d+ in compute', said)) == 2
+    assert len(re.findall(r'ledger_engine.py", line \d+ in submit', said)) == 2, "the engine's own follow"
+
+
 def test_a_crash_loop_ends_with_a_clear_last_word(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

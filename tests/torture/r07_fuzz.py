@@ -44,8 +44,6 @@ _MEANT = re.compile(
 )
 _OUR_ERROR = re.compile(rb'"(type|code)": ?"server_error"')
 _FEW = {"max_tokens": 2, "max_completion_tokens": 2, "max_output_tokens": 2, "n": 2}
-
-
 _ODD = (None, True, -1, 0, 1, 0.5, 1e308, 2**53, 2**64, "", "x", "\x00", "é" * 300, [], {}, [None], [[1]])
 
 
@@ -160,9 +158,7 @@ def _value(draw: random.Random, schema: Any, document: Mapping[str, Any], depth:
     """A value of the schema, mostly: one in twenty is any other."""
     schema = _resolved(schema, document)
     if depth and draw.random() < 0.05:
-        return draw.choice(
-            (None, True, -1, 0, 1, 0.5, 1e308, 2**53, 2**64, "", "x", "\x00", "é" * 300, [], {}, [None], [[1]])
-        )
+        return draw.choice(_ODD)
     if not isinstance(schema, dict):
         schema = {}
     for key in ("anyOf", "oneOf"):

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
+
 from torture.hostile import Answer, Target, address, exchange, is_quiet, post, target, word_from
 from torture.rows import Outcome, Row, Setup
 
@@ -20,6 +22,7 @@ ROWS = (
     Row("R9", "/health while a 27 MB prompt, a 5 000-deep schema and `(a+)+b` are in flight", "p99.9 ≤ 50 ms, no 5xx"),
 )
 _BOUND = 300  # seconds of silence after a hostile request
+_FROZEN = 120  # seconds without a word from /health: such a probe counts as if it had taken so long
 _PAUSE = 0.005
 _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
@@ -126,18 +129,21 @@ def _waits(pid: int | None) -> dict[str, int]:
 
 def probe(aim: Target, count: int, fire: _Fire | None = None) -> list[Probe]:
     """So many at least, and until all has been in flight."""
-    connection = http.client.HTTPConnection(*address(aim.url), timeout=120)
+    connection = http.client.HTTPConnection(*address(aim.url), timeout=_FROZEN)
     server = aim.serving.process.pid if aim.serving is not None else None
     found = []
     while len(found) < count or (fire is not None and not fire.has_been_round):
         before = [_waits(server), _waits(os.getpid())]
         began = time.perf_counter()
-        connection.request("GET", "/health")
-        response = connection.getresponse()
-        response.read()
+        try:
+            connection.request("GET", "/health")
+            response = connection.getresponse()
+            response.read()
+            if response.status != 200:
+                raise AssertionError(f"/health answered {response.status}")
+        except TimeoutError:
+            connection.close()  # the next probe connects anew
         seconds = time.perf_counter() - began
-        if response.status != 200:
-            raise AssertionError(f"/health answered {response.status}")
         after = [_waits(server), _waits(os.getpid())]
         # Of the threads the one that waited longest: they may have waited at the same time.
         longest = [
@@ -164,7 +170,7 @@ def torture(setup: Setup) -> Iterator[Outcome]:
         calm = [one.taken for one in probe(aim, count)]
         with _Fire(aim.url, attacks(aim.model, megabytes), bound) as fire:
             found = probe(aim, count, fire)
-        is_well = word_from(aim.url, aim.model) == before and is_quiet(aim.url)
+        is_well = _is_well(aim, before)
     statuses = sorted({answer.status for _, answer in fire.answers})
     broken = [f"{name}: {answer.status}, {answer.text[-200:]!r}" for name, answer in fire.answers if _is_bad(answer)]
     worst = [f"{one.taken:.0f} ms, {one.waited:.0f} of them for a core: {one.what}" for one in reversed(found[-10:])]
@@ -181,6 +187,14 @@ def torture(setup: Setup) -> Iterator[Outcome]:
         cause = cause or f"without what its threads and ours waited for a core p99.9 is {net:.1f} ms"
     is_met = is_well and not broken and high <= 50
     yield Outcome(ROWS[0], figure, is_met, cause, tuple(broken[:10] or (worst if high > 50 else ())))
+
+
+def _is_well(aim: Target, before: str) -> bool:
+    """Whether it serves as it did, and nothing runs on."""
+    try:
+        return word_from(aim.url, aim.model) == before and is_quiet(aim.url)
+    except httpx.HTTPError:
+        return False
 
 
 def _is_bad(answer: Answer) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
-import signal
 import socket
 import subprocess  # an argument list, never a shell
 import sys
@@ -19,7 +18,7 @@ from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.engine.silence import Silence
 from orcaserve.executors.messages import Begin, FromWorker, Place, Serving, StoreAt, ToWorker
 from orcaserve.worker.machine import available_memory, usable_cpus
-from orcaserve.worker.process import DUMP, DUMP_SECONDS, pulse
+from orcaserve.worker.process import DUMP_SECONDS, pulse, tell_to_dump
 from orcaserve.worker.receiver import Receiver
 
 COMMAND = (sys.executable, "-m", "orcaserve.executors.worker_process")
@@ -170,8 +169,8 @@ class Workers:
     def _dump(self, index: int) -> None:
         """Has it write down what every thread is doing, of which it dies; gives it a moment for that."""
         process = self._processes[index]
-        process.send_signal(DUMP)
-        process.send_signal(signal.SIGCONT)  # a stopped one hears nothing else
+        if process.poll() is None:
+            tell_to_dump(process.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(DUMP_SECONDS)
 

@@ -1,9 +1,9 @@
 """`Supervisor`: keeps one engine process alive: starts it, notices death, freezing and stuck steps, starts it again.
 
 Death is the socket's end. Freezing is three beats missed by a process that gets no work done. A stuck step is a batch
-that takes far longer than its tokens should; of both the log gets the stacks of all threads. Whichever it is, the
-process is killed, reaped, and its owner is told who was in flight; then comes another one, after a back-off that grows
-while nothing is gained in between.
+that takes far longer than its tokens should; of both the log gets the stacks of all threads, the workers' before the
+engine's. Whichever it is, the process is killed, reaped, and its owner is told who was in flight; then comes another
+one, after a back-off that grows while nothing is gained in between.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from orcaserve.serve.frames import (
     Start,
     ToEngine,
 )
-from orcaserve.worker.process import DUMP, DUMP_SECONDS, pulse
+from orcaserve.worker.process import DUMP_SECONDS, children, has_ended, pulse, tell_to_dump
 
 log = logging.getLogger(__name__)
 
@@ -147,9 +147,21 @@ class EngineProcess(asyncio.Protocol):
         self._process.kill()
 
     async def dump(self) -> None:
-        """Has it write down what every thread is doing, of which it dies; gives it a moment for that."""
-        self._process.send_signal(DUMP)
-        self._process.send_signal(signal.SIGCONT)  # a stopped one hears nothing else
+        """Has it and its workers write down what every thread is doing, of which they die; gives them a moment.
+
+        Its workers come first, since they are killed when it ends. It is stopped meanwhile: it would go on, or exit,
+        for having lost them.
+        """
+        if self._process.poll() is not None:
+            return  # its number may be another's already
+        self._process.send_signal(signal.SIGSTOP)
+        workers = children(self.pid)
+        for pid in workers:
+            tell_to_dump(pid)
+        end = time.monotonic() + DUMP_SECONDS
+        while not all(map(has_ended, workers)) and time.monotonic() < end:
+            await asyncio.sleep(0.005)
+        tell_to_dump(self.pid)
         await self._exit_code(within=DUMP_SECONDS)
 
     async def reap(self) -> Death:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import os
 import signal
 import sys
 import time
@@ -73,6 +74,17 @@ def dump_when_told() -> None:
     faulthandler.register(DUMP, all_threads=True, chain=True)
 
 
+def tell_to_dump(pid: int) -> None:
+    """Sends DUMP to a process's first thread, which does nothing else before; a stopped process goes on for that."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    with contextlib.suppress(ProcessLookupError):
+        if libc is not None and hasattr(libc, "tgkill"):
+            libc.tgkill(pid, pid, DUMP)
+        else:
+            os.kill(pid, DUMP)
+        os.kill(pid, signal.SIGCONT)
+
+
 def tell(line: str) -> None:
     """A line for the operator, on stderr. One that cannot be written, for the disk is full, is no reason to fail."""
     with contextlib.suppress(OSError):
@@ -85,11 +97,31 @@ def in_one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})".split())
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process has started and that are there; none where the system does not tell."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += map(int, path.read_text().split())
+    return found
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or waits only for its parent to hear of its end."""
+    return _stat(pid)[:1] in ([], ["Z"])
+
+
+def _stat(pid: int) -> list[str]:
+    """What Linux tells of a process, from its state on (proc(5)); nothing of one that is gone, or elsewhere."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def pulse(pid: int) -> object:
     """Something that changes while a process gets work done; None where the system does not tell."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+    if not (fields := _stat(pid)):
         return None
     state, cpu_ticks = fields[0], (fields[11], fields[12])
     waits_for_a_disk_or_a_core = state in ("D", "R")
