@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "coding.hpp"
+#include "exchange.hpp"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -402,6 +403,11 @@ NB_MODULE(_native, m) {
             new (self) Rows{m, read<std::int64_t>(positions), read<std::int64_t>(slots), read<Tile>(tiles), num_tiles,
                             read<std::int32_t>(tables), block_size};
         }, "m"_a, "positions"_a, "slots"_a, "tiles"_a, "num_tiles"_a, "tables"_a, "block_size"_a);
+    nb::class_<Exchange>(m, "Exchange")
+        .def(nb::init<int, int, int, std::size_t>(), "file"_a, "rank"_a, "size"_a, "capacity"_a)
+        .def("gather", [](Exchange& self, Address mine, std::size_t bytes, Address out) {
+            self.gather(read<std::byte>(mine), bytes, write<std::byte>(out));
+        }, free, "mine"_a, "bytes"_a, "out"_a, "All ranks' bytes to `out`, in their order; to nowhere, if it is 0.");
     nb::class_<Engine>(m, "Engine")
         .def(nb::init<const std::string&, int>(), "isa"_a, "threads"_a)
         .def_prop_ro("isa", &Engine::isa)

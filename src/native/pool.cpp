@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "spin.hpp"
+
 #if defined(__linux__) || defined(__APPLE__)
 #include <sys/mman.h>
 #endif
@@ -10,18 +12,6 @@
 namespace orca {
 
 namespace {
-
-// About fifty microseconds of looking before a thread sleeps: longer than the pause between two kernels of a layer,
-// shorter than anybody sharing the core would notice.
-constexpr int kSpins = 2000;
-
-inline void relax() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
 
 inline std::uint32_t left_of(std::uint64_t ticket) { return static_cast<std::uint32_t>(ticket); }
 

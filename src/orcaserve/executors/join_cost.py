@@ -1,6 +1,7 @@
 """What the fixed order of sums costs: two ranks join their parts of a product, beside a plain all-reduce of them.
 
-`measure` starts the two ranks, of one thread each: `python -m orcaserve.executors.join_cost STORE RANK HIDDEN ROUNDS`.
+`measure` starts the two ranks, of one thread each, as `python -m orcaserve.executors.join_cost STORE FILE RANK HIDDEN
+ROUNDS`; they share memory through FILE.
 """
 
 from __future__ import annotations
@@ -36,22 +37,24 @@ def measure(hidden: int, rounds: int = 200) -> list[Joined]:
     if not instruction_sets():
         raise ModelError("no native kernels to join parts with: OrcaServe was installed without a C++ compiler")
     with tempfile.TemporaryDirectory(prefix="orcaserve-") as folder:
-        arguments = [sys.executable, "-m", __name__, str(Path(folder) / "store")]
+        shared = os.memfd_create("orcaserve-parts")
+        arguments = [sys.executable, "-m", __name__, str(Path(folder) / "store"), str(shared)]
         command = [[*arguments, str(number), str(hidden), str(rounds)] for number in (0, 1)]
-        other = subprocess.Popen(command[1])  # noqa: S603
+        other = subprocess.Popen(command[1], pass_fds=[shared])  # noqa: S603
         try:
-            first = subprocess.run(command[0], stdout=subprocess.PIPE, check=False)  # noqa: S603
+            first = subprocess.run(command[0], stdout=subprocess.PIPE, pass_fds=[shared], check=False)  # noqa: S603
             if first.returncode or other.wait():
                 raise WorkerLost("a rank that was to join its part with another's has failed")
         finally:
             other.kill()
             other.wait()
+            os.close(shared)
     return [Joined(**one) for one in json.loads(first.stdout)]
 
 
-def _rank(store: str, number: int, hidden: int, rounds: int) -> list[dict[str, float]]:
+def _rank(store: str, shared: int, number: int, hidden: int, rounds: int) -> list[dict[str, float]]:
     torch.set_num_threads(1)
-    world = World(dist.FileStore(store, 2), number, 2, 1)
+    world = World(dist.FileStore(store, 2), number, 2, 1, shared=shared)
     kernels = NativeKernels(1)
     join = Join(kernels, world.group, torch.bfloat16, None, None)
     found = []
@@ -76,8 +79,8 @@ def _rank(store: str, number: int, hidden: int, rounds: int) -> list[dict[str, f
 
 if __name__ == "__main__":
     die_with_parent()
-    _store, _number, _hidden, _rounds = sys.argv[1:]
-    _found = _rank(_store, int(_number), int(_hidden), int(_rounds))
+    _store, _shared, _number, _hidden, _rounds = sys.argv[1:]
+    _found = _rank(_store, int(_shared), int(_number), int(_hidden), int(_rounds))
     if _number == "0":
         print(json.dumps(_found), flush=True)
     os._exit(0)  # the group's threads need no tidy end

@@ -46,6 +46,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     """Load this rank's part. available: bytes of memory for this rank; threads: that it computes with.
 
     device: where, as torch names it. `options.device` says which kernels are used there: "cuda" means those of a GPU.
+    shared: the file that the ranks of its stage share memory in; None: they are on several hosts.
     """
 
     options: EngineOptions
@@ -54,6 +55,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     available: int
     threads: int
     device: str = "cpu"
+    shared: int | None = None
 
 
 class MakeCache(msgspec.Struct, frozen=True, tag=True):

@@ -5,6 +5,7 @@ On a CPU, or on a GPU of its own.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -64,7 +65,9 @@ def serve(
     busy this rank is, and who is to be told of each batch before it can be taken.
     """
     options, place, device = begin.options, begin.place, _device_of(begin)
-    world = World(_meet(begin), place.rank, place.tensor, len(place.stages), device)
+    world = World(_meet(begin), place.rank, place.tensor, len(place.stages), device, begin.shared)
+    if begin.shared is not None:
+        os.close(begin.shared)
     part = _load(begin, device, world.group, lambda done, total: put(Progress(done, total)))
     model, budget = part.model, part.budget
     put(

@@ -10,6 +10,7 @@ import subprocess  # an argument list, never a shell
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -62,9 +63,10 @@ class Workers:
         self._thread = threading.Thread(target=self._listen, name="workers", daemon=True)
         inboxes = [socket.socketpair() for _ in places]
         self._control = inboxes[0][0]
+        shared = {} if options.device == "cuda" else _shared_files(places)
         try:
-            for index in range(len(places)):
-                self._start(index, inboxes)
+            for index, place in enumerate(places):
+                self._start(index, inboxes, shared.get(place.stage))
         except BaseException:
             self.close()
             raise
@@ -73,22 +75,25 @@ class Workers:
                 inbox.close()
                 if index:
                     into.close()
+            for file in shared.values():
+                os.close(file)
         memory, threads = available_memory(most=options.memory), options.threads or usable_cpus()
         share = memory // len(places), max(1, threads // len(places))
         for index, place in enumerate(places):
             device = f"cuda:{index}" if options.device == "cuda" else "cpu"
-            self.tell(place.rank, Begin(options, place, self._store, *share, device))
+            self.tell(place.rank, Begin(options, place, self._store, *share, device, shared.get(place.stage)))
         self._thread.start()
 
-    def _start(self, index: int, inboxes: Sequence[tuple[socket.socket, socket.socket]]) -> None:
+    def _start(self, index: int, inboxes: Sequence[tuple[socket.socket, socket.socket]], shared: int | None) -> None:
         ours, theirs = socket.socketpair()
         self._reports.append(ours)
         outs = [inboxes[other][0].fileno() for other in passes_on(self.places, index)]
         fds = [theirs.fileno(), inboxes[index][1].fileno(), *outs]
+        files = [fd for fd in (self._store.fd, -1 if shared is None else shared) if fd >= 0]
         with theirs:
             process = subprocess.Popen(  # noqa: S603
                 [*COMMAND, *map(str, fds)],
-                pass_fds=(*fds, *([self._store.fd] if self._store.fd >= 0 else ())),
+                pass_fds=(*fds, *files),
                 # torch's own switches: where it listens, and that it need not say so
                 env={
                     **os.environ,
@@ -180,6 +185,13 @@ class Workers:
         except subprocess.TimeoutExpired:
             return "it closed its socket"
         return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+
+def _shared_files(places: Sequence[Place]) -> dict[int, int]:
+    """By stage a file without a name, in memory, for the stages of several ranks that are all among these."""
+    ranks = Counter(place.stage for place in places)
+    tensor = places[0].tensor
+    return {stage: os.memfd_create("orcaserve-parts") for stage in ranks if ranks[stage] == tensor > 1}
 
 
 def passes_on(places: Sequence[Place], index: int) -> list[int]:

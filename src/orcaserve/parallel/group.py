@@ -10,6 +10,13 @@ from torch import Tensor
 
 from orcaserve.parallel.split import Split
 
+try:
+    from orcaserve.ops import _native
+except ImportError:  # installed without a compiler
+    _native = None
+
+_TURN_BYTES = 256 << 10  # that a rank passes at a time through shared memory: two turns of all ranks fit into a cache
+
 
 class Group(Protocol):
     """Every rank makes the same calls in the same order. split: which of them this rank is."""
@@ -57,6 +64,37 @@ class TorchGroup:
         out = torch.empty((self.split.size, *x.shape), dtype=x.dtype, device=x.device)
         dist.gather(_bytes(x), [_bytes(part) for part in out], group=self._group, group_dst=0)
         return out
+
+
+class SharedGroup:
+    """Ranks of one host, on a CPU: they exchange bytes through memory that they share, by the threads that compute.
+
+    Whoever is first looks for the others for some fifty microseconds, and sleeps then.
+    """
+
+    def __init__(self, file: int, rank: int, size: int) -> None:
+        """file: as in `World`; raises OSError if there is no memory."""
+        self._exchange = _native.Exchange(file, rank, size, _TURN_BYTES)
+        self.split = Split(rank, size)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        out = torch.empty((self.split.size, *x.shape), dtype=x.dtype)
+        self._pass(x, out)
+        return out
+
+    def gather(self, x: Tensor) -> Tensor | None:
+        if self.split.rank:
+            return self._pass(x, None)
+        return self.all_gather(x)
+
+    def _pass(self, x: Tensor, out: Tensor | None) -> None:
+        mine = x.contiguous()
+        self._exchange.gather(mine.data_ptr(), mine.nbytes, 0 if out is None else out.data_ptr())
+
+
+def can_share() -> bool:
+    """Whether there is a SharedGroup here: it is part of the compiled extension."""
+    return _native is not None
 
 
 def _bytes(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orcaserve.parallel.group import Alone, Group, TorchGroup
+from orcaserve.parallel.group import Alone, Group, SharedGroup, TorchGroup, can_share
 
 # Whether a peer is alive is seen elsewhere, and at once; here one waits for as long as an iteration may take.
 _PATIENCE = timedelta(days=1)
@@ -29,8 +29,20 @@ class World:
     waits for them then.
     """
 
-    def __init__(self, store: dist.Store, rank: int, tensor: int, pipeline: int, device: torch.device = _HOST) -> None:
-        """Waits until all tensor * pipeline ranks are here."""
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        tensor: int,
+        pipeline: int,
+        device: torch.device = _HOST,
+        shared: int | None = None,
+    ) -> None:
+        """Waits until all tensor * pipeline ranks are here.
+
+        shared: an open file, empty and without a name, that all ranks of this stage have; None if they are on several
+        hosts. On a CPU they exchange parts through it; it may be closed afterwards.
+        """
         self._rank, self._tensor = rank, tensor
         self._stage, self._stages = rank // tensor, pipeline
         self._device = device
@@ -43,7 +55,11 @@ class World:
         ]
         mine = groups[self._stage]
         self._mine = mine
-        self.group: Group = Alone() if mine is None else TorchGroup(mine)
+        self.group: Group = Alone()
+        if mine is not None and shared is not None and device.type == "cpu" and can_share():
+            self.group = SharedGroup(shared, rank % tensor, tensor)
+        elif mine is not None:
+            self.group = TorchGroup(mine)
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
 
     @property
