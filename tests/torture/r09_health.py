@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ ROWS = (
     Row("R9", "/health while a 27 MB prompt, a 5 000-deep schema and `(a+)+b` are in flight", "p99.9 ≤ 50 ms, no 5xx"),
 )
 _BOUND = 300  # seconds of silence after a hostile request
-_FROZEN = 120  # seconds without a word from /health: such a probe counts as if it had taken so long
+_FROZEN = 120  # seconds that a probe takes, or counts as if it had taken, to which there is no answer
 _PAUSE = 0.005
 _COMPLETIONS = "/v1/completions"
 _CHAT = "/v1/chat/completions"
@@ -95,7 +96,11 @@ class _Fire:
                 name, data = self._requests[self._next % len(self._requests)]
                 self._next += 1
             self.under_way[number] = name
-            answer = exchange(self._url, data, self._bound)
+            try:
+                answer = exchange(self._url, data, self._bound)
+            except OSError as error:  # nobody listens
+                answer = Answer(-1, str(error).encode(), 0.0)
+                time.sleep(_PAUSE)
             self.under_way.pop(number)
             self.answers.append((name, answer))
 
@@ -128,7 +133,7 @@ def _waits(pid: int | None) -> dict[str, int]:
 
 
 def probe(aim: Target, count: int, fire: _Fire | None = None) -> list[Probe]:
-    """So many at least, and until all has been in flight."""
+    """So many at least, and until all has been in flight; or until nobody is there to answer any more."""
     connection = http.client.HTTPConnection(*address(aim.url), timeout=_FROZEN)
     server = aim.serving.process.pid if aim.serving is not None else None
     found = []
@@ -141,9 +146,10 @@ def probe(aim: Target, count: int, fire: _Fire | None = None) -> list[Probe]:
             response.read()
             if response.status != 200:
                 raise AssertionError(f"/health answered {response.status}")
-        except TimeoutError:
+            seconds = time.perf_counter() - began
+        except (OSError, http.client.HTTPException):
             connection.close()  # the next probe connects anew
-        seconds = time.perf_counter() - began
+            seconds = float(_FROZEN)
         after = [_waits(server), _waits(os.getpid())]
         # Of the threads the one that waited longest: they may have waited at the same time.
         longest = [
@@ -152,9 +158,19 @@ def probe(aim: Target, count: int, fire: _Fire | None = None) -> list[Probe]:
         ]
         what = " and ".join(sorted((fire.under_way if fire else {}).values()))
         found.append(Probe(1000 * seconds, min(1000 * seconds, sum(longest) / 1e6), what))
+        if seconds == _FROZEN and not _listens(aim.url):
+            break
         time.sleep(_PAUSE)
     connection.close()
     return sorted(found)
+
+
+def _listens(url: str) -> bool:
+    try:
+        socket.create_connection(address(url), timeout=_FROZEN).close()
+    except OSError:
+        return False
+    return True
 
 
 def quantile(found: Sequence[float], share: float) -> float:
@@ -170,7 +186,8 @@ def torture(setup: Setup) -> Iterator[Outcome]:
         calm = [one.taken for one in probe(aim, count)]
         with _Fire(aim.url, attacks(aim.model, megabytes), bound) as fire:
             found = probe(aim, count, fire)
-        is_well = _is_well(aim, before)
+        cause = _changed(aim, before)
+        is_well = not cause
     statuses = sorted({answer.status for _, answer in fire.answers})
     broken = [f"{name}: {answer.status}, {answer.text[-200:]!r}" for name, answer in fire.answers if _is_bad(answer)]
     worst = [f"{one.taken:.0f} ms, {one.waited:.0f} of them for a core: {one.what}" for one in reversed(found[-10:])]
@@ -181,7 +198,6 @@ def torture(setup: Setup) -> Iterator[Outcome]:
         f"p50 {quantile(taken, 0.5):.1f} ms, p99.9 {high:.1f} ms, longest {taken[-1]:.1f} ms; "
         f"calm p50 {quantile(calm, 0.5):.1f} ms, p99.9 {quantile(calm, 0.999):.1f} ms; statuses {statuses}"
     )
-    cause = "" if is_well else "it did not serve as before"
     if high > 50 and aim.serving is not None:
         net = quantile([one.taken - one.waited for one in found], 0.999)
         cause = cause or f"without what its threads and ours waited for a core p99.9 is {net:.1f} ms"
@@ -189,12 +205,15 @@ def torture(setup: Setup) -> Iterator[Outcome]:
     yield Outcome(ROWS[0], figure, is_met, cause, tuple(broken[:10] or (worst if high > 50 else ())))
 
 
-def _is_well(aim: Target, before: str) -> bool:
-    """Whether it serves as it did, and nothing runs on."""
+def _changed(aim: Target, before: str) -> str:
+    """What is not as it was: it must serve as before, and nothing run on. Nothing: all is well."""
+    if not _listens(aim.url):
+        return "it has died"
     try:
-        return word_from(aim.url, aim.model) == before and is_quiet(aim.url)
-    except httpx.HTTPError:
-        return False
+        is_well = word_from(aim.url, aim.model) == before and is_quiet(aim.url)
+    except httpx.HTTPError as error:
+        return f"it did not serve any more: {type(error).__name__}"
+    return "" if is_well else "it did not serve as before"
 
 
 def _is_bad(answer: Answer) -> bool:

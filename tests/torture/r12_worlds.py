@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -61,6 +61,8 @@ QUICK = (
     "test_backlog.py",
     "test_pace.py",
     "test_orders.py",
+    "test_fair.py",
+    "test_slack.py",
     "test_mutants.py::test_the_original_is_not_caught",
 )
 
@@ -210,9 +212,11 @@ def _killed(setup: Setup, wanted: int) -> str:
     assert original == "survives", "the quick tests of the core fail as it is"
     limit = 30 + 5 * (time.perf_counter() - began)
     ends: dict[End, list[str]] = {"killed": [], "hangs": [], "survives": []}
-    for name, index in chosen:
-        ends[run_tests((name, index), tests, limit)].append(mutants.words(files[name], index))
-        (setup.folder / "r12-survivors.txt").write_text("".join(f"{said}\n" for said in sorted(ends["survives"])))
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        ended = pool.map(lambda mutant: run_tests(mutant, tests, limit), chosen)
+        for (name, index), end in zip(chosen, ended, strict=True):
+            ends[end].append(mutants.words(files[name], index))
+            (setup.folder / "r12-survivors.txt").write_text("".join(f"{said}\n" for said in sorted(ends["survives"])))
     return (
         f"{len(ends['killed'])} of {len(chosen)} mutants killed by a test, {len(ends['hangs'])} by the limit of "
         f"{limit:.0f} s; {len(ends['survives'])} survive, some of which change nothing that could be seen "
