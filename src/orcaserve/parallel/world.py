@@ -1,4 +1,6 @@
-"""`World`: this process among the ranks of one model, over torch.distributed. It is the data plane: activations only.
+"""`World`: this process among the ranks of one model, over torch.distributed and, on CPUs of one host, shared memory.
+
+It is the data plane: activations only.
 
 Rank r is in stage r // tensor; the ranks of a stage share its layers. Hidden values go from each rank of a stage to the
 same one of the next. (Where a switch mixes the planes, batches travel here as well, so that the paper's claim, section
