@@ -43,11 +43,11 @@ def grammars() -> Grammars:
 
 @pytest.fixture(scope="module")
 def structures() -> Structures:
-    return Structures(builtin.MODEL_DIR)
+    return Structures(builtin.MODEL_DIR, VOCAB_SIZE, ENDS)
 
 
 def asked(structures: Structures, **fields: Any) -> str:
-    found = asyncio.run(structures.grammar(CompletionRequest(prompt="x", **fields), ENDS, VOCAB_SIZE))
+    found = asyncio.run(structures.grammar(CompletionRequest(prompt="x", **fields)))
     assert found is not None
     return found
 

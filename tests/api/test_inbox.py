@@ -35,7 +35,7 @@ def inbox(grammars: Grammars) -> SocketInbox:
 
 def grammar(**fields: object) -> str:
     request = msgspec.convert({"prompt": "x", **fields}, CompletionRequest)
-    found = asyncio.run(Structures(builtin.MODEL_DIR).grammar(request, ENDS, VOCAB_SIZE))
+    found = asyncio.run(Structures(builtin.MODEL_DIR, VOCAB_SIZE, ENDS).grammar(request))
     assert found is not None
     return found
 

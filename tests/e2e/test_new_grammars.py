@@ -27,7 +27,7 @@ async def slow_grammar() -> str:
     asked = CompletionRequest(
         prompt="x", guided_json={"properties": {f"p{i}": {"pattern": f"^(a|b)*{i}$"} for i in range(400)}}
     )
-    found = await Structures(builtin.MODEL_DIR).grammar(asked, ENDS, VOCAB_SIZE)
+    found = await Structures(builtin.MODEL_DIR, VOCAB_SIZE, ENDS).grammar(asked)
     assert found is not None
     return found
 

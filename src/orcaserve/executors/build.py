@@ -60,13 +60,15 @@ def build(
     )
     loaded = time.monotonic()
     model, budget = part.model, part.budget
+    grammars = Grammars(Path(options.model), model.config.vocab_size)
+    read = time.monotonic()
     worker = Worker(
         model,
         num_blocks=budget.num_blocks,
         block_size=options.block_size,
         num_slots=budget.num_slots,
         swap_dir=options.swap_dir,
-        grammars=Grammars(Path(options.model), model.config.vocab_size),
+        grammars=grammars,
     )
     executor = LocalExecutor(worker)
     info = EngineInfo(
@@ -87,6 +89,10 @@ def build(
         ),
         threads=threads,
         budget=budget.lines,
-        timings=(("load weights", loaded - started), ("make KV cache", time.monotonic() - loaded)),
+        timings=(
+            ("load weights", loaded - started),
+            ("read vocabulary", read - loaded),
+            ("make KV cache", time.monotonic() - read),
+        ),
     )
     return executor, info

@@ -93,6 +93,7 @@ def _start(
     model, budget, config = part.model, part.budget, part.model.config
     began = time.monotonic()
     grammars = None if folder is None else Grammars(folder, config.vocab_size)
+    read = time.monotonic()
     worker = part.make_worker(budget.num_blocks, budget.num_slots, grammars)
     cached = time.monotonic()
     if part.kernels.device.type == "cuda":
@@ -117,7 +118,12 @@ def _start(
             max_model_len=budget.max_model_len,
         ),
         budget=budget.lines,
-        timings=(*timings, ("make KV cache", cached - began), ("compile and record", time.monotonic() - cached)),
+        timings=(
+            *timings,
+            ("read vocabulary", read - began),
+            ("make KV cache", cached - read),
+            ("compile and record", time.monotonic() - cached),
+        ),
     )
     return executor, info
 

@@ -22,7 +22,10 @@ _LIMIT = 1 << 31  # no size in a config.json is beyond it; what is, is not a mod
 
 
 class Generation(msgspec.Struct, frozen=True, kw_only=True):
-    """The checkpoint's own wishes for sampling; None where it has none. eos_token_ids: tokens that end a response."""
+    """The checkpoint's own wishes for sampling; None where it has none. eos_token_ids: tokens that end a response.
+
+    vocab_size: of the logits; None if config.json does not say.
+    """
 
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -32,6 +35,7 @@ class Generation(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    vocab_size: int | None = None
 
 
 class LayerConfig(msgspec.Struct, frozen=True):
@@ -158,8 +162,8 @@ def read_generation(folder: str | Path) -> Generation:
     if row is not None:
         raw = _flat(raw, row)
     wishes = _read_json(folder / "generation_config.json") or {}
-    vocab_size = raw.get("vocab_size")
-    limit = vocab_size if isinstance(vocab_size, int) else _LIMIT
+    vocab_size = size if type(size := raw.get("vocab_size")) is int else None
+    limit = _LIMIT if vocab_size is None else vocab_size
 
     def token_ids(key: str) -> tuple[int, ...]:
         value = next((found for one in (wishes, outer, raw) if (found := one.get(key)) is not None), None)
@@ -181,6 +185,7 @@ def read_generation(folder: str | Path) -> Generation:
         top_k=None if top_k is None else int(top_k),
         min_p=number("min_p"),
         repetition_penalty=number("repetition_penalty"),
+        vocab_size=vocab_size,
     )
 
 

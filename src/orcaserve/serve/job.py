@@ -140,7 +140,7 @@ async def completion_job(
         else:
             text = _text(ids, model, request.skip_special_tokens is not False) if request.echo else ""
         prompts.append((tuple(ids), text))
-    grammar = await model.structures.grammar(request, model.end_token_ids, info.vocab_size)
+    grammar = await model.structures.grammar(request)
     return _job(
         request,
         model,
@@ -170,7 +170,7 @@ async def chat_job(request: ChatRequest, model: ServedModel, info: EngineInfo) -
     )
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     insisted = ("tool_choice", offer.grammar) if offer and offer.grammar else None
-    grammar = await model.structures.grammar(request, model.end_token_ids, info.vocab_size, insisted)
+    grammar = await model.structures.grammar(request, insisted)
     thinks = grammar is None and THOUGHT in (model.tokenizer.chat_template or "")
     job = _job(
         request,

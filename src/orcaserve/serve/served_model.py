@@ -42,7 +42,6 @@ class ServedModel:
         folder = Path(folder)
         self.name = name
         self.tokenizer = Tokenizer(folder)
-        self.structures = Structures(folder)
         source = self.tokenizer.chat_template
         self.chat_template = None if source is None else ChatTemplate(source, self.tokenizer.special_tokens)
         self.pooling = _pooling(folder)
@@ -50,6 +49,8 @@ class ServedModel:
         self.defaults = _defaults(generation)
         ends = {*generation.eos_token_ids, self.tokenizer.eos_token_id}
         self.end_token_ids = tuple(sorted(id for id in ends if id is not None))
+        vocab_size = self.tokenizer.num_tokens if generation.vocab_size is None else generation.vocab_size
+        self.structures = Structures(folder, vocab_size, self.end_token_ids)
         give_back_freed_memory()
 
 

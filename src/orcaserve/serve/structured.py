@@ -21,23 +21,23 @@ WHITESPACE = r"( |\n[ \t]{0,24})?"  # between the parts of JSON: what anybody wr
 
 
 class Structures:
-    """Checks what requests want. Owner of a compiler over the model's vocabulary, made when the first one comes.
+    """Checks what requests want. Owner of a compiler over the model's vocabulary.
 
     One grammar is compiled at a time, in a thread, which leaves the others running while it works.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, vocab_size: int, end_token_ids: Sequence[int]) -> None:
+        """vocab_size: of the logits. end_token_ids: tokens that end a response."""
         self._compiler: Compiler | None = None
+        self._why_not = "this model has no end token"
+        if end_token_ids:
+            try:
+                self._compiler = Compiler(folder, vocab_size, end_token_ids[0])
+            except GrammarError as error:
+                self._why_not = str(error)
         self._turn = asyncio.Semaphore(1)
 
-    async def grammar(
-        self,
-        request: GenerationRequest,
-        end_token_ids: Sequence[int],
-        vocab_size: int,
-        insisted: tuple[str, str] | None = None,
-    ) -> str | None:
+    async def grammar(self, request: GenerationRequest, insisted: tuple[str, str] | None = None) -> str | None:
         """The grammar that a response follows; None: none is asked for. Raises ApiError.
 
         insisted: a field that asks for one besides, and that grammar.
@@ -50,21 +50,19 @@ class Structures:
         if request.ignore_eos or request.min_tokens:
             name = "ignore_eos" if request.ignore_eos else "min_tokens"
             raise errors.invalid(f"'{name}' and '{param}' cannot both decide where a response ends.", name)
-        if not end_token_ids:
-            raise errors.invalid(f"This model has no end token, which '{param}' needs.", param)
-        if self._compiler is not None and self._compiler.known(grammar) is not None:
-            return grammar  # it need not wait for those that are not
-        async with self._turn:
-            try:
-                await asyncio.to_thread(self._compile, grammar, end_token_ids[0], vocab_size)
-            except GrammarError as error:
-                raise errors.invalid(f"'{param}' cannot be followed: {error}", param, "invalid_grammar") from None
+        try:
+            await self._compile(grammar)
+        except GrammarError as error:
+            raise errors.invalid(f"'{param}' cannot be followed: {error}", param, "invalid_grammar") from None
         return grammar
 
-    def _compile(self, grammar: str, end_token_id: int, vocab_size: int) -> None:
+    async def _compile(self, grammar: str) -> None:
         if self._compiler is None:
-            self._compiler = Compiler(self._folder, vocab_size, end_token_id)
-        self._compiler.compile(grammar)
+            raise GrammarError(self._why_not)
+        if self._compiler.known(grammar) is not None:
+            return  # it need not wait for those that are not
+        async with self._turn:
+            await asyncio.to_thread(self._compiler.compile, grammar)
 
 
 def _wishes(request: GenerationRequest) -> list[tuple[str, str]]:

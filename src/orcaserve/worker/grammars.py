@@ -10,12 +10,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from orcaserve.core.request import NewRequest
+from orcaserve.model.config import read_generation
 
 NOT_FOLLOWED = "the grammar cannot be followed"  # how the error of a response begins whose grammar proves too hard
 MOST_CACHED = 64  # compiled grammars that are kept
@@ -38,16 +40,25 @@ class GrammarError(ValueError):
 class Compiler:
     """Compiles grammars over one vocabulary. Owner of the vocabulary's trie, and of what was compiled lately.
 
-    Calls may come from several threads; making it takes as long as reading the tokenizer.
+    Calls may come from several threads. Make it before there are others that wait: the library reads the tokenizer with
+    Python's lock held, half a second for 150 000 tokens.
     """
 
     def __init__(self, folder: Path, vocab_size: int, end_token_id: int) -> None:
-        """vocab_size: of the logits. end_token_id: one of the tokens that end a response."""
+        """vocab_size: of the logits. end_token_id: one of the tokens that end a response.
+
+        Raises GrammarError if there is no tokenizer, or none that the library knows the tokens' bytes of.
+        """
         import llguidance
 
         self._limits = llguidance.LLParserLimits(**LIMITS)
-        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        self._tokenizer = llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=end_token_id)
+        try:
+            text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+            self._tokenizer = llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=end_token_id)
+        except (OSError, ValueError) as error:
+            raise GrammarError(
+                f"this model's tokenizer is none that grammars work with ({_line(str(error))})"
+            ) from None
         self._make = llguidance.LLMatcher
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
@@ -142,7 +153,7 @@ class Follows(Protocol):
 
 
 class Grammars:
-    """Finds out what may come next. Owner of a compiler, once it is needed, and of what requests have prepared.
+    """Finds out what may come next. Owner of a compiler, and of what requests have prepared.
 
     It looks in the thread that calls: some ten microseconds for a response, which is less than to hand work to another
     thread and to wait for it, where all cores compute the model. A GPU computes meanwhile, and so do stages before.
@@ -152,7 +163,10 @@ class Grammars:
     def __init__(self, folder: Path, vocab_size: int) -> None:
         self._folder = folder
         self._vocab_size = vocab_size
-        self._compiler: Compiler | None = None
+        self._compiler: Compiler | None = None  # where config.json names no end token, the first request does
+        if ends := read_generation(folder).eos_token_ids:
+            with suppress(GrammarError):  # each request is told
+                self._compiler = Compiler(folder, vocab_size, ends[0])
         self._making = threading.Lock()  # of the compiler
         self._prepared: dict[int, Future[Any]] = {}
         self._thread = ThreadPoolExecutor(1, "grammars")
