@@ -45,6 +45,14 @@ def test_the_pace_is_found() -> None:
     assert end - alone == pytest.approx(50 * (FIXED + PER_ROW), rel=1e-3)
 
 
+def test_places_follow_from_what_requests_take_of_the_cache() -> None:
+    """Two of four fit, so that three must end before the next one starts: each place does 3 / 2 of 40 tokens."""
+    backlog = taught()
+    backlog.kv_tokens = 1000
+    ahead = Ahead(num_running=1, num_waiting=3, output_tokens=160, kv_tokens=2000)
+    assert backlog.until_start(ahead) == pytest.approx(60 * (FIXED + 2 * PER_ROW), rel=1e-3)
+
+
 def test_the_old_pace_is_forgotten() -> None:
     backlog = taught()
     before = backlog.until_first_token(Ahead(), 100)

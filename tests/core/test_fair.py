@@ -160,6 +160,31 @@ def test_fair_tenants_that_are_gone_are_forgotten_without_a_gain() -> None:
     assert len(order._tenants) <= 2, "all others would be lifted anyway"
 
 
+@pytest.mark.parametrize("why", ["passed over", "preempted"])
+def test_fair_who_has_not_waited_for_his_turn_keeps_no_more_than_the_credit(why: str) -> None:
+    """He waits for a prefix while others go before him; or he ran all the time, and is preempted now."""
+    order = Fair(FairOptions(credit=10))
+    waiting = Waiting(order)
+    late = wait(order, waiting, "late", 0)
+    waiting.remove(late)
+    for number in range(1, 4):
+        wait(order, waiting, "busy", number)
+        serve(order, waiting, 100)
+    if why == "passed over":
+        order.passed_over(late)
+    else:
+        assert order.key(late, 0.0) == 0.0
+    assert order.rank("late") == 2 * 201 - 10, "below what the others' counter was when the last was admitted"
+
+
+def test_fair_counts_may_be_small_but_not_both_nothing() -> None:
+    for numbers in ({"input": 0.0}, {"output": 0.0}, {"input": 0.5, "output": 0.25}, {"credit": 0.5}):
+        assert FairOptions(**numbers)
+    for numbers in ({"input": 0.0, "output": 0.0}, {"input": -0.5}, {"output": float("inf")}, {"credit": -1.0}):
+        with pytest.raises(ValueError, match="number"):
+            FairOptions(**numbers)
+
+
 class Uncharged(Fair):
     def served(self, request: Request, num_computed: int, num_generated: int) -> None:
         """Answers cost nothing."""

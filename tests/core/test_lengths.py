@@ -42,6 +42,14 @@ def test_below_is_the_share_of_smaller_ones(values: list[float], at: float) -> N
     assert histogram.below(at) <= histogram.below(2 * at + 1) + 1e-9
 
 
+def test_the_shortest_answers_have_a_bin_of_their_own() -> None:
+    histogram = Histogram()
+    for value in (0, 1, 1.1):
+        histogram.learn(value)
+    assert histogram.quantile(1.0) <= 2**0.25
+    assert histogram.below(1.2) == pytest.approx(1)
+
+
 def test_newer_samples_weigh_more_and_nothing_overflows() -> None:
     histogram = Histogram()
     for _ in range(20_000):

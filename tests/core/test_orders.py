@@ -222,6 +222,18 @@ def test_mlfq_who_has_had_much_makes_way_for_who_has_had_little() -> None:
     assert w.scheduler.num_preemptions == 1
 
 
+def test_mlfq_the_tokens_of_who_makes_way_are_there_for_who_comes() -> None:
+    """Two tokens a batch, both of those that run: one of them makes way, though no token is left as it is."""
+    w = world("mlfq,quantum=8,output=1,levels=4", max_batch_size=2, max_batch_tokens=2)
+    long = [w.submit((id,), 40) for id in (1, 2)]
+    w.step(20)
+    assert w.rows[-1] == long
+    early = w.submit((3,), 2)
+    w.step(2)
+    assert w.rows[-2:] == [[early, long[0]]] * 2
+    w.drain()
+
+
 def test_mlfq_a_long_prompt_joins_further_down() -> None:
     w = world("mlfq,quantum=8,output=1,levels=4", max_batch_size=1)
     first = w.submit((1,), 3)
@@ -230,6 +242,20 @@ def test_mlfq_a_long_prompt_joins_further_down() -> None:
     short = w.submit((2,), 1)
     w.drain()
     assert started(w) == [first, short, long]
+
+
+def test_mlfq_a_level_is_left_when_its_quantum_is_used_up_and_no_sooner() -> None:
+    """Quanta of 8, 16 and 32, of which the prompt has taken 3."""
+    order = parse_policy("mlfq,quantum=8,output=1,levels=4,ageing=10").make_order()
+    new = NewRequest(id=1, token_ids=(1, 2, 3), num_prompt=3, max_tokens=99, params=SamplingParams())
+    request = Request(new, 1, arrived=100.0)
+    request.key = order.key(request, 100.0)
+    keys = [request.key]
+    for token in range(60):
+        request.token_ids.append(token)
+        order.served(request, 1, 1)
+        keys.append(request.key)
+    assert keys == [100.0] * 5 + [110.0] * 16 + [120.0] * 32 + [130.0] * 8
 
 
 def test_mlfq_has_a_last_level() -> None:

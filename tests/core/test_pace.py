@@ -64,6 +64,11 @@ def test_costs_are_learned_in_spite_of_noise_and_disturbances(
     assert sorted(errors)[189] < 0.1 + 1.2 * noise, sorted(errors)[189]
 
 
+def test_a_load_counts_every_pair_of_query_and_key() -> None:
+    """Three tokens of a prompt from the fourth position on see 5, 6 and 7 keys; a decode's pairs are its context."""
+    assert load_of([ScheduledRequest(1, 4, 3), ScheduledRequest(2, 9, 1)]) == (3, 1, 1, 7 + 10, 5 + 6 + 7)
+
+
 def test_iterations_that_overlap_cost_as_much_as_one_after_the_other() -> None:
     """One is made while the one before it runs: its time is from that one's return to its own."""
     terms, rng, now = (1e-3, 1e-2, 1e-4, 1e-7, 1e-8), random.Random(0), 0.0
@@ -169,6 +174,16 @@ def test_a_device_that_gets_slower_or_quicker_is_followed() -> None:
         reached = times * cost_of(CPU, rows(8, 100, device.chunk()))
         assert 0.085 < reached < 0.115, f"{times} times as slow: {reached} s"
     assert device.chunk() >= 0.85 * before
+
+
+def test_decodes_alone_are_followed_too() -> None:
+    """Some of them at a time: one tells little that the last did not."""
+    device = Device(CPU)
+    of = rows(8, 100)
+    for times in (3, 1):
+        for _ in range(600):
+            device.turn(of, times * cost_of(CPU, of))
+        assert device.pace.cost(load_of(of)) == pytest.approx(times * cost_of(CPU, of), rel=0.1)
 
 
 def test_an_hour_of_decodes_does_not_wash_out_what_prompts_cost() -> None:

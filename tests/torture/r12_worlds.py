@@ -49,6 +49,7 @@ TESTS = Path(__file__).parent.parent / "core"
 QUICK = (
     "test_token_bucket.py",
     "test_lengths.py",
+    "test_budget.py",
     "test_scheduler.py",
     "test_algorithm_1.py",
     "test_pressure.py",
