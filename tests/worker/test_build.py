@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import kernel_sets
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -91,6 +92,15 @@ def test_the_profile_tells_dtypes_apart(folder):
     profiles = [build(EngineOptions(model=str(folder), dtype=dtype, threads=1))[1].profile
                 for dtype in ("float32", "float32", "bfloat16")]  # fmt: skip
     assert profiles[0] == profiles[1] != profiles[2]
+
+
+@pytest.mark.parametrize("kernels", ["torch", pytest.param("auto", marks=kernel_sets.NEEDS_NATIVE)])
+def test_torchs_threads_are_part_of_the_profile_and_ours_are_not(folder, kernels):
+    """Torch divides the sums of some shapes over them: seven rows in float32 have other bits with two threads."""
+    options = [EngineOptions(model=str(folder), kernels=kernels, threads=threads) for threads in (1, 2, 1)]
+    one, two, again = (build(each)[1].profile for each in options)
+    assert one == again
+    assert (one != two) == (kernels == "torch")
 
 
 def test_keys_and_values_in_bytes_hold_more_and_have_a_profile_of_their_own(folder):

@@ -93,7 +93,9 @@ def load_part(
         swap_dir=options.swap_dir,
     )
     dtype_name = str(model.dtype).removeprefix("torch.")
-    return Part(model, budget, numerics_profile(model.kernels.name, dtype_name, type(model).__name__), dtype_name)
+    by_torch = isinstance(model.kernels, TorchKernels) or not isinstance(model, Decoder)
+    profile = numerics_profile(model.kernels.name, dtype_name, type(model).__name__, threads if by_torch else None)
+    return Part(model, budget, profile, dtype_name)
 
 
 def step_tokens(options: EngineOptions, policy: Policy, max_positions: int) -> int:
@@ -140,10 +142,11 @@ def make_kernels(wish: str, quantization: Quantization, threads: int, kv_dtype: 
     return NativeKernels(threads, None if wish == "auto" else wish, quantization=quantization, kv_dtype=kv_dtype)
 
 
-def numerics_profile(kernels: str, dtype: str, backend: str) -> str:
+def numerics_profile(kernels: str, dtype: str, backend: str, torch_threads: int | None = None) -> str:
     """Short hash of all that decides bits beside the model's files and the request.
 
-    kernels: the set's name, which says in what weights and KV are kept; the residual has the dtype.
+    kernels: the set's name, which says in what weights and KV are kept; the residual has the dtype. torch_threads: over
+    which torch divides products on the CPU, and for some shapes their sums; None: others compute them.
     """
     parts = (
         kernels,
@@ -155,5 +158,6 @@ def numerics_profile(kernels: str, dtype: str, backend: str) -> str:
         platform.system(),
         platform.machine(),
         cpu_name(),
+        *([] if torch_threads is None else [f"{torch_threads} threads"]),
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
