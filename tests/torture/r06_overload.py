@@ -7,6 +7,9 @@ a machine's own pace may change by a tenth within minutes, and they are compared
 token came by then, from when the request was due, and whose tokens came quickly enough. A refusal's time is from when
 it was sent until all of it was there. After each load a request is sent every quarter of a second: all is normal again
 with the first of three in a row whose first token takes at most twice as long as on the idle server, and 50 ms.
+
+With `--size fresh_connections=1` each request has a connection of its own: some servers close those that a request is
+on its way to, which says nothing of how they bear the load.
 """
 
 from __future__ import annotations
@@ -113,12 +116,13 @@ class _Run:
         self._seconds = setup.size("seconds", 1, 180) / self._turns
         self._clients = setup.size("clients", 8, 64)
         self._lengths = "in=8-32,out=4-16" if setup.scale == "short" else "in=32-256,out=64-256"
+        self._headers = {"connection": "close"} if setup.size("fresh_connections", 0, 0) else {}
         self._factors = (1, 10) if setup.scale == "short" else (1, 2, 5, 10)
 
     async def loads(self, url: str) -> tuple[list[Load], float]:
         """What came of each load, and the capacity in requests a second."""
         server = await client.asked(Server("server", url.rstrip("/").removesuffix("/v1"), self._setup.model))
-        waits = [await _first_token(server, _now(item), {}) for item in self._work(1, 5, "idle").items]
+        waits = [await _first_token(server, _now(item), self._headers) for item in self._work(1, 5, "idle").items]
         idle = statistics.median([wait for wait in waits if wait is not None])
         capacity = await self._capacity(server)
         normal = 2 * idle + 0.05
@@ -136,8 +140,10 @@ class _Run:
         closed = msgspec.structs.replace(server, concurrency=self._clients)
         count = 4 * self._clients
         while True:
-            items = tuple(map(_now, self._work(1, count, "capacity", count).items))
-            records = await client.run(closed, Work("capacity", "load", items))
+            items = map(_now, self._work(1, count, "capacity", count).items)
+            replies = [Reply(item) for item in items]
+            await client.send(closed, replies, headers=self._headers)
+            records = [reply.record() for reply in replies]
             wrong = next((record.error for record in records if record.error), None)
             assert wrong is None, f"the server cannot do the workload: {wrong}"
             ends = sorted(record.last for record in records)
@@ -153,10 +159,11 @@ class _Run:
         replies = [Reply(item) for item in work.items if item.at <= self._seconds]
         probes = list(map(_now, self._work(1, 300, "probes", factor, turn).items))
         cpu = time.process_time()
-        load = asyncio.create_task(client.send(server, replies, headers=HEADERS))
+        headers = HEADERS | self._headers
+        load = asyncio.create_task(client.send(server, replies, headers=headers))
         await asyncio.sleep(self._seconds)
         cpu = (time.process_time() - cpu) / self._seconds
-        recovery = await _recovery(server, probes, normal, self._setup.size("patience", 2, 60))
+        recovery = await _recovery(server, probes, headers, normal, self._setup.size("patience", 2, 60))
         await load
         return _Turn([reply.record() for reply in replies], recovery, cpu)
 
@@ -173,14 +180,16 @@ async def _first_token(server: Server, item: Item, headers: dict[str, str]) -> f
     return None if record.error or not record.token_times else record.first - record.due
 
 
-async def _recovery(server: Server, items: list[Item], normal: float, patience: float) -> float | None:
+async def _recovery(
+    server: Server, items: list[Item], headers: dict[str, str], normal: float, patience: float
+) -> float | None:
     """Seconds from now until requests are answered as by an idle server; None: it takes longer than `patience`."""
     began = time.perf_counter()
     since: float | None = None
     in_a_row = 0
     for item in items:
         sent = time.perf_counter() - began
-        seconds = await _first_token(server, item, HEADERS)
+        seconds = await _first_token(server, item, headers)
         if seconds is None or seconds > normal:
             in_a_row, since = 0, None
         else:
