@@ -30,7 +30,6 @@ ROWS = (Row("R13", "one-hour soak", "RSS slope ≤ 0.1 KiB per request; fds flat
 MOST_KIB = 0.1  # per request
 LEAST_SHARE = 0.999  # of requests answered
 LOAD = 0.8
-QUEUE = "8192"  # choices: what comes in the seconds in which an engine starts again is to wait, not to be refused
 IN_FLIGHT = 32
 JUDGED_FROM = 600  # seconds of a process's life; what it grows by in less is its warming up
 _WARM_UP = 0.25  # of each life
@@ -58,7 +57,7 @@ def torture(setup: Setup) -> Iterator[Outcome]:
     ranks = () if setup.scale == "short" else ("--tensor-parallel-size", "2")
     began = time.monotonic()
     with (
-        Serving("--kv-memory", "8MiB", "--max-model-len", "256", "--max-queue-requests", QUEUE, *ranks) as server,
+        Serving("--kv-memory", "8MiB", "--max-model-len", "256", *ranks) as server,
         (setup.folder / "soak.jsonl").open("w") as record,
     ):
         start_seconds = time.monotonic() - began
