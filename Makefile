@@ -63,7 +63,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # pip compiles on one core what it installs. A server imports a fifth of it, and the rest would be 150 MB on disk.
-IMPORTED = orcaserve.serve.server, orcaserve.serve.engine_process, orcaserve.executors.build
+IMPORTED = orcaserve.serve.server, orcaserve.serve.engine_process, orcaserve.executors.local, orcaserve.executors.rank
 # Tests use it all; a file that is no Python 3 is none of ours.
 COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null 2>&1 || true
 

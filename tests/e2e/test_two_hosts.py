@@ -85,8 +85,8 @@ class SecondHost:
             self.lines.append(line.rstrip())
 
     def workers(self) -> list[psutil.Process]:
-        """`ip netns exec` becomes the command, so that these are its children."""
-        return psutil.Process(self.process.pid).children()
+        """`ip netns exec` becomes the command, whose child forks them."""
+        return [rank for parent in psutil.Process(self.process.pid).children() for rank in parent.children()]
 
     def close(self) -> None:
         self.process.terminate()

@@ -7,6 +7,7 @@ do, a token after the finish or two finishes, is noted as a fault when it comes.
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,6 +18,7 @@ import msgspec
 # How a client behaves: it stays to the end, hangs up, or has its request cancelled by the server's operator.
 Fate = Literal["stays", "leaves", "cancelled"]
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+_OF_A_POOL = 64  # connections
 _DEADLINES = {"deadline_passed", "deadline_unreachable", "timeout"}
 
 
@@ -220,8 +222,32 @@ def faults(one: Ask, reply: Reply) -> list[str]:
 
 def new_client(url: str, in_flight: int, silence: float = 600) -> httpx.AsyncClient:
     """silence: seconds without a word after which a connection counts as broken."""
-    limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight, keepalive_expiry=2)
-    return httpx.AsyncClient(base_url=url, timeout=httpx.Timeout(silence), limits=limits, trust_env=False)
+    return httpx.AsyncClient(
+        base_url=url, timeout=httpx.Timeout(silence), transport=_Spread(in_flight), trust_env=False
+    )
+
+
+class _Spread(httpx.AsyncBaseTransport):
+    """Many connections in several pools, by turns.
+
+    A pool looks at each of its connections for each request. With hundreds in one, a client that should ask a hundred
+    times a second falls seconds behind, and then asks for all of that at once.
+    """
+
+    def __init__(self, in_flight: int) -> None:
+        count = -(-in_flight // _OF_A_POOL)
+        each = -(-in_flight // count)
+        limits = httpx.Limits(max_connections=each, max_keepalive_connections=each, keepalive_expiry=2)
+        tls = httpx.create_ssl_context(trust_env=False)
+        self._pools = [httpx.AsyncHTTPTransport(verify=tls, limits=limits) for _ in range(count)]
+        self._turns = itertools.cycle(self._pools)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        return await next(self._turns).handle_async_request(request)
+
+    async def aclose(self) -> None:
+        for pool in self._pools:
+            await pool.aclose()
 
 
 async def ask_all(

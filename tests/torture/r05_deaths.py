@@ -115,7 +115,9 @@ async def deaths(setup: Setup, layout: str, rounds: int) -> tuple[list[Round], f
         total = sum(len(answer[1]) for answer in calm)
         done = []
         num_workers = len(_workers(server))
-        plan = [(victim, number) for victim in range(1 + num_workers) for number in SIGNALS for _ in range(rounds)]
+        # A frozen parent does not matter: nobody waits for it.
+        mortal = [(victim, number) for victim in range(1 + num_workers) for number in SIGNALS]
+        plan = [one for one in mortal if one != (num_workers, signal.SIGSTOP) or not num_workers] * rounds
         rng.shuffle(plan)
         for victim, number in plan:
             done.append(await _death(server, calm, victim, number, rng.uniform(0.1, 0.8) * total, num_workers))
@@ -127,12 +129,13 @@ async def deaths(setup: Setup, layout: str, rounds: int) -> tuple[list[Round], f
 async def _death(
     server: Serving, calm: Sequence[object], victim: int, number: signal.Signals, when: float, num_workers: int
 ) -> Round:
-    """victim: 0 is the engine, others are its workers. when: how many tokens have come by then."""
+    """victim: 0 is the engine, others are its workers, the last their parent. when: how many tokens have come."""
     while len(_workers(server)) < num_workers:  # of an engine that starts again
         await asyncio.sleep(0.05)
     engine = server.engine
     family = [engine, *_workers(server)]
-    what = f"{number.name} of {'the engine' if victim == 0 else f'worker {victim - 1}'} after {when:.0f} tokens"
+    name = "the engine" if not victim else "the parent" if victim == num_workers else f"worker {victim - 1}"
+    what = f"{number.name} of {name} after {when:.0f} tokens"
     one = Round(what, number == signal.SIGSTOP, None, None, 0)
     restarts = server.gauge(RESTARTS)
     progress = [0] * STREAMS
@@ -170,10 +173,11 @@ def _gauge(metrics: str, name: str) -> float:
 
 
 def _workers(server: Serving) -> list[psutil.Process]:
-    """In the order of their ranks."""
+    """In the order of their ranks, and last their parent, if there are any."""
     with contextlib.suppress(psutil.Error):
-        found = [child for child in server.engine.children() if child.status() != psutil.STATUS_ZOMBIE]
-        return sorted(found, key=lambda child: child.pid)
+        for parent in server.engine.children():
+            found = [child for child in parent.children() if child.status() != psutil.STATUS_ZOMBIE]
+            return [*sorted(found, key=lambda child: child.pid), parent]
     return []
 
 

@@ -211,7 +211,7 @@ def _slope(soak: Soak, least_seconds: float, *names: str) -> float | None:
 
 def _outcome(setup: Setup, soak: Soak, capacity: float, rate: float, left: Sequence[str]) -> Outcome:
     least = setup.size("judged_from", JUDGED_FROM, JUDGED_FROM)
-    slopes = {"frontend": _slope(soak, least, "frontend"), "engine": _slope(soak, least, "engine", "worker")}
+    slopes = {"frontend": _slope(soak, least, "frontend"), "engine": _slope(soak, least, "engine", "parent", "worker")}
     known = {name: found for name, found in slopes.items() if found is not None}
     first, last = ends(settled(soak.descriptors, _WARM_UP))
     share = soak.answered / max(1, soak.sent)

@@ -37,13 +37,15 @@ def metrics(url: str) -> dict[str, float]:
 
 
 def processes(pid: int) -> Iterator[tuple[str, psutil.Process]]:
-    """A server's, by what they are: the frontend, its engine, the engine's workers; those that are dying left out."""
+    """A server's, by what they are: the frontend, its engine, the engine's workers and the parent that forked them."""
     frontend = psutil.Process(pid)
     yield "frontend", frontend
     for engine in frontend.children():
         yield "engine", engine
-        for worker in engine.children():
-            yield "worker", worker
+        for parent in engine.children():
+            yield "parent", parent
+            for worker in parent.children():
+                yield "worker", worker
 
 
 def holdings(pid: int) -> dict[str, int]:

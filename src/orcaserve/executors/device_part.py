@@ -9,7 +9,8 @@ from importlib.metadata import version
 import torch
 
 from orcaserve.core.config import EngineOptions
-from orcaserve.executors.loading import numerics_profile, policy_of, step_tokens
+from orcaserve.executors.checks import policy_of
+from orcaserve.executors.loading import numerics_profile, step_tokens
 from orcaserve.model.config import read_config
 from orcaserve.model.decoder import Decoder, compute_dtype
 from orcaserve.model.plan import ALONE, shared

@@ -7,18 +7,16 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from orcaserve.core.config import EngineOptions, KVDtype, ModelError, Quantization
-from orcaserve.core.order import OrderError
-from orcaserve.core.policy import Policy, parse_policy
-from orcaserve.model.config import read_config, read_raw_config
+from orcaserve.core.policy import Policy
+from orcaserve.executors.checks import policy_of
+from orcaserve.model.config import read_config
 from orcaserve.model.decoder import Decoder, compute_dtype
 from orcaserve.model.load import load_model
-from orcaserve.model.weights import weight_files
 from orcaserve.ops.kernels import Kernels
 from orcaserve.ops.native_kernels import NativeKernels, instruction_sets
 from orcaserve.ops.torch_kernels import TorchKernels
@@ -29,7 +27,6 @@ from orcaserve.worker.memory import Budget, activation_bytes, make_budget
 if TYPE_CHECKING:
     from orcaserve.model.transformers_backend import TransformersDecoder
 
-_LEAST_BITS = {"none": 12, "int8": 8, "int4": 4}  # of a weight that is not kept in float32
 _WHOLE_PROMPT = 4096  # tokens that the activations' budget allows for where a policy does not cut prompts
 
 Progress = Callable[[int, int], None]
@@ -102,29 +99,6 @@ def step_tokens(options: EngineOptions, policy: Policy, max_positions: int) -> i
     """Tokens of an iteration that the activations' budget allows for."""
     tokens = max(options.max_batch_tokens, options.max_batch_size)
     return tokens if policy.chunked else max(tokens, min(_WHOLE_PROMPT, max_positions))
-
-
-def policy_of(options: EngineOptions) -> Policy:
-    """Raises ModelError for a policy that there is not."""
-    try:
-        return parse_policy(options.policy)
-    except OrderError as error:
-        raise ModelError(str(error)) from None
-
-
-def check_files(options: EngineOptions, available: int) -> None:
-    """Refuses weights that cannot fit, however short they are kept, before the machine starts to swap over them."""
-    folder = Path(options.model)
-    raw = read_raw_config(folder)
-    is_wide = str(raw.get("dtype") or raw.get("torch_dtype")).removeprefix("torch.") == "float32"
-    stays_wide = options.dtype == "float32" or (options.dtype == "auto" and is_wide)
-    kept_bits = _LEAST_BITS[options.quantization] if options.quantization != "none" or not stays_wide else 32
-    size = sum((folder / name).stat().st_size for name in weight_files(folder)) * kept_bits // (32 if is_wide else 16)
-    if size > available:
-        raise ModelError(
-            f"not enough memory: the weights of {folder.name} take {size / 2**30:.2f} GiB at least, "
-            f"but {available / 2**30:.2f} GiB are free"
-        )
 
 
 def make_kernels(wish: str, quantization: Quantization, threads: int, kv_dtype: KVDtype = "auto") -> Kernels:

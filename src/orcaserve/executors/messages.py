@@ -31,6 +31,38 @@ class Place(msgspec.Struct, frozen=True):
         return self.rank % self.tensor == 0
 
 
+class Ends(msgspec.Struct, frozen=True):
+    """File descriptors of a rank: where it reports, where batches come in, and those whom it passes them on to.
+
+    files: others that it needs (StoreAt's, Begin's).
+    """
+
+    report: int
+    inbox: int
+    outs: tuple[int, ...]
+    files: tuple[int, ...]
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        return (self.report, self.inbox, *self.outs, *self.files)
+
+
+class Born(msgspec.Struct, frozen=True, tag=True):
+    """The ranks of a host are there, with all that they import, and wait for Begin. pids: in their order."""
+
+    pids: tuple[int, ...]
+
+
+class Ended(msgspec.Struct, frozen=True, tag=True):
+    """A rank's process has ended. index: of those of its host. code: its exit code, or minus the signal."""
+
+    index: int
+    code: int
+
+
+FromParent = Born | Ended
+
+
 class StoreAt(msgspec.Struct, frozen=True):
     """Where the ranks find each other: in an inherited file on one host, else at a port of the head.
 

@@ -1,11 +1,15 @@
-"""A worker process: one rank of a model that several share. Reads batches from upstream and passes them on at once.
+"""The worker processes of a host: each is one rank of a model that several share.
 
-Started by the engine as `python -m orcaserve.executors.worker_process REPORT_FD INBOX_FD [OUT_FD ...]`. The inbox
-brings batches, from the engine or from the worker before; the outs lead to the first worker of the next stage and to
-the others of the own stage. Its threads: the main one computes; one passes batches on and queues them; one reads the
-engine's commands and ends the process when the engine is gone; a heart beat says that the process is alive.
+Started by the engine as `python -m orcaserve.executors.worker_process PARENT_FD ENDS`, ENDS being the JSON of each
+rank's `messages.Ends`. This process imports what all of them need, which takes a second, and forks one for each; then
+it only tells how they end. So the imports are there once, in time and in memory, and a dead rank is replaced soon.
 
-Exit codes: 0 after the engine's end, 1 if the model cannot be served, 70 if an iteration failed.
+A rank reads batches from upstream and passes them on at once. The inbox brings them, from the engine or from the
+worker before; the outs lead to the first worker of the next stage and to the others of the own stage. Its threads: the
+main one computes; one passes batches on and queues them; one reads the engine's commands and ends the process when the
+engine is gone; a heart beat says that the process is alive.
+
+Exit codes of a rank: 0 after the engine's end, 1 if the model cannot be served, 70 if an iteration failed.
 """
 
 from __future__ import annotations
@@ -18,8 +22,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar, cast
+
+import msgspec
 
 from orcaserve.core.batch import Batch
 from orcaserve.core.config import ModelError
@@ -27,6 +34,9 @@ from orcaserve.engine.framing import FrameReader, encode
 from orcaserve.executors.messages import (
     Alive,
     Begin,
+    Born,
+    Ended,
+    Ends,
     FromWorker,
     MakeCache,
     Refused,
@@ -54,15 +64,79 @@ class Report:
             self._sock.sendall(encode(frame))
 
 
-def main(report_fd: int, inbox_fd: int, out_fds: Sequence[int]) -> int:
-    """Serves until the engine is gone; returns the exit code."""
+def main(parent_fd: int, ends: Sequence[Ends]) -> int:
+    """Imports, forks, and tells of each rank's end; returns the exit code once all have ended.
+
+    No thread and no library's pool may be there when it forks: a child would have their locks without them.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    for fd in (report_fd, inbox_fd, *out_fds):
+    for fd in (parent_fd, *(fd for one in ends for fd in one.all)):
         os.set_inheritable(fd, False)
     die_with_parent()
     dump_when_told()
-    sock = socket.socket(fileno=report_fd)
+    told = socket.socket(fileno=parent_fd)
+    try:
+        with _beating([one.report for one in ends]), uncollected("torch"):
+            import orcaserve.executors.rank  # noqa: F401  # torch comes with it
+    except Exception as error:
+        why = f"the workers could not start: {in_one_line(error)}"
+        for one in ends:
+            Report(socket.socket(fileno=one.report)).put(Refused(why))
+        return EXIT_MODEL
+    pids = [_fork(one, ends, told) for one in ends]
+    for fd in {fd for one in ends for fd in one.all}:
+        os.close(fd)
+    with contextlib.suppress(OSError):  # the engine is gone
+        told.sendall(encode(Born(tuple(pids))))
+        for _ in pids:
+            pid, status = os.wait()
+            told.sendall(encode(Ended(pids.index(pid), os.waitstatus_to_exitcode(status))))
+    return 0
+
+
+@contextlib.contextmanager
+def _beating(report_fds: Sequence[int]) -> Iterator[None]:
+    """Says meanwhile that the ranks to be are alive: a first import takes long on a slow disk, or among many."""
+    socks = [socket.socket(fileno=os.dup(fd)) for fd in report_fds]
+    reports = [Report(sock) for sock in socks]
+    done = threading.Event()
+
+    def beat() -> None:
+        with contextlib.suppress(OSError):  # the engine is gone
+            while not done.wait(BEAT_SECONDS):
+                for report in reports:
+                    report.put(Alive())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        for sock in socks:
+            sock.close()
+
+
+def _fork(own: Ends, ends: Sequence[Ends], told: socket.socket) -> int:
+    """Its pid. The child holds nothing of the others', so that the end of each is seen."""
+    if pid := os.fork():
+        return pid
+    try:
+        told.close()
+        for fd in {fd for one in ends for fd in one.all} - set(own.all):
+            os.close(fd)
+        os._exit(_be_rank(own))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(EXIT_ITERATION)
+
+
+def _be_rank(ends: Ends) -> int:
+    """Serves until the engine is gone; returns the exit code."""
+    die_with_parent()
+    sock = socket.socket(fileno=ends.report)
     report = Report(sock)
     begin: queue.SimpleQueue[Begin] = queue.SimpleQueue()
     commands: queue.SimpleQueue[MakeCache | WhileServing] = queue.SimpleQueue()
@@ -73,17 +147,17 @@ def main(report_fd: int, inbox_fd: int, out_fds: Sequence[int]) -> int:
 
     _read_in_background(sock, cast(type[ToWorker], ToWorker), on_command, (), lambda: os._exit(0))
     pulse = _Pulse(report)
+
+    def on_serving(alive: Callable[[], Alive], expect: Callable[[Batch], None]) -> None:
+        pulse.tell, arrivals.expect = alive, expect
+
+    from orcaserve.executors.rank import serve  # has been imported, late
+
     try:
         first = begin.get()
-        outs = [socket.socket(fileno=fd) for fd in out_fds] if first.options.control_plane == "separate" else []
+        outs = [socket.socket(fileno=fd) for fd in ends.outs] if first.options.control_plane == "separate" else []
         # A neighbour that is gone is the engine's business, which ends everybody.
-        _read_in_background(socket.socket(fileno=inbox_fd), Batch, arrivals.put, outs, lambda: None)
-        with uncollected():
-            from orcaserve.executors.rank import serve  # torch comes with it: late, so that beats tell that we live
-
-        def on_serving(alive: Callable[[], Alive], expect: Callable[[Batch], None]) -> None:
-            pulse.tell, arrivals.expect = alive, expect
-
+        _read_in_background(socket.socket(fileno=ends.inbox), Batch, arrivals.put, outs, lambda: None)
         return serve(first, commands, arrivals.batches, report.put, on_serving)
     except ModelError as error:
         report.put(Refused(str(error)))
@@ -103,7 +177,7 @@ class _Arrivals:
 
 
 class _Pulse:
-    """The heart beat, from the start on: it goes on while the main thread loads torch, or is inside a kernel.
+    """The heart beat, from the start on: it goes on while the main thread is inside a kernel.
 
     tell: what it tells.
     """
@@ -148,5 +222,4 @@ def _read_in_background(
 
 
 if __name__ == "__main__":
-    code = main(int(sys.argv[1]), int(sys.argv[2]), [int(fd) for fd in sys.argv[3:]])
-    os._exit(code)
+    os._exit(main(int(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=list[Ends])))

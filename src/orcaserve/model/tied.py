@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from orcaserve.model.files import INDEX, SINGLE
+
 _MOST_HEADER = 1 << 27  # bytes; the library takes no longer one
 
 

@@ -12,23 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from orcaserve.core.config import ModelError
+from orcaserve.model.files import INDEX, SINGLE
 from orcaserve.model.plan import TensorSpec
-from orcaserve.model.tied import INDEX, SINGLE
 
 _PLAIN = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _PAGE = 4096
 _CPU = torch.device("cpu")
 
 Progress = Callable[[int, int], None]
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the files that hold a checkpoint's weights, as far as they are there; others may lie beside them."""
-    try:
-        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        names = [SINGLE]
-    return [name for name in names if isinstance(name, str) and (folder / name).is_file()]
 
 
 class Weights:

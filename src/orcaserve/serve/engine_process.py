@@ -54,7 +54,6 @@ from orcaserve.worker.process import (
     in_one_line,
     keep_freed_memory,
     tell,
-    uncollected,
 )
 from orcaserve.worker.receiver import Receiver
 
@@ -186,8 +185,7 @@ def _end(why: str) -> None:
 
 
 def _default_build() -> Build:
-    with uncollected():
-        from orcaserve.executors.build import build  # torch comes with it: late, so that its failure is a frame
+    from orcaserve.executors.build import build  # torch comes with it: late, so that its failure is a frame
 
     return build
 

@@ -155,7 +155,7 @@ class EngineProcess(asyncio.Protocol):
         if self._process.poll() is not None:
             return  # its number may be another's already
         self._process.send_signal(signal.SIGSTOP)
-        workers = children(self.pid)
+        workers = [worker for parent in children(self.pid) for worker in children(parent) or [parent]]
         for pid in workers:
             tell_to_dump(pid)
         end = time.monotonic() + DUMP_SECONDS
