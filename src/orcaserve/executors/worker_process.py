@@ -67,7 +67,8 @@ class Report:
 def main(parent_fd: int, ends: Sequence[Ends]) -> int:
     """Imports, forks, and tells of each rank's end; returns the exit code once all have ended.
 
-    No thread and no library's pool may be there when it forks: a child would have their locks without them.
+    No thread may be there when it forks, nor a library's pool: a child would have their locks without them. (numpy's,
+    which comes by the import, lets go of itself before a fork.)
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
