@@ -29,16 +29,17 @@ class RaisingModel:
 
 
 def build(options: EngineOptions, progress: Progress, on_lost: Lost) -> tuple[Executor, EngineInfo]:
-    from orcaserve.executors import build as real  # torch comes with it: late, as in the real one
+    from orcaserve.executors import local  # torch comes with it: late, as in the real one
+    from orcaserve.executors.build import build as real
 
-    load_part = real.load_part
+    load_part = local.load_part
 
     def load_faulty(*given: Any, **named: Any) -> Any:
         part = load_part(*given, **named)
         return dataclasses.replace(part, model=RaisingModel(part.model, token_id))
 
-    real.load_part = load_faulty
-    return real.build(options, progress, on_lost)
+    local.load_part = load_faulty
+    return real(options, progress, on_lost)
 
 
 if __name__ == "__main__":

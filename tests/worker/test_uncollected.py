@@ -1,4 +1,4 @@
-"""While a process imports its modules no garbage is looked for, and in what they leave none ever after."""
+"""While a process first imports a module no garbage is looked for, and in what it leaves none ever after."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from orcaserve.worker.process import uncollected
 def test_what_is_made_meanwhile_is_not_looked_at(error: Exception | None) -> None:
     before = gc.get_freeze_count()
     try:
-        with contextlib.suppress(ImportError), uncollected():
+        with contextlib.suppress(ImportError), uncollected("a_module_that_is_new"):
             assert not gc.isenabled()
             made = [[] for _ in range(1000)]
             if error is not None:
@@ -23,3 +23,11 @@ def test_what_is_made_meanwhile_is_not_looked_at(error: Exception | None) -> Non
         assert gc.get_freeze_count() - before >= len(made)
     finally:
         gc.unfreeze()
+
+
+def test_once_it_is_there_nothing_is_kept() -> None:
+    """Or each engine of a long process would keep what was garbage at its start."""
+    before = gc.get_freeze_count()
+    with uncollected("gc"):
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == before
