@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,20 @@ def test_once_it_is_there_nothing_is_kept() -> None:
     with uncollected("gc"):
         assert gc.isenabled()
     assert gc.get_freeze_count() == before
+
+
+@pytest.mark.parametrize("has_driver", [True, False])
+def test_torch_is_imported_so_by_who_has_to_ask_it_for_a_gpu(has_driver: bool) -> None:
+    """And by nobody where the system has no driver for one."""
+    code = f"""
+import gc, sys, types
+from orcaserve.executors import placement
+def load(name):
+    if not {has_driver}:
+        raise OSError(name)
+placement.ctypes = types.SimpleNamespace(CDLL=load)
+count = placement.count_gpus()
+sys.exit(("torch" in sys.modules, gc.get_freeze_count() > 100_000) != ({has_driver}, {has_driver}) or
+         not {has_driver} and count != 0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -10,6 +10,7 @@ from typing import Literal
 
 from orcaserve.core.config import EngineOptions, ModelError
 from orcaserve.model.config import find_row, read_raw_config
+from orcaserve.worker.process import uncollected
 
 
 def count_gpus() -> int:
@@ -19,7 +20,8 @@ def count_gpus() -> int:
             ctypes.CDLL("libcuda.so.1")
         except OSError:
             return 0
-    import torch
+    with uncollected("torch"):
+        import torch
 
     return torch.cuda.device_count()
 

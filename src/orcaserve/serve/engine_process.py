@@ -185,7 +185,7 @@ def _end(why: str) -> None:
 
 
 def _default_build() -> Build:
-    from orcaserve.executors.build import build  # torch comes with it: late, so that its failure is a frame
+    from orcaserve.executors.build import build  # late, so that its failure is a frame
 
     return build
 
