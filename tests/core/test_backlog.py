@@ -53,6 +53,21 @@ def test_places_follow_from_what_requests_take_of_the_cache() -> None:
     assert backlog.until_start(ahead) == pytest.approx(60 * (FIXED + 2 * PER_ROW), rel=1e-3)
 
 
+@pytest.mark.parametrize("ahead", [Ahead(num_running=1, output_tokens=20), Ahead(num_waiting=1, output_tokens=20)])
+def test_one_request_is_waited_for_where_there_is_one_place(ahead: Ahead) -> None:
+    backlog = taught(backlog=Backlog(1, 256))
+    assert backlog.until_start(ahead) == pytest.approx(20 * (FIXED + PER_ROW), rel=1e-3)
+
+
+def test_what_iterations_that_are_all_alike_take_is_taken_to_be_fixed() -> None:
+    """Nothing tells their rows' part from the rest: more rows are not said to take longer before they have."""
+    backlog = Backlog(16, 256)
+    for _ in range(50):
+        backlog.learn(0, 4, 0.25)
+    answers = [backlog.until_end(Ahead(num_running=rows), 0, 41) for rows in (1, 4, 16)]
+    assert answers == pytest.approx([41 * 0.25] * 3, rel=1e-3)
+
+
 def test_the_old_pace_is_forgotten() -> None:
     backlog = taught()
     before = backlog.until_first_token(Ahead(), 100)

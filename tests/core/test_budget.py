@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import pytest
@@ -11,7 +11,7 @@ from orcaserve.core.batch import Batch, ScheduledRequest
 from orcaserve.core.budget import TURNS, Budget
 from orcaserve.core.kv_cache import KVCacheManager
 from orcaserve.core.order import Waiting
-from orcaserve.core.pace import SMALLEST_CHUNK
+from orcaserve.core.pace import SMALLEST_CHUNK, Pace
 from orcaserve.core.policy import DEFAULT
 from orcaserve.core.request import NewRequest, Request, SamplingParams
 from orcaserve.core.scheduler import Scheduler, SchedulerConfig
@@ -101,3 +101,19 @@ def test_a_prompt_that_runs_is_cut_beside_streams_though_nobody_waits() -> None:
     assert budget.tokens(running(2, [2000]), nobody, kv) == 2 + SMALLEST_CHUNK, "as long as no time is known"
     assert budget.tokens(running(2), waiting(2000), kv) == 2 + SMALLEST_CHUNK
     assert budget.tokens(running(2), nobody, kv) == 512, "there is nothing to cut"
+
+
+class Asked(Pace):
+    """Notes what it is asked."""
+
+    def prompt_tokens(self, decodes: int, context: int, prompts: Iterable[tuple[int, int]], most: int) -> int:
+        self.question = decodes, context, list(prompts), most
+        return 0
+
+
+def test_the_pace_is_asked_about_what_decodes_read_and_which_prompts_come() -> None:
+    """A decode at position 19 reads the K and V of twenty tokens, its own included."""
+    scheduler = limited()
+    scheduler.budget.pace = pace = Asked(0.1, 1)
+    assert scheduler.budget.tokens(running(3, [2000, 70]), waiting(9), scheduler.kv) == 3
+    assert pace.question == (3, 3 * 20, [(0, 2000), (0, 70), (0, 9)], 512 - 3)

@@ -9,7 +9,7 @@ from ledger_world import World
 
 from orcaserve.core.batch import Batch, StepResult
 from orcaserve.core.decisions import Decision, Preempted, Waits
-from orcaserve.core.policy import DEFAULT, ORCA, STACKED, STATIC, Policy
+from orcaserve.core.policy import DEFAULT, ORCA, STACKED, STATIC, Policy, parse_policy
 from orcaserve.core.scheduler import SchedulerConfig
 from orcaserve.engine.loop import EngineLoop
 from orcaserve.engine.messages import Command
@@ -70,6 +70,17 @@ def test_the_tokens_are_given_out_and_a_running_prefill_is_left_out() -> None:
     world.submit((4,), 9)
     world.drain()
     assert Waits(id=4, why="tokens") in world.flat
+
+
+def test_a_prompt_that_is_half_read_is_left_out_for_a_more_urgent_one() -> None:
+    world = Listening(parse_policy("priority,ageing=inf"))
+    world.submit((1,) * 20, 2)
+    world.step()
+    world.submit((2,) * 12, 2, priority=-1)
+    world.step()
+    assert world.flat == [Waits(id=1, why="tokens", runs=True)]
+    world.drain()
+    assert world.flat == [Waits(id=1, why="tokens", runs=True)], "the rest of it takes what the other one leaves"
 
 
 def test_blocks_lack_and_who_holds_them() -> None:

@@ -292,6 +292,8 @@ def test_every_order_has_a_default_for_every_option_and_says_what_it_is() -> Non
         ("priority,ageing=soon", "order 'priority'"),
         ("deadline,default=inf", "a number of seconds"),
         ("mlfq,levels=0", "from 1 to 64"),
+        ("mlfq,quantum=0", "quantum and output are above 0"),
+        ("mlfq,output=0", "quantum and output are above 0"),
         ("shortest,guard=-1", "numbers from 0"),
         ("fcfs,fast=1", "its options: none"),
         ("fair,weights", "write NAME,option=value"),

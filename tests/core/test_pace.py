@@ -64,6 +64,29 @@ def test_costs_are_learned_in_spite_of_noise_and_disturbances(
     assert sorted(errors)[189] < 0.1 + 1.2 * noise, sorted(errors)[189]
 
 
+@settings(deadline=None, max_examples=50)
+@given(
+    terms=st.tuples(*[st.floats(1e-3, 1.0)] * 5),
+    seed=st.integers(0, 2**32),
+    start=st.integers(0, 50),
+    count=st.integers(1, 400),
+)
+def test_the_longest_chunk_within_a_time_is_the_one_that_takes_it(
+    terms: tuple[float, ...], seed: int, start: int, count: int
+) -> None:
+    """Exact for each of its terms, and nothing of the iteration's own time or of its decodes is in it."""
+    rng, cost = random.Random(seed), IterationCost()
+    for _ in range(200):
+        of = some(rng)
+        cost.learn(load_of(of), cost_of(terms, of))
+    takes = cost.of_chunk(start, count)
+    chunk = rows(0, 0, count, start)
+    alone = load_of(chunk)._replace(batches=0, decodes=0, tokens=count, pairs=sum(range(start + 1, start + count + 1)))
+    assert takes == pytest.approx(cost(alone))
+    assert cost.tokens_within(takes * (1 + 1e-9), start) == count
+    assert cost.tokens_within(takes * (1 - 1e-9), start) == count - 1
+
+
 def test_a_load_counts_every_pair_of_query_and_key() -> None:
     """Three tokens of a prompt from the fourth position on see 5, 6 and 7 keys; a decode's pairs are its context."""
     assert load_of([ScheduledRequest(1, 4, 3), ScheduledRequest(2, 9, 1)]) == (3, 1, 1, 7 + 10, 5 + 6 + 7)

@@ -247,9 +247,13 @@ def test_time_in_the_inbox_is_time_in_the_queue() -> None:
 
 
 def test_two_lives_are_one() -> None:
-    one = Timing(ids=(3,), queue_seconds=1.0, iterations=4, mates=8, most_mates=3)
-    two = Timing(ids=(9,), lost_seconds=0.5, decode_seconds=2.0, iterations=4, mates=4, most_mates=1)
+    names = [name for name in Timing.__struct_fields__ if name not in ("ids", "most_mates")]
+    one = Timing(ids=(3,), most_mates=3, **{name: 1 + number for number, name in enumerate(names)})
+    two = Timing(ids=(9,), most_mates=1, **{name: 10 * (1 + number) for number, name in enumerate(names)})
     both = one + two
-    assert both.ids == (3, 9)
-    assert (both.seconds, both.iterations, both.mean_mates, both.most_mates) == (3.5, 8, 1.5, 3)
+    assert (both.ids, both.most_mates) == ((3, 9), 3)
+    assert [getattr(both, name) for name in names] == [11 * (1 + number) for number in range(len(names))]
+    assert both.seconds == 11 * (1 + 2 + 3 + 4)
+    assert both.mean_mates == both.mates / both.iterations
+    assert Timing().mean_mates == 0
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(both), type=Timing) == both
