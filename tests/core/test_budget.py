@@ -113,7 +113,7 @@ class Asked(Pace):
 
 def test_the_pace_is_asked_about_what_decodes_read_and_which_prompts_come() -> None:
     """A decode at position 19 reads the K and V of twenty tokens, its own included."""
-    scheduler = limited()
+    scheduler = limited(max_batch_size=6)
     scheduler.budget.pace = pace = Asked(0.1, 1)
-    assert scheduler.budget.tokens(running(3, [2000, 70]), waiting(9), scheduler.kv) == 3
-    assert pace.question == (3, 3 * 20, [(0, 2000), (0, 70), (0, 9)], 512 - 3)
+    assert scheduler.budget.tokens(running(3, [2000, 70]), waiting(9, 10), scheduler.kv) == 3
+    assert pace.question == (3, 3 * 20, [(0, 2000), (0, 70), (0, 9)], 512 - 3), "there is a row for one that waits"

@@ -205,6 +205,28 @@ class Blind(Fair):
         return 0.0
 
 
+def test_the_bound_is_the_published_one_of_the_greatest_that_were_seen() -> None:
+    """Twice the longer of a prompt and of all that a tenant's requests generate, over the least weight; and credit."""
+    order = parse_policy("fair,input=1,output=3,credit=7,weights=b:0.5").make_order()
+    gap, reserved = ServiceGap(order, None), ServiceGap(order, 12)
+    assert (gap.bound, reserved.bound) == (7, 7), "nobody has run"
+
+    def request(id: int, prompt: int, output: int, tenant: str) -> Request:
+        ids, params = (1,) * prompt, SamplingParams()
+        new = NewRequest(id=id, token_ids=ids, num_prompt=prompt, max_tokens=output, params=params, tenant=tenant)
+        return Request(new, id)
+
+    one, two, other = request(1, 10, 4, "a"), request(2, 20, 5, "a"), request(3, 8, 6, "b")
+    for bound in (gap, reserved):
+        bound.admitted(one, True, [one])
+        bound.admitted(two, True, [one, two, other])
+    assert gap.bound == 2 * (20 + 3 * 9) + 7
+    assert reserved.bound == 2 * (3 * 12) + 7, "as many as there are slots"
+    for bound in (gap, reserved):
+        bound.admitted(other, True, [one, two, other])
+    assert gap.bound == 2 * (20 + 3 * 9) / 0.5 + 7
+
+
 def fair_life(seed: int, order: type[Fair], policy: str) -> float:
     """Tenants that flood, pause and come back; returns the widest gap over the bound."""
     rng = random.Random(seed)

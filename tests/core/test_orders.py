@@ -268,6 +268,55 @@ def test_mlfq_has_a_last_level() -> None:
     assert w.scheduler.num_preemptions <= 5 * 2
 
 
+@pytest.mark.parametrize(
+    ("levels", "prompt", "generated", "level"),
+    [
+        (3, 9, 0, 0),  # the first quantum is 10
+        (3, 10, 0, 1),
+        (3, 1, 4, 0),  # a generated token counts as two
+        (3, 2, 4, 1),
+        (3, 29, 0, 1),
+        (3, 30, 0, 2),
+        (3, 900, 0, 2),  # the last
+        (1, 900, 9, 0),
+        (64, 150, 0, 4),
+    ],
+)
+def test_mlfq_a_level_is_what_service_says(levels: int, prompt: int, generated: int, level: int) -> None:
+    order = parse_policy(f"mlfq,quantum=10,output=2,ageing=7,levels={levels}").make_order()
+    ids = (1,) * (prompt + generated)
+    new = NewRequest(id=1, token_ids=ids, num_prompt=prompt, max_tokens=99, params=SamplingParams())
+    assert order.key(Request(new, 0, arrived=3.0), now=5.0) == 3.0 + 7 * level
+
+
+# -- who reads before whom -----------------------------------------------------------------------------------------
+
+
+def lives(policy: str, **changes: int) -> World:
+    """A prompt that arrives when one request decodes and another reads, and comes before both in its order."""
+    w = world(policy, max_batch_tokens=8, **changes)
+    w.submit((1, 2), 9, priority=5)
+    w.step(2)
+    w.submit((3,) * 30, 2, priority=5)
+    w.step()
+    w.submit((4,) * 30, 2, priority=0)
+    return w
+
+
+def test_a_decode_goes_before_a_prompt_of_one_that_waits_and_is_more_urgent() -> None:
+    w = lives("priority,preempt=false", max_batch_size=3)
+    w.step()
+    assert w.rows[-1] == [1, 3], "the tokens that the decode leaves are of the more urgent prompt"
+    w.drain()
+
+
+def test_nobody_is_let_in_before_one_that_reads_where_all_rows_are_taken() -> None:
+    w = lives("priority,preempt=false", max_batch_size=2)
+    w.step()
+    assert w.rows[-1] == [1, 2]
+    w.drain()
+
+
 # -- all of them -------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +341,9 @@ def test_every_order_has_a_default_for_every_option_and_says_what_it_is() -> Non
         ("priority,ageing=soon", "order 'priority'"),
         ("deadline,default=inf", "a number of seconds"),
         ("mlfq,levels=0", "from 1 to 64"),
+        ("mlfq,levels=65", "from 1 to 64"),
+        ("shortest,output=inf", "numbers from 0"),
+        ("shortest,guard=inf", "numbers from 0"),
         ("mlfq,quantum=0", "quantum and output are above 0"),
         ("mlfq,output=0", "quantum and output are above 0"),
         ("shortest,guard=-1", "numbers from 0"),

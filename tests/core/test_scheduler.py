@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from ledger_world import World
+from ledger_world import VOCAB, World
 
 from orcaserve.core.batch import Batch, RowResult, StepResult
 from orcaserve.core.policy import DEFAULT, ORCA, POLICIES, STATIC, Policy
 from orcaserve.core.request import NewRequest, SamplingParams
 from orcaserve.core.scheduler import RequestTooLarge, Scheduler, SchedulerConfig
+from orcaserve.engine.ledger import ledger_answer
 
 
 def world(policy: Policy = DEFAULT, **changes: int) -> World:
@@ -123,6 +124,44 @@ def test_the_youngest_is_preempted_and_its_stream_goes_on() -> None:
     assert again.num_prompt == 3
 
 
+def test_who_waits_for_a_prefix_finds_all_of_it() -> None:
+    """Nine tokens are two full blocks and one to compute; who needs the same two waits until both are there."""
+    w = world(max_batch_tokens=4)
+    prompt = tuple(range(9))
+    for _ in range(2):
+        w.submit(prompt, 2)
+    w.submit((30,), 9)
+    w.step(2)
+    assert shapes(w) == [[(1, 0, 4)], [(1, 4, 4)]]
+    w.step()
+    assert shapes(w)[2] == [(1, 8, 1), (2, 8, 1), (3, 0, 1)], "both blocks are there"
+    w.drain()
+
+
+def test_who_waits_for_a_prefix_lets_others_pass() -> None:
+    w = world(max_batch_tokens=12)
+    for prompt in (tuple(range(9)), tuple(range(5)), (30,)):
+        w.submit(prompt, 2)
+    w.step(2)
+    assert shapes(w) == [[(1, 0, 9), (3, 0, 1)], [(1, 9, 1), (3, 1, 1), (2, 4, 1)]]
+    w.drain()
+
+
+def test_a_prompt_shorter_than_a_block_waits_for_nobody_and_is_found_when_it_has_grown() -> None:
+    w = world(max_batch_tokens=14)
+    w.submit((1, 2, 3, 4) * 5, 1)
+    w.step()
+    w.submit((1, 2, 3), 9)
+    w.step()
+    assert shapes(w)[1] == [(1, 14, 6), (2, 0, 3)]
+    grown = (1, 2, 3, *ledger_answer(w.requests[2], VOCAB)[0])
+    w.drain()
+    id = w.submit(grown, 1)
+    w.step()
+    assert [output.num_cached for output in w.last.outputs if output.id == id] == [8]
+    w.drain()
+
+
 def test_equal_prefixes_are_shared_only_under_the_same_salt() -> None:
     prompt = tuple(range(13))
     w = world(max_batch_tokens=40)
@@ -206,7 +245,9 @@ def test_a_row_that_fails_ends_alone() -> None:
     w.drain()
 
 
-@pytest.mark.parametrize("changes", [{"max_batch_size": 0}, {"depth": 0}, {"max_batch_tokens": 3}, {"block_size": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"max_batch_size": 0}, {"depth": 0}, {"max_batch_tokens": 3}, {"block_size": 0}, {"num_blocks": 0}]
+)
 def test_a_configuration_that_cannot_work_is_refused(changes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least"):
         world(**changes)
@@ -219,6 +260,7 @@ def test_chunks_of_one_prompt_travel_in_all_batches_in_flight() -> None:
     scheduler.add(NewRequest(id=1, token_ids=(5,) * 100, num_prompt=100, max_tokens=3, params=SamplingParams()))
     first, second = scheduler.schedule(), scheduler.schedule()
     assert shapes(w) == [[(1, 0, 50)], [(1, 50, 50)]], "dealt out evenly over the depth"
+    assert (first.step, second.step, scheduler.num_steps) == (1, 2, 2)
     assert [row.samples for batch in (first, second) for row in batch.rows] == [False, True]
     assert scheduler.schedule() is None, "the next token is not there yet"
 
