@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orcaserve.core.lengths import ENOUGH, MOST_CELLS, Histogram, Lengths
+from orcaserve.core.lengths import EDGES, ENOUGH, MOST_CELLS, Histogram, Lengths
 
 
 @settings(max_examples=200, deadline=None)
@@ -48,6 +48,16 @@ def test_the_shortest_answers_have_a_bin_of_their_own() -> None:
         histogram.learn(value)
     assert histogram.quantile(1.0) <= 2**0.25
     assert histogram.below(1.2) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("i", [0, 1, 9, len(EDGES) - 2])
+def test_a_bin_is_taken_to_be_filled_evenly(i: int) -> None:
+    histogram, beyond = Histogram(), Histogram()
+    histogram.learn(EDGES[i])
+    assert [histogram.quantile(share) for share in (0.0, 1.0)] == [EDGES[i], EDGES[i + 1]]
+    assert EDGES[i] < histogram.quantile(0.5) < EDGES[i + 1]
+    beyond.learn(9 * EDGES[-1])
+    assert [beyond.quantile(share) for share in (0.0, 1.0)] == [EDGES[-1], 2 * EDGES[-1]], "the last has no end"
 
 
 def test_newer_samples_weigh_more_and_nothing_overflows() -> None:

@@ -289,6 +289,29 @@ def test_mlfq_a_level_is_what_service_says(levels: int, prompt: int, generated: 
     assert order.key(Request(new, 0, arrived=3.0), now=5.0) == 3.0 + 7 * level
 
 
+@pytest.mark.parametrize("text", ["priority,ageing=0", "deadline,default=0", "shortest,output=0,guard=0"])
+def test_a_number_from_0_may_be_0(text: str) -> None:
+    w = world(text)
+    for priority in (3, 0, 1):
+        w.submit((1, 2), 2, priority=priority)
+    w.drain()
+
+
+def test_nobody_is_preempted_for_one_that_would_get_no_token_now() -> None:
+    """The decode that is to go leaves all tokens to a prompt that comes before both: it goes when that is read."""
+    w = world("priority", max_batch_size=8, max_batch_tokens=8, num_blocks=8)
+    least = w.submit((1,) * 6, 9, priority=5)
+    w.step()
+    most = w.submit(tuple(range(15)), 9, priority=0)
+    w.step()
+    between = w.submit((9,) * 10, 2, priority=1)
+    w.step()
+    assert (w.rows[-1], w.scheduler.num_preemptions) == ([least, most], 0)
+    w.step()
+    assert (w.rows[-1], w.scheduler.num_preemptions) == ([most, between], 1)
+    w.drain()
+
+
 # -- who reads before whom -----------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,15 @@ def test_what_was_used_least_recently_is_forgotten_first_and_a_new_engine_knows_
     assert router.held(second, 0) == 0
 
 
+def test_a_gain_is_what_is_held_less_what_would_be_forgotten() -> None:
+    router = started(1, num_blocks=4)
+    keys = router.keys(range(3 * BLOCK), "")
+    assert (router.gain(keys, 0), router.gain(keys, 7)) == (0, -3), "of the other one nothing is known, nor its room"
+    router.sent(keys, 0)
+    assert router.gain(keys, 0) == 3
+    assert router.gain(router.keys(range(5 * BLOCK), ""), 0) == 3 - 1
+
+
 def test_a_little_that_is_known_is_not_worth_forgetting_much() -> None:
     """Else all that begins alike would gather in one cache while the others are empty."""
     router = started(2, num_blocks=10)

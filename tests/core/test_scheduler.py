@@ -170,6 +170,7 @@ def test_equal_prefixes_are_shared_only_under_the_same_salt() -> None:
         w.step()
         assert [output.num_cached for output in w.last.outputs if output.id == id] == [cached]
     w.drain()
+    assert (w.scheduler.kv.num_queries, w.scheduler.kv.num_hits) == (5 * 13, 3 * 12)
 
 
 def test_who_wants_prompt_logprobs_writes_the_prefix_cache_but_does_not_read_it() -> None:
