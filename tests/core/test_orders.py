@@ -289,6 +289,20 @@ def test_mlfq_a_level_is_what_service_says(levels: int, prompt: int, generated: 
     assert order.key(Request(new, 0, arrived=3.0), now=5.0) == 3.0 + 7 * level
 
 
+def test_rows_that_are_in_flight_are_no_reason_for_anybody_to_make_way() -> None:
+    """With overlap they are not in the next batch, unless they go ahead of their tokens: it has room for two more."""
+    scheduler = world("priority", depth=2, overlap=True).scheduler
+    decisions = scheduler.listen()
+    for id, priority in ((1, 5), (2, 5), (3, 0)):
+        params = SamplingParams(logprobs=0)  # so that nobody goes ahead
+        new = NewRequest(id=id, token_ids=(1, id), num_prompt=2, max_tokens=9, params=params, priority=priority)
+        scheduler.add(new)
+        if id > 1:
+            batch = scheduler.schedule()
+            assert batch is not None and [row.id for row in batch.rows] == ([1, 2] if id == 2 else [3])
+    assert decisions.take() == ()
+
+
 @pytest.mark.parametrize("text", ["priority,ageing=0", "deadline,default=0", "shortest,output=0,guard=0"])
 def test_a_number_from_0_may_be_0(text: str) -> None:
     w = world(text)
@@ -360,6 +374,8 @@ def test_every_order_has_a_default_for_every_option_and_says_what_it_is() -> Non
         ("fair,weights=a:0", "weight above 0"),
         ("fair,input=nan", "numbers from 0"),
         ("fair,credit=-1", "credit is a number from 0"),
+        ("fair,credit=inf", "credit is a number from 0"),
+        ("fair,input=0,output=0", "one of them is above"),
         ("priority,ageing=-1", "from 0, or inf"),
         ("priority,ageing=soon", "order 'priority'"),
         ("deadline,default=inf", "a number of seconds"),

@@ -157,6 +157,13 @@ def test_prompts_get_their_share_where_decodes_alone_take_too_long(share: float)
     assert 0.85 * share < added / alone < 1.1 * share
 
 
+def test_only_as_many_prompts_are_asked_for_as_there_is_time() -> None:
+    pace = Device(CPU).pace
+    prompts = iter([(0, 20), (0, 10**6), (0, 1), (0, 2)])
+    assert 60 < pace.prompt_tokens(8, 800, prompts, 512) < 85
+    assert list(prompts) == [(0, 1), (0, 2)], "the second one's next token does not fit, and nobody goes before it"
+
+
 def test_prompts_share_the_time() -> None:
     pace = Device(CPU).pace
     whole = pace.prompt_tokens(8, 800, [(0, 10**6)], 512)

@@ -8,10 +8,11 @@ from ledger_world import World
 
 from orcaserve.core.batch import Batch, Swap
 from orcaserve.core.config import SwapSpace
+from orcaserve.core.kv_cache import KVCacheManager
 from orcaserve.core.order import OrderError
 from orcaserve.core.policy import DEFAULT, Policy, parse_policy
 from orcaserve.core.pressure import swap_pays
-from orcaserve.core.request import SamplingParams
+from orcaserve.core.request import NewRequest, Request, SamplingParams
 from orcaserve.core.scheduler import SchedulerConfig
 
 FREE = SwapSpace(num_slots=100, copy_seconds=0.0, token_seconds=1.0)  # copies cost nothing
@@ -85,6 +86,18 @@ def test_where_copies_are_dear_or_there_is_no_room_it_is_computed_again() -> Non
         assert w.scheduler.num_preemptions > 0
         assert w.swaps == []
         assert w.num_computed > 2 * (7 + 11)
+
+
+@pytest.mark.parametrize(("num_slots", "is_moved"), [(2, False), (3, True)])
+def test_the_swap_space_is_used_to_its_last_slot(num_slots: int, is_moved: bool) -> None:
+    swap = msgspec.structs.replace(FREE, num_slots=num_slots)
+    kv = KVCacheManager(8, 4, prefix_cache=False, swap=swap)
+    new = NewRequest(id=1, token_ids=(1,) * 12, num_prompt=12, max_tokens=4, params=SamplingParams())
+    request = Request(new, 0)
+    assert kv.admit(request, 12)
+    request.num_computed = 9
+    assert kv.swap_out(request) is is_moved
+    assert (kv.swap.slots.num_held, len(request.block_table)) == ((3, 0) if is_moved else (0, 3))
 
 
 def test_the_room_of_who_is_aborted_while_swapped_out_is_free() -> None:
