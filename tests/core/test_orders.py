@@ -376,6 +376,8 @@ def test_every_order_has_a_default_for_every_option_and_says_what_it_is() -> Non
         ("fair,credit=-1", "credit is a number from 0"),
         ("fair,credit=inf", "credit is a number from 0"),
         ("fair,input=0,output=0", "one of them is above"),
+        ("fair,input=-1", "numbers from 0"),
+        ("fair,output=-1,input=9", "numbers from 0"),
         ("priority,ageing=-1", "from 0, or inf"),
         ("priority,ageing=soon", "order 'priority'"),
         ("deadline,default=inf", "a number of seconds"),

@@ -138,6 +138,15 @@ def test_who_waits_for_a_prefix_finds_all_of_it() -> None:
     w.drain()
 
 
+def test_nobody_waits_for_the_block_of_its_last_token_which_it_computes_itself() -> None:
+    w = world(max_batch_tokens=5)
+    for _ in range(2):
+        w.submit(tuple(range(8)), 2)
+    w.step(2)
+    assert shapes(w) == [[(1, 0, 5)], [(1, 5, 3), (2, 4, 2)]]
+    w.drain()
+
+
 def test_who_waits_for_a_prefix_lets_others_pass() -> None:
     w = world(max_batch_tokens=12)
     for prompt in (tuple(range(9)), tuple(range(5)), (30,)):
