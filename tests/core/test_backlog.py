@@ -59,6 +59,13 @@ def test_one_request_is_waited_for_where_there_is_one_place(ahead: Ahead) -> Non
     assert backlog.until_start(ahead) == pytest.approx(20 * (FIXED + PER_ROW), rel=1e-3)
 
 
+def test_nobody_ahead_takes_no_place_in_the_cache() -> None:
+    backlog = taught()
+    backlog.kv_tokens = 1000
+    assert backlog.until_start(Ahead()) == 0
+    assert backlog.until_first_token(Ahead(), 100) == pytest.approx(FIXED + 100 * PER_PROMPT_TOKEN, rel=1e-3)
+
+
 def test_what_iterations_that_are_all_alike_take_is_taken_to_be_fixed() -> None:
     """Nothing tells their rows' part from the rest: more rows are not said to take longer before they have."""
     backlog = Backlog(16, 256)
