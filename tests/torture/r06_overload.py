@@ -2,8 +2,8 @@
 
 First the capacity is measured: requests a second that are answered while every client sends its next one when the last
 one is answered. Then Poisson arrivals at 1, 2, 5 and 10 times that rate come, whatever is answered. Each request says
-by when its first token is due (x-slo-ttft-ms). The loads come in turn, a third of their time each, three times over, as
-a machine's own pace may change by a tenth within minutes, and they are compared. Goodput counts responses whose first
+by when its first token is due (x-slo-ttft-ms). The loads come in turn, a sixth of their time each, six times over, as
+a machine's own pace may change by a tenth within a minute, and they are compared. Goodput counts responses whose first
 token came by then, from when the request was due, and whose tokens came quickly enough. A refusal's time is from when
 it was sent until all of it was there. After each load a request is sent every quarter of a second: all is normal again
 with the first of three in a row whose first token takes at most twice as long as on the idle server, and 50 ms.
@@ -112,7 +112,7 @@ def _served(setup: Setup) -> Iterator[str]:
 class _Run:
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
-        self._turns = setup.size("turns", 1, 3)
+        self._turns = setup.size("turns", 1, 6)
         self._seconds = setup.size("seconds", 1, 180) / self._turns
         self._clients = setup.size("clients", 8, 64)
         self._lengths = "in=8-32,out=4-16" if setup.scale == "short" else "in=32-256,out=64-256"

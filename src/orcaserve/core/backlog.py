@@ -120,6 +120,8 @@ def _fit(products: list[list[float]], times: list[float]) -> tuple[float, float,
             for value, i in zip(x, subset, strict=True):
                 whole[i] = value
             best, found = gain, (whole[0], whole[1], whole[2])
+            if len(subset) == 3:
+                break  # fewer numbers fit no better
     return found
 
 
