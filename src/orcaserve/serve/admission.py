@@ -20,7 +20,7 @@ from orcaserve.serve.terms import Terms
 
 RETRY_SECONDS = (1.0, 120.0)
 UNKNOWN_OUTPUT = 128.0  # tokens that a request is expected to generate while nothing is known of its like
-IN_TIME = 0.95  # of those who are let in with little time to spare are to have their first token in time
+IN_TIME = 0.98  # of those who are let in with little time to spare are to have their first token in time
 MOST_SLACK = 3.0
 _SLACK_STEP = 0.05
 _FEW_TENANTS = 64
