@@ -62,6 +62,7 @@ QUICK = (
     "test_backlog.py",
     "test_pace.py",
     "test_orders.py",
+    "test_making_way.py",
     "test_fair.py",
     "test_slack.py",
     "test_mutants.py::test_the_original_is_not_caught",
