@@ -19,21 +19,22 @@ _MOST_ANSWER = 1 << 22
 
 
 class Target(NamedTuple):
-    """url: of the server; model: what it calls its model; serving: the process, if it is ours."""
+    """url: of the server; model: what it calls its model; serving: the process, if it is ours; pid: its, if known."""
 
     url: str
     model: str
     serving: Serving | None
+    pid: int | None
 
 
 @contextlib.contextmanager
 def target(setup: Setup, *arguments: str) -> Iterator[Target]:
     """The server that runs already, or one of our own with these arguments, which must end well."""
     if setup.url is not None:
-        yield Target(setup.url.rstrip("/"), setup.model or "", None)
+        yield Target(setup.url.rstrip("/"), setup.model or "", None, setup.sizes.get("pid"))
         return
     with Serving(MODEL, "--threads", "1", "--kv-memory", "24MiB", *arguments) as serving:
-        yield Target(serving.url, MODEL, serving)
+        yield Target(serving.url, MODEL, serving, serving.process.pid)
 
 
 class Answer(NamedTuple):

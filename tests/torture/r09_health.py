@@ -135,10 +135,9 @@ def _waits(pid: int | None) -> dict[str, int]:
 def probe(aim: Target, count: int, fire: _Fire | None = None) -> list[Probe]:
     """So many at least, and until all has been in flight; or until nobody is there to answer any more."""
     connection = http.client.HTTPConnection(*address(aim.url), timeout=_FROZEN)
-    server = aim.serving.process.pid if aim.serving is not None else None
     found = []
     while len(found) < count or (fire is not None and not fire.has_been_round):
-        before = [_waits(server), _waits(os.getpid())]
+        before = [_waits(aim.pid), _waits(os.getpid())]
         began = time.perf_counter()
         try:
             connection.request("GET", "/health")
@@ -150,7 +149,7 @@ def probe(aim: Target, count: int, fire: _Fire | None = None) -> list[Probe]:
         except (OSError, http.client.HTTPException):
             connection.close()  # the next probe connects anew
             seconds = float(_FROZEN)
-        after = [_waits(server), _waits(os.getpid())]
+        after = [_waits(aim.pid), _waits(os.getpid())]
         # Of the threads the one that waited longest: they may have waited at the same time.
         longest = [
             max((now[name] - then.get(name, 0) for name in now), default=0)
@@ -198,7 +197,7 @@ def torture(setup: Setup) -> Iterator[Outcome]:
         f"p50 {quantile(taken, 0.5):.1f} ms, p99.9 {high:.1f} ms, longest {taken[-1]:.1f} ms; "
         f"calm p50 {quantile(calm, 0.5):.1f} ms, p99.9 {quantile(calm, 0.999):.1f} ms; statuses {statuses}"
     )
-    if high > 50 and aim.serving is not None:
+    if high > 50 and aim.pid is not None:
         net = quantile([one.taken - one.waited for one in found], 0.999)
         cause = cause or f"without what its threads and ours waited for a core p99.9 is {net:.1f} ms"
     is_met = is_well and not broken and high <= 50 and taken[-1] < 1000 * _FROZEN

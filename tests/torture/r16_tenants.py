@@ -104,7 +104,7 @@ class _Attack:
 def torture(setup: Setup) -> Iterator[Outcome]:
     count = 2 * (setup.size("probes", 40, 1_000) // 2)
     keys = ("--api-key", f"victim={_VICTIM}", "--api-key", f"guesser={_GUESSER}")
-    with target(setup, *keys) as (url, model, _), httpx.Client(base_url=url, timeout=60) as client:
+    with target(setup, *keys) as (url, model, *_), httpx.Client(base_url=url, timeout=60) as client:
         attack = _Attack(client, model, setup.random("prefixes"))
         across = attack.accuracy(count, _GUESSER)
         control = attack.accuracy(max(2, 2 * (count // 8)), _VICTIM)

@@ -24,7 +24,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 @pytest.fixture(scope="module")
 def shared(own: Setup) -> Iterator[Setup]:
     """One server for the rows that can be asked of any."""
-    with target(own) as (url, model, _):
+    with target(own) as (url, model, *_):
         yield Setup("short", SEED, own.folder, url, model)
 
 
